@@ -1,0 +1,337 @@
+"""Component YAML to GraphModel: named blocks, run in file order, checked before any weight is allocated."""
+
+import copy
+import functools
+import importlib
+import inspect
+import os
+import pkgutil
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from common.config import ConfigError, Yaml, nearest, show, suggest
+
+FACTS = ("action_dim", "state_dim", "num_cameras", "action_horizon")  # what `null` takes from the dataset
+_BLOCKS = {}
+
+
+class UnknownBlock(ConfigError, KeyError):  # noqa: N818 (the name is an interface)
+    """A `block:` that nothing registers."""
+
+    __str__ = Exception.__str__  # KeyError would put the message in quotes
+
+
+def block(name):
+    """Decorator: makes an nn.Module class, or a function of tensors with keyword arguments, known to YAML as name."""
+
+    def register(made):
+        if name in _BLOCKS:
+            first = f"{_BLOCKS[name].__module__}.{_BLOCKS[name].__qualname__}"
+            raise ConfigError(f"block '{name}' of {made.__module__}.{made.__qualname__} is already {first}: rename one")
+        if isinstance(made, type) and not issubclass(made, nn.Module):
+            raise ConfigError(f"block '{name}': {made.__qualname__} is no nn.Module and no function")
+        _BLOCKS[name] = made
+        return made
+
+    return register
+
+
+def import_plugins(names, source=None):
+    """Import the modules that `plugins:` of train.yaml names, so that they register their blocks."""
+    for i, name in enumerate(names):
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            message = f"cannot import plugin '{name}': {e}; is its folder on PYTHONPATH?"
+            raise source.error(("plugins", i), message) if source else ConfigError(message) from e
+
+
+@functools.cache
+def _import_own_blocks():
+    for module in pkgutil.iter_modules([str(Path(__file__).parent / "blocks")]):
+        importlib.import_module(f"common.blocks.{module.name}")
+
+
+class Step(NamedTuple):
+    """One block's call. inputs: list (positional) or dict of names, nested as wanted; out: names of a tuple's items."""
+
+    name: str
+    inputs: list | dict
+    out: list | None
+    where: str
+
+
+def _fill(template, find):
+    """template with each text x in its lists and dicts replaced by find(x)."""
+    if isinstance(template, dict):
+        return {key: _fill(value, find) for key, value in template.items()}
+    if isinstance(template, list):
+        return [_fill(value, find) for value in template]
+    return find(template)
+
+
+def _names(template):
+    """Every text in the lists and dicts of template."""
+    names = []
+    _fill(template, names.append)
+    return names
+
+
+class GraphModel(nn.Module):
+    """Blocks run in order. Modules are attributes under their names; functions are too, outside of the state_dict.
+
+    inputs: names, or None for the short form: one block called `block`, which gets whatever the graph gets.
+    """
+
+    def __init__(self, inputs, steps, result):
+        super().__init__()
+        self._inputs, self._steps, self._result = inputs, steps, result
+
+    def forward(self, *args, **inputs):
+        """The component's result: a value, a tuple or a dict, as `return:` says."""
+        if self._inputs is None:
+            return self.block(*args, **inputs)
+        if args:
+            raise TypeError(f"inputs go by name: {', '.join(self._inputs)}")
+        self._expect(inputs, self._inputs)
+        return self._run([(step, getattr(self, step.name)) for step in self._steps], inputs)
+
+    def bind(self, **inputs):
+        """Run once what depends on these inputs only; returns callable(**the other inputs) -> the result of forward.
+
+        A block of which some inputs are known, and that has bind(**known) -> callable(**rest), is bound in turn.
+        """
+        if self._inputs is None:
+            return self.block.bind(**inputs) if hasattr(self.block, "bind") else functools.partial(self, **inputs)
+        self._expect(inputs, [name for name in self._inputs if name in inputs])
+        values, later = dict(inputs), []
+        for step in self._steps:
+            function = getattr(self, step.name)
+            if values.keys() >= set(_names(step.inputs)):
+                self._call(step, function, values)
+                continue
+            if hasattr(function, "bind"):
+                known = {k: t for k, t in step.inputs.items() if values.keys() >= set(_names(t))}
+                if known:
+                    function = function.bind(**_fill(known, values.__getitem__))
+                    step = step._replace(inputs={k: t for k, t in step.inputs.items() if k not in known})
+            later.append((step, function))
+
+        def call(**rest):
+            self._expect(rest, [name for name in self._inputs if name not in inputs])
+            return self._run(later, {**values, **rest})
+
+        return call
+
+    def _expect(self, given, names):
+        if given.keys() != set(names):
+            raise TypeError(f"expected the inputs {', '.join(names) or 'none'}; found {', '.join(given) or 'none'}")
+
+    def _call(self, step, function, values):
+        inputs = _fill(step.inputs, values.__getitem__)
+        result = function(**inputs) if isinstance(inputs, dict) else function(*inputs)
+        if step.out is None:
+            values[step.name] = result
+            return
+        if not isinstance(result, tuple | list) or len(result) != len(step.out):
+            found = f"{len(result)} results" if isinstance(result, tuple | list) else f"one {type(result).__name__}"
+            raise ConfigError(f"{step.where}: `out` names {len(step.out)} results, the block returned {found}")
+        values.update(zip(step.out, result, strict=True))
+
+    def _run(self, calls, values):
+        values = dict(values)
+        for step, function in calls:
+            self._call(step, function, values)
+        result = _fill(self._result, values.__getitem__)
+        return tuple(result) if isinstance(result, list) else result
+
+
+class _Checked:
+    """One component YAML, checked: its blocks, names, references and arguments. Allocates nothing."""
+
+    def __init__(self, source, facts):
+        self.source, self.facts, self.error = source, facts or {}, source.error
+        self.inputs, self.steps, self.result = None, [], None
+        self.makers = {}  # block name -> (class or function, arguments, where it stands)
+        self.params, self.names, self.values, self.used = {}, [], [], set()  # values: what $ may name so far
+        data = source.data
+        if "block" in data:
+            self.mapping(data, (), ("block", "args"))
+            args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))
+            self.add("block", {**data, "args": args}, ())
+        else:
+            self.mapping(data, (), ("inputs", "params", "blocks", "return"), ("inputs", "blocks", "return"))
+            self.graph(data["inputs"], data.get("params") or {}, data["blocks"])
+
+    def graph(self, inputs, params, blocks):
+        """The long form."""
+        if not isinstance(inputs, list):
+            raise self.error(("inputs",), f"expected a list of names, found {show(inputs)}")
+        self.inputs, self.params = inputs, self.filled(self.mapping(params, ("params",)), ("params",))
+        for name in inputs:
+            self.claim(name, ("inputs",))
+        self.values = list(inputs)
+        for name, entry in self.mapping(blocks, ("blocks",)).items():
+            here = ("blocks", name)
+            self.mapping(entry, here, ("block", "in", "args", "out"), ("block", "in"))
+            template = self.references(entry["in"], (*here, "in"))
+            self.add(name, entry, here, template if isinstance(template, list | dict) else [template])
+        self.result = self.references(self.source.data["return"], ("return",))
+        for step in self.steps:
+            if not self.used.intersection(step.out or [step.name]):
+                raise self.error(("blocks", step.name), "nothing uses its result: drop the block, or return it")
+        for name in inputs + list(params):
+            if name not in self.used:
+                raise self.error(("params", name) if name in params else ("inputs",), f"nothing uses '{name}'")
+
+    def add(self, name, entry, here, inputs=None):
+        """Check one block against its signatures, and note how to make and to call it."""
+        maker = self.resolve(entry["block"], (*here, "block"))
+        args = self.args(self.mapping(entry.get("args") or {}, (*here, "args")), (*here, "args"))
+        title = f"block '{entry['block']}'"
+        if isinstance(maker, type):
+            self.fit(title, inspect.signature(maker), (*here, "args"), {}, args)
+            forward = list(inspect.signature(maker.forward).parameters.values())[1:]
+            if inputs is not None:
+                self.fit(title, inspect.Signature(forward), (*here, "in"), inputs, {})
+            if hasattr(maker, "bind") and isinstance(inputs, list):
+                inputs = dict(zip([p.name for p in forward], inputs, strict=False))
+        else:
+            self.fit(title, inspect.signature(maker), (*here, "args"), inputs, args)
+        self.makers[name] = maker, args, (*here, "block")
+        if inputs is None:
+            return
+        self.claim(name, here)
+        if hasattr(GraphModel([], [], None), name):
+            raise self.error(here, f"torch modules have an attribute '{name}': choose another name")
+        out = entry.get("out")
+        if out is not None and not (isinstance(out, list) and out):
+            raise self.error((*here, "out"), f"expected a list of names, found {show(out)}")
+        for result in out or []:
+            self.claim(result, (*here, "out"))
+        self.values += out or [name]
+        self.steps.append(Step(name, inputs, out, str(self.error((*here, "out"), ""))))
+
+    def fit(self, title, signature, here, inputs, args):
+        """Check inputs (list: positional, dict: by name, None: unknown) and args against a signature."""
+        parameters = signature.parameters.values()
+        kinds = {p.kind for p in parameters}
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        given = set()
+        if isinstance(inputs, list):
+            if len(inputs) > len(positional) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+                takes = f"takes {len(positional)} inputs ({', '.join(positional)}), found {len(inputs)}"
+                raise self.error((*here[:-1], "in"), f"{title} {takes}")
+            given.update(positional[: len(inputs)])
+        for place, names in (("in", inputs if isinstance(inputs, dict) else {}), ("args", args)):
+            for name in names:
+                where = (*here[:-1], place, name)
+                if name in given:
+                    raise self.error(where, f"{title} gets '{name}' twice")
+                if name not in named and inspect.Parameter.VAR_KEYWORD not in kinds:
+                    known = f"{nearest(name, named)}\n    known: {', '.join(named) or 'none'}"
+                    raise self.error(where, f"{title} takes no '{name}'{known}")
+                given.add(name)
+        needed = named if inputs is not None else [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        missing = [p.name for p in parameters if p.default is p.empty and p.name in needed and p.name not in given]
+        if missing:
+            raise self.error(here, f"{title} needs {', '.join(missing)}")
+
+    def claim(self, name, here):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise self.error(here, f"{show(name)} is no name: letters, digits and _ only")
+        if name in self.names or name in self.params:
+            raise self.error(here, f"the name '{name}' is taken: names are never reused")
+        self.names.append(name)
+
+    def mapping(self, value, here, known=None, required=()):
+        """value, if it is a mapping with the keys it may and must have."""
+        if not isinstance(value, dict):
+            raise self.error(here, f"expected a mapping, found {show(value)}")
+        for key in value:
+            if known and key not in known:
+                raise self.error((*here, key), f"unknown key{suggest(key, known)}")
+        for key in required:
+            if key not in value:
+                raise self.error(here, f"'{key}' is missing")
+        return value
+
+    def filled(self, values, here):
+        """params (or the short form's args) with null replaced by the dataset's fact of that name."""
+        for name in [n for n in FACTS if n in values]:
+            value, fact = values[name], self.facts.get(name)
+            if value is None and fact is None:
+                raise self.error((*here, name), "null is filled from a dataset, and none gives it: write the number")
+            if None not in (value, fact) and value != fact:
+                raise self.error((*here, name), f"{value} here, but the dataset has {fact}: write null")
+        return {name: self.facts[name] if v is None and name in FACTS else v for name, v in values.items()}
+
+    def resolve(self, name, here):
+        """The class or function of a `block:`."""
+        _import_own_blocks()
+        modules = {f"nn.{k}": v for k, v in vars(nn).items() if isinstance(v, type) and issubclass(v, nn.Module)}
+        known = modules | _BLOCKS
+        if not isinstance(name, str) or name not in known:
+            near = nearest(name, known) or f"; known: nn.*, {', '.join(sorted(_BLOCKS))}"
+            message = f"no block {show(name)}{near}. If it is your own, `plugins` in train.yaml must name its module"
+            raise UnknownBlock(str(self.error(here, message)))
+        return known[name]
+
+    def args(self, values, here):
+        """Arguments with each $param replaced, and a relative `weights` starting beside the YAML."""
+
+        def find(value, here):
+            if not isinstance(value, str) or not value.startswith("$"):
+                return value
+            if value[1:] not in self.params:
+                raise self.error(here, f"no param '{value[1:]}'{suggest(value[1:], self.params)}")
+            self.used.add(value[1:])
+            return copy.deepcopy(self.params[value[1:]])
+
+        values = {name: _fill(value, functools.partial(find, here=(*here, name))) for name, value in values.items()}
+        weights = values.get("weights")
+        if isinstance(weights, str) and weights.split("/")[0] in (".", "..", "~"):
+            path = os.path.join(self.source.path.parent, os.path.expanduser(weights))
+            values["weights"] = os.path.abspath(path)
+        return values
+
+    def references(self, template, here):
+        """template with each "$name" replaced by the name, which an input or an earlier block must have."""
+
+        def find(value):
+            name = value[1:] if isinstance(value, str) and value.startswith("$") else None
+            if name in self.values:
+                self.used.add(name)
+                return name
+            if name is None:
+                problem = f"expected $name, found {show(value)}; constants go under `args`"
+            elif name in self.params:
+                problem = f"'{name}' is a param, not a tensor: params go under `args`"
+            elif name in self.names:
+                problem = f"'{name}' has several results: use a name of its `out`"
+            elif any(name in (block, *(entry.get("out") or [])) for block, entry in self.source.data["blocks"].items()):
+                problem = f"'{name}' is not there yet: a reference may only look back"
+            else:
+                problem = f"nothing is called '{name}'{suggest(name, self.values)}"
+            raise self.error(here, problem)
+
+        return _fill(template, find)
+
+
+def build(source, facts=None):
+    """GraphModel of a component YAML (a path, or a Yaml). facts: the dataset's numbers, of FACTS, for `null` params.
+
+    Everything is checked before anything is allocated; raises ConfigError with file, line and key.
+    """
+    checked = _Checked(source if isinstance(source, Yaml) else Yaml.read(source), facts)
+    model = GraphModel(checked.inputs, checked.steps, checked.result)
+    for name, (maker, args, here) in checked.makers.items():
+        try:
+            made = maker(**args) if isinstance(maker, type) else functools.partial(maker, **args)
+        except (TypeError, ValueError, AssertionError) as e:
+            raise checked.error(here, f"{maker.__name__} refuses its arguments: {e}") from e
+        setattr(model, name, made)
+    return model

@@ -1,0 +1,236 @@
+"""Checkpoints: one safetensors file per component, written whole or not at all, checked before they are read."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common.config import Optim, UserError, Yaml, from_dict
+from common.data.loader import Normalizer
+from common.parts import build_parts, load_component, read_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def save(folder: Path, policy, optimizers, average, meta: dict):
+    """Write `folder`: component files with the weights to run, statistics, resume/, and meta.json last.
+
+    Everything goes to `<folder>.tmp` first, synced to disk, then renamed; an existing folder steps aside until then.
+    Raises UserError naming path and free space where the disk refuses; older checkpoints stay as they are.
+    """
+    tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        (tmp / "resume").mkdir(parents=True)
+        averaged = average.weights()
+        for name in policy.parts.trainable():
+            prefix = f"parts.{name}."
+            state = policy.parts[name].state_dict()
+            _write(tmp / f"{name}.safetensors", {key: averaged.get(prefix + key, state[key]) for key in state})
+        _write(tmp / "dataset_stats.safetensors", policy.stats.state_dict())
+        raw = {name: p for name, p in policy.named_parameters() if name in averaged}
+        held = tuple(f"parts.{name}." for name in policy.parts) + ("stats.",)
+        other = {key: value for key, value in policy.state_dict().items() if not key.startswith(held)}
+        for file, tensors in (("raw", raw), ("other", other)):
+            if tensors:
+                _write(tmp / f"resume/{file}.safetensors", tensors)
+        names = {id(p): name for name, p in policy.named_parameters()}
+        meta = {**meta, "frozen": _record_frozen(folder.parent, policy.parts), "optimizers": []}
+        for i, optimizer in enumerate(optimizers):
+            state = {f"{names[id(p)]}/{key}": v for p, values in optimizer.state.items() for key, v in values.items()}
+            _write(tmp / f"resume/optimizer_{i}.safetensors", state)
+            meta["optimizers"].append([_progress(group) for group in optimizer.param_groups])
+        files = sorted(file for file in tmp.rglob("*") if file.is_file())
+        meta["files"] = {str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files}
+        with (tmp / "meta.json").open("w") as f:
+            json.dump(meta, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        for part in (tmp / "resume", tmp):
+            _sync(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        tmp.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise UserError(f"{folder}: could not be saved: {e.strerror or e} ({free:.0f} MiB free); nothing else changed") from e
+
+
+def _progress(group):
+    """What the optimizer itself keeps in a group (schedule-free's counters); settings come from the config."""
+    settings = {f.name for f in fields(Optim)} | {"params", "component", "lr", "schedule"}
+    return {k: v for k, v in group.items() if k not in settings and isinstance(v, int | float)}
+
+
+def _record_frozen(save_dir, parts):
+    """Frozen components by file and hash; those that no file holds are written once into frozen/."""
+    record = {}
+    for name in sorted(parts.frozen):
+        file = parts.sources.get(name)
+        if file is None:
+            file = save_dir / "frozen" / f"{name}.safetensors"
+            if not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                _write(file.with_suffix(".tmp"), parts[name].state_dict())
+                file.with_suffix(".tmp").rename(file)
+        record[name] = {"path": os.path.relpath(file, save_dir) if file.parent.parent == save_dir else str(file)}
+        record[name]["sha256"] = sha256(file)
+    return record
+
+
+def _write(file, tensors):
+    save_file({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, file)
+    _sync(file)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    with Path(file).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def steps(save_dir: Path) -> dict[Path, int]:
+    """Complete checkpoint folders -> their step, oldest first. Complete: meta.json, which is written last, is there."""
+    found = {}
+    for folder in save_dir.glob("*_*"):
+        kind, _, number = folder.name.partition("_")
+        if kind in ("epoch", "step") and number.isdigit() and (folder / "meta.json").is_file():
+            try:
+                found[folder] = json.loads((folder / "meta.json").read_text())["step"]
+            except (ValueError, KeyError, TypeError):
+                print(f"warning: {folder}/meta.json is damaged, this checkpoint is passed over")
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a checkpoint that is not as meta.json says, with what is wrong."""
+    for name, (size, digest) in json.loads((folder / "meta.json").read_text())["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, {size} were written"
+        if sha256(file) != digest:
+            return f"{file} has other content than was written"
+    return None
+
+
+def newest(save_dir: Path) -> Path | None:
+    """The checkpoint with the largest step whose files are all as written; tells of those it passes over."""
+    for folder in reversed(steps(save_dir)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f"warning: {problem}; the checkpoint before it is taken")
+    return None
+
+
+def repair(save_dir: Path):
+    """Clear what an interrupted save left: half-written folders go, a folder set aside comes back if it is needed."""
+    for left in save_dir.glob("*_*.tmp"):
+        shutil.rmtree(left)
+    for left in save_dir.glob("*_*.old"):
+        if left.with_suffix("").exists():
+            shutil.rmtree(left)
+        else:
+            left.rename(left.with_suffix(""))
+
+
+def prune(save_dir: Path, keep_last: int):
+    """Delete all but the newest `keep_last` complete checkpoints."""
+    for folder in list(steps(save_dir))[:-keep_last]:
+        shutil.rmtree(folder)
+
+
+def load(folder: Path, policy, optimizers=None, average=None) -> dict:
+    """Put a checkpoint into a policy of the same components; meta.json. With optimizers: raw weights, to train on."""
+    meta = json.loads((folder / "meta.json").read_text())
+    listed, own = set(meta["components"]) - set(meta["aliases"]), set(policy.parts) | set(policy.parts.aliases)
+    if set(meta["components"]) != own:
+        raise UserError(
+            f"{folder}: other components than configured: it lacks {sorted(own - set(meta['components'])) or 'none'}, "
+            f"and has {sorted(set(meta['components']) - own) or 'none'} beyond"
+        )
+    for name in policy.parts.trainable():
+        if name not in listed or name in meta["frozen"]:
+            raise UserError(f"{folder}: '{name}' was not trained in this run; start a new one with train.load_dir")
+        load_component(policy.parts[name], folder / f"{name}.safetensors", name)
+    policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
+    if optimizers is None:
+        return meta
+    device = next(policy.parameters()).device
+    parameters = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, shadow in average.ema.items():
+            shadow.copy_(parameters[name])
+        if (folder / "resume/raw.safetensors").exists():
+            for name, value in read_tensors(folder / "resume/raw.safetensors").items():
+                parameters[name].copy_(value)
+    if (folder / "resume/other.safetensors").exists():
+        policy.load_state_dict(read_tensors(folder / "resume/other.safetensors"), strict=False)
+    for i, (optimizer, groups) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
+        for key, value in read_tensors(folder / f"resume/optimizer_{i}.safetensors").items():
+            name, _, kind = key.rpartition("/")
+            optimizer.state[parameters[name]][kind] = value.to(device)
+        for group, progress in zip(optimizer.param_groups, groups, strict=True):
+            group.update(progress)
+    return meta
+
+
+def load_script(path: str):
+    """The training script of a checkpoint as a module; `path` as saved: beside common/, or absolute."""
+    file = ROOT / path
+    if not file.is_file():
+        raise UserError(f"{file}: the script that trained this checkpoint is gone")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_policy(folder: Path, weights: dict[str, Path] | None = None):
+    """(policy, config) of a checkpoint folder, or of the newest one in a run folder, as it was trained.
+
+    weights: frozen component -> where its file is now. A missing or changed file is an error that names it.
+    """
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        found = newest(folder) if folder.is_dir() else None
+        if found is None:
+            raise UserError(f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such folders)")
+        folder = found
+    elif problem := damage(folder):
+        raise UserError(f"{problem}; take another checkpoint of this run")
+    meta = json.loads((folder / "meta.json").read_text())
+    script = load_script(meta["script"])
+    cfg = from_dict(script.Config, meta["config"])
+    for name, record in meta["frozen"].items():
+        file = Path((weights or {}).get(name, folder.parent / record["path"]))
+        if not file.is_file():
+            raise UserError(f"{file}: weights of frozen '{name}' are gone; give --weights {name}=PATH")
+        if sha256(file) != record["sha256"]:
+            raise UserError(f"{file}: not the file that '{name}' was trained with (sha256 differs)")
+        cfg.model.component_build_args[name].init = str(file)
+    for name in set(meta["components"]) - set(meta["frozen"]):
+        if name in cfg.model.component_build_args:
+            cfg.model.component_build_args[name].init = "scratch"
+    sources = {name: Yaml.parse(text, f"{folder}/meta.json:{name}") for name, text in meta["components"].items()}
+    parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras)
+    policy = script.Policy(parts, Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors")), cfg)
+    load(folder, policy)
+    return policy.eval(), cfg

@@ -1,0 +1,414 @@
+"""train.yaml to dataclasses: a YAML file, dotted overrides, and errors that say file, line and key."""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import json
+import os
+import re
+import textwrap
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+class UserError(Exception):
+    """A user's mistake: scripts print it as one message and exit with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A mistake in a YAML file, an override or a component."""
+
+
+class DataError(UserError, ValueError):
+    """A mistake in a dataset."""
+
+
+def nearest(name, known):
+    """The text "; did you mean 'x'?" for the closest of the known names, empty where none is close."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def suggest(name, known):
+    """nearest(), or all known names where none is close."""
+    return nearest(name, known) or f"; known: {', '.join(map(str, known)) or 'none'}"
+
+
+def show(value):
+    """A value as it stands in YAML's flow style, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 1e-4 is a number."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+
+
+class Yaml:
+    """One parsed YAML file that knows where each key stands.
+
+    data: plain values (anchors copied), path as the user wrote it, text, and places: path of keys -> the line it
+    stands on, or the text of the command-line override that set it.
+    """
+
+    def __init__(self, text, path):
+        self.text, self.path, self.places = text, Path(path), {(): 1}
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+        except yaml.YAMLError as e:
+            mark = getattr(e, "problem_mark", None)
+            self.places[()] = (mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))) + 1
+            raise self.error((), f"not YAML: {getattr(e, 'problem', None) or getattr(e, 'reason', e)}") from e
+        self.data = self._value(loader, node, (), ()) if node else None
+
+    @classmethod
+    def read(cls, path):
+        """The mapping in a file."""
+        try:
+            return cls.parse(Path(path).read_text(encoding="utf-8"), path)
+        except OSError as e:
+            raise ConfigError(f"{path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path}: not UTF-8 text") from e
+
+    @classmethod
+    def parse(cls, text, path):
+        """The mapping in text; errors name path."""
+        source = cls(text, path)
+        if not isinstance(source.data, dict):
+            found = "nothing: the file is empty" if source.data is None else show(source.data)
+            raise source.error((), f"expected a mapping, found {found}")
+        return source
+
+    def _value(self, loader, node, keys, above):
+        """Plain value of a node. Duplicate keys, tags and anchors inside themselves are refused."""
+        self.places.setdefault(keys, node.start_mark.line + 1)
+        if node in above:
+            raise self.error(keys, "an anchor must not contain itself")
+        if node.tag == _TAG + "seq" and isinstance(node, yaml.SequenceNode):
+            return [self._value(loader, item, (*keys, i), (*above, node)) for i, item in enumerate(node.value)]
+        if node.tag == _TAG + "map" and isinstance(node, yaml.MappingNode):
+            data, merged, lines = {}, {}, {}
+            for key, item in node.value:
+                if key.tag == _TAG + "merge":
+                    for one in item.value if isinstance(item, yaml.SequenceNode) else [item]:
+                        value = self._value(loader, one, keys, (*above, node))
+                        if not isinstance(value, dict):
+                            raise self.error(keys, f"'<<' merges a mapping, found {show(value)}")
+                        merged = {**value, **merged}
+                    continue
+                name, line = str(key.value), key.start_mark.line + 1
+                self.places[(*keys, name)] = line
+                if name in data:
+                    raise self.error((*keys, name), f"duplicate key, already on line {lines[name]}")
+                data[name], lines[name] = self._value(loader, item, (*keys, name), (*above, node)), line
+            return {**merged, **data}
+        if node.tag in [_TAG + kind for kind in ("null", "bool", "int", "float", "str")]:
+            with contextlib.suppress(ValueError, KeyError):
+                return loader.construct_object(node)
+        tag = node.tag.replace(_TAG, "!!")
+        raise self.error(keys, f"{tag} is refused: only mappings, lists, numbers, booleans and (quoted) text are read")
+
+    def override(self, text):
+        """Apply one `a.b=yaml` of the command line; it replaces whatever is there."""
+        name, _, value = text.partition("=")
+        keys, data = tuple(name.strip().split(".")), self.data
+        for i, key in enumerate(keys[:-1], 1):
+            if data.get(key) is None:
+                data[key], self.places[keys[:i]] = {}, text
+            if not isinstance(data[key], dict):
+                raise ConfigError(f"command line: {text}: {'.'.join(keys[:i])} is {show(data[key])}, not a mapping")
+            data = data[key]
+        try:
+            data[keys[-1]] = Yaml(value, "value").data
+        except ConfigError as e:
+            raise ConfigError(f"command line: {text}: {e}") from e
+        self.places = {p: place for p, place in self.places.items() if p[: len(keys)] != keys} | {keys: text}
+
+    def place(self, keys):
+        """(line or override text, number of leading keys it stands for) of the longest known start of keys."""
+        known = next(n for n in range(len(keys), -1, -1) if keys[:n] in self.places)
+        return self.places[keys[:known]], known
+
+    def error(self, keys, message):
+        """ConfigError to raise: "path/file.yaml:14: a.b.c: message", or "command line: a.b=1: message"."""
+        place, known = self.place(keys)
+        overridden = isinstance(place, str)
+        inside = ".".join(map(str, keys[known:] if overridden else keys))
+        where = f"command line: {place}" if overridden else f"{self.path}:{place}"
+        return ConfigError(": ".join(filter(None, [where, inside, message])))
+
+
+def key(default, meaning, low=None, size=None):
+    """A field of a schema. default: ... if required. meaning: what --help prints. low: least number. size: of a list."""
+    metadata = {"meaning": meaning, "low": low, "size": size}
+    made = {} if default is ... else {"default_factory": lambda: copy.deepcopy(default)}
+    return field(kw_only=True, metadata=metadata, **made)
+
+
+class Reader:
+    """Turns plain values into the types of a schema.
+
+    A schema class may define check(reader, keys) for what types can't say; it runs where a source is given.
+    """
+
+    def __init__(self, source, script):
+        self.given, self.source = source is not None, source or Yaml("", "config")
+        self.folder = Path(script).resolve().parent if script else Path.cwd()
+        self.error = self.source.error
+
+    def path(self, text, keys):
+        """Absolute path. ./ and ../ start beside the YAML (on the command line: here), others in the script's folder."""
+        folder = self.folder
+        if text.split("/")[0] in (".", ".."):
+            folder = "" if isinstance(self.source.place(keys)[0], str) else self.source.path.parent
+        return Path(os.path.abspath(os.path.join(folder, os.path.expanduser(text))))
+
+    def read(self, kind, value, keys):
+        """value as the type kind; raises ConfigError with what was found and what is expected."""
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (typing.Union, types.UnionType):
+            kinds = [k for k in args if k is not type(None)]
+            if value is None and len(kinds) < len(args):
+                return None
+            if len(kinds) == 1:
+                return self.read(kinds[0], value, keys)
+            for one in kinds:
+                with contextlib.suppress(ConfigError):
+                    return self.read(one, value, keys)
+        elif is_dataclass(kind) and isinstance(value, dict):
+            return self.section(kind, value, keys)
+        elif origin is Literal and value in args:
+            return value
+        elif origin is list and isinstance(value, list):
+            return [self.read(args[0], item, (*keys, i)) for i, item in enumerate(value)]
+        elif origin is dict and isinstance(value, dict):
+            return {name: self.read(args[1], item, (*keys, name)) for name, item in value.items()}
+        elif kind is Path and isinstance(value, str):
+            return self.path(value, keys)
+        elif type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+        hint = nearest(value, args) if origin is Literal else ""
+        raise self.error(keys, f"expected {type_name(kind)}, found {show(value)}{hint}")
+
+    def section(self, schema, mapping, keys):
+        """The dataclass schema from a mapping."""
+        hints, known, values = typing.get_type_hints(schema), {f.name: f for f in fields(schema)}, {}
+        for name in mapping:
+            if name not in known:
+                raise self.error((*keys, name), f"unknown key{suggest(name, known)}")
+        for name, entry in known.items():
+            here, kind, required = (*keys, name), hints[name], entry.default is entry.default_factory is MISSING
+            if name not in mapping and not required:
+                continue
+            if name not in mapping and not is_dataclass(kind):
+                raise self.error(here, f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})")
+            value = values[name] = self.read(kind, mapping.get(name, {}), here)
+            low, size = entry.metadata.get("low"), entry.metadata.get("size")
+            if low is not None and any(
+                x < low for x in (value if isinstance(value, list) else [value]) if x is not None
+            ):
+                raise self.error(here, f"expected at least {low}, found {show(value)}")
+            if size is not None and len(value) != size:
+                raise self.error(here, f"expected {size} numbers, found {show(value)}")
+        made = schema(**values)
+        if self.given and hasattr(made, "check"):
+            made.check(self, keys)
+        return made
+
+
+def type_name(kind):
+    """A type as --help and errors print it."""
+    if is_dataclass(kind):
+        return "mapping"
+    return kind.__name__ if isinstance(kind, type) else re.sub(r"[\w.<>]+\.", "", str(kind)).replace("None", "null")
+
+
+@dataclass
+class Part:
+    init: Literal["scratch"] | Path | None = key(None, "a .safetensors; scratch: random; null: the block's `weights:`")
+    freeze: bool = key(False, "not trained, kept in eval mode")
+    same_as: str | None = key(None, "the component whose module this one shares; one call serves both")
+
+
+@dataclass
+class Model:
+    component_config_paths: dict[str, Path] = key(..., "component name -> its YAML")
+    component_build_args: dict[str, Part] = key({}, "the exceptions only")
+    component_optims: dict[str, dict] = key({}, "component name -> the keys of train.optim that differ for it")
+
+    def check(self, reader, keys):
+        names, args, optim = self.component_config_paths, self.component_build_args, typing.get_type_hints(Optim)
+        files = {("component_config_paths", name): path for name, path in names.items()}
+        files |= {("component_build_args", n, "init"): p.init for n, p in args.items() if isinstance(p.init, Path)}
+        for where, path in files.items():
+            if not path.is_file():
+                raise reader.error((*keys, *where), f"no such file: {path}")
+        for where in ("component_build_args", "component_optims"):
+            for name in getattr(self, where):
+                if name not in names:
+                    raise reader.error((*keys, where, name), f"no such component{suggest(name, names)}")
+        for name, part in args.items():
+            here, other = (*keys, "component_build_args", name), part.same_as
+            if other is not None and other not in names:
+                raise reader.error((*here, "same_as"), f"no component '{other}'{suggest(other, names)}")
+            if other is not None and (other == name or args.get(other, Part()).same_as):
+                raise reader.error((*here, "same_as"), f"'{other}' is shared itself; name a component without same_as")
+            if other is not None and (part.init or part.freeze):
+                raise reader.error(here, f"init and freeze come from '{other}' (same_as): set them there")
+        for name, changes in self.component_optims.items():
+            here, part = (*keys, "component_optims", name), args.get(name, Part())
+            if part.freeze or part.same_as:
+                why = "is frozen" if part.freeze else f"shares '{part.same_as}'"
+                raise reader.error(here, f"'{name}' {why} (component_build_args): it has no optimizer of its own")
+            for k, value in changes.items():
+                if k not in optim:
+                    raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")
+                changes[k] = reader.read(optim[k], value, (*here, k))
+
+
+@dataclass
+class Augment:
+    brightness: float = key(0.2, "colour jitter: a factor of 1 +- this", low=0)
+    contrast: float = key(0.2, "colour jitter: a factor of 1 +- this", low=0)
+    saturation: float = key(0.2, "colour jitter: a factor of 1 +- this", low=0)
+    hue: float = key(0.1, "colour jitter: +- this share of the colour circle", low=0)
+    blur: float = key(0.0, "probability of a Gaussian blur", low=0)
+    shift: int = key(0, "pixels, +- in both directions", low=0)
+
+
+@dataclass
+class Data:
+    root: str = key(..., "a LeRobot folder, a Hub id org/name, or tabletop / avoid: generated on first use")
+    cameras: dict[str, str] = key({}, "name of a camera here -> its key in the dataset; the order counts")
+    state_keys: list[str] = key(["observation.state"], "low-dimensional columns, concatenated in this order")
+    hold_keys: list[str] = key([], "columns taken nearest, not interpolated, when resampling")
+    action_key: str = key("action", "column of the action")
+    action_horizon: int = key(40, "actions per chunk", low=1)
+    action_offset: int = key(0, "steps from the observation to the first action of its chunk")
+    obs_proprio_history: int = key(40, "states per observation", low=1)
+    obs_images_history: int = key(1, "images per observation and camera", low=1)
+    HZ: float = key(..., "steps per second; a dataset of another fps is resampled", low=0.01)
+    image_size: list[int] = key([240, 320], "[height, width] that images are resized to", low=1, size=2)
+    augment: Augment | None = key(None, "of the images, in training; null: none")
+    normalize: Literal["mean_std", "quantile"] = key("mean_std", "how states and actions are scaled")
+    episodes: list[int] | None = key(None, "null: all", low=0)
+    val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
+    val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
+    cache: Literal["none", "frames"] = key("frames", "frames: decode all videos once, to disk; none: as needed")
+    cache_max_gb: float = key(200.0, "a larger cache is refused", low=0)
+    batch_size: int = key(60, "samples per optimizer step, over all processes and micro-steps", low=1)
+    num_workers: int = key(2, "loader processes per training process", low=0)
+
+    def check(self, reader, keys):
+        root = reader.path(self.root, (*keys, "root"))
+        if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
+            self.root = str(root)
+        if isinstance(self.val_episodes, float) and self.val_episodes >= 1:
+            raise reader.error(
+                (*keys, "val_episodes"), f"expected a share below 1, or a list; found {self.val_episodes}"
+            )
+        for k in self.hold_keys:
+            if k not in (known := [*self.state_keys, self.action_key]):
+                raise reader.error((*keys, "hold_keys"), f"'{k}' is no state or action key{suggest(k, known)}")
+
+
+@dataclass
+class Optim:
+    type: Literal["adamw_warmup_cosine_decay", "adamw_onecycle", "schedule_free_radam"] = key(
+        "adamw_warmup_cosine_decay", "optimizer and schedule of the learning rate"
+    )
+    peak_lr: float = key(1.0e-4, "highest learning rate", low=0)
+    warmup_steps: int = key(2000, "optimizer steps from start_lr to peak_lr", low=0)
+    betas: list[float] = key([0.9, 0.999], "Adam's decay rates", low=0, size=2)
+    eps: float = key(1.0e-10, "Adam's epsilon", low=0)
+    weight_decay: float = key(1.0e-5, "decoupled", low=0)
+    start_lr: float = key(1.0e-6, "learning rate of the first step", low=0)
+    end_lr: float = key(1.0e-6, "learning rate of the last step", low=0)
+
+
+@dataclass
+class Train:
+    project_name: str = key(..., "name of the run")
+    optim: Optim = key(Optim(), "of every component; model.component_optims names exceptions")
+    epoch: int = key(1000, "epochs to train", low=1)
+    total_steps: int | None = key(None, "optimizer steps to train, if that is fewer; null: all of epoch's", low=1)
+    micro_steps: int = key(1, "gradient accumulation: batches per optimizer step", low=1)
+    clip: float = key(1.0, "largest norm of a component's gradient", low=0)
+    ema: float | None = key(0.999, "decay of the average of the weights that is evaluated and saved; null: none", low=0)
+    save_every: int = key(3, "epochs between checkpoints", low=1)
+    save_every_steps: int | None = key(None, "optimizer steps between further checkpoints; null: none", low=1)
+    keep_last: int = key(2, "checkpoints kept", low=1)
+    save_dir: Path = key(..., "run folder; the same command again resumes it")
+    load_dir: Path | None = key(None, "checkpoint of another run whose components a new run starts from")
+    tracker: str | None = key(None, "any of Accelerate's; null: log.jsonl only")
+    log_every: int = key(20, "optimizer steps between lines of the log", low=1)
+
+
+def from_dict(schema, mapping, source=None, script=None):
+    """The dataclass schema, filled from a mapping; raises ConfigError.
+
+    source: the Yaml that mapping is from, for line numbers; with it, files and names are checked too.
+    script: the file beside which relative paths start; without it, the current folder.
+    """
+    return Reader(source, script).read(schema, mapping, ())
+
+
+def to_dict(cfg):
+    """Plain values, for YAML or JSON: from_dict(type(cfg), to_dict(cfg)) == cfg."""
+    if is_dataclass(cfg):
+        return {f.name: to_dict(getattr(cfg, f.name)) for f in fields(cfg)}
+    if isinstance(cfg, dict):
+        return {name: to_dict(value) for name, value in cfg.items()}
+    return [to_dict(x) for x in cfg] if isinstance(cfg, list) else str(cfg) if isinstance(cfg, Path) else cfg
+
+
+def describe(schema, prefix=""):
+    """Every key of a schema with type, default and meaning, one paragraph each."""
+    lines, hints = [], typing.get_type_hints(schema)
+    for entry in fields(schema):
+        kind, name, meaning = hints[entry.name], prefix + entry.name, entry.metadata.get("meaning", "")
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        given = "required" if default is MISSING else f"default {show(to_dict(default))}"
+        title = f"\n{name}" if is_dataclass(kind) else f"  {name} ({type_name(kind)}; {given})"
+        lines.append(textwrap.fill(f"{title}: {meaning}", 110, subsequent_indent=" " * 6, replace_whitespace=False))
+        for inner in filter(is_dataclass, (kind, *typing.get_args(kind))):
+            lines += describe(inner, f"{name}.NAME." if typing.get_origin(kind) is dict else f"{name}.")
+    return lines
+
+
+def load(schema, script, argv=None, description=""):
+    """(the schema filled, options with .config and .dry_run) from `--config FILE [--dry_run] [a.b=yaml ...]`.
+
+    script: its __file__. A wrong command line exits with 2; anything wrong in the file raises ConfigError.
+    """
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name,
+        usage="%(prog)s --config FILE [--dry_run] [key=value ...]",
+        description=description,
+        epilog="\n".join(["keys of FILE:", "", *describe(schema)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment")
+    parser.add_argument("--dry_run", action="store_true", help="build, run one batch, print what there is, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key: data.batch_size=8")
+    options = parser.parse_intermixed_args(argv)
+    source = Yaml.read(options.config)
+    for text in options.overrides:
+        if "=" not in text:
+            parser.error(f"'{text}' is no override: write key=value, such as data.batch_size=8")
+        source.override(text)
+    return from_dict(schema, source.data, source, script), options

@@ -1,0 +1,146 @@
+"""The mathematics of the objectives as pure functions. Time runs from t = 0 (noise x0) to t = 1 (data x1)."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """Random tensors of one micro-step, drawn for the whole batch of all processes; each process takes its rows.
+
+    So one process and N processes train the same run, and a resumed run needs no saved generator state. Without a key
+    the numbers follow torch's global generator.
+    """
+
+    def __init__(self, *key, rank=0, world=1, device="cpu"):
+        self.rank, self.world = rank, world
+        key = key or (torch.randint(2**62, ()).item(),)
+        self.generator = torch.Generator(device).manual_seed(seed_of(*key))
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._rows(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._rows(torch.rand, shape)
+
+    def _rows(self, draw, shape):
+        drawn = draw(shape[0] * self.world, *shape[1:], generator=self.generator, device=self.generator.device)
+        return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed from any printable key, the same in every process and Python version."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
+def sample_time(u: Tensor) -> Tensor:
+    """Uniform u -> t ~ Beta(1, 1.5), clamped to 0.999: density proportional to (1 - t)^0.5, more weight near the noise.
+
+    The mirror image of pi0's schedule (Black et al. 2024, arXiv:2410.24164, appendix B), which runs from data to noise.
+    """
+    return (1 - u.pow(2 / 3)).clamp(max=0.999)
+
+
+def ramp(progress: float, share: float) -> float:
+    """0 to 1 over the first `share` of the run; progress is the share of its steps that are done."""
+    return min(progress / share, 1.0) if share else 1.0
+
+
+def camera_drop(noise: Noise, batch: int, cameras: int, probability: float) -> Tensor:
+    """(B, cameras) bool: with `probability` one camera of a sample is hidden, never its only one."""
+    u = noise.uniform(batch, 2)
+    chosen = (u[:, 1] * cameras).long()[:, None] == torch.arange(cameras, device=u.device)
+    return chosen & (u[:, :1] < (probability if cameras > 1 else 0.0))
+
+
+def linear_path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x0, x1 (..., T, A), t (...) -> xt, velocity (..., T, A). Lipman et al. 2023 (arXiv:2210.02747) eq. 22, sigma 0."""
+    t = t[..., None, None]
+    return (1 - t) * x0 + t * x1, x1 - x0
+
+
+def masked_mse(prediction: Tensor, target: Tensor, is_pad: Tensor) -> Tensor:
+    """prediction, target (B, R, T, A), is_pad (B, T) -> squared error summed over valid entries, divided by B R T A.
+
+    The denominator is constant, so micro-steps and processes of equal size add up to the loss of the whole batch.
+    """
+    return (prediction - target).square().masked_fill(is_pad[:, None, :, None], 0).mean()
+
+
+def gaussian_kl(q, p, balance=0.8, free_nats=0.25) -> tuple[Tensor, Tensor]:
+    """KL(q || p) of diagonal Gaussians (mu, logvar), each (B, n, D) -> (loss, KL), means over B in nats, float32.
+
+    `balance` is the share of the gradient that moves the prior (Hafner et al. 2021, arXiv:2010.02193, section 2.2);
+    below `free_nats` per token the loss is flat (Kingma et al. 2016, arXiv:1606.04934, eq. 15, per token here).
+    """
+    with torch.autocast(q[0].device.type, enabled=False):
+        (mq, vq), (mp, vp) = ((mu.float(), logvar.float()) for mu, logvar in (q, p))
+
+        def per_token(mq, vq, mp, vp):
+            return 0.5 * (vp - vq + (vq.exp() + (mq - mp).square()) / vp.exp() - 1).sum(-1)
+
+        to_prior = per_token(mq.detach(), vq.detach(), mp, vp)
+        to_posterior = per_token(mq, vq, mp.detach(), vp.detach())
+        loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_posterior.clamp(min=free_nats)
+        return loss.sum(-1).mean(), to_prior.detach().sum(-1).mean()
+
+
+def transport_plan(cost: Tensor, eps: Tensor, iterations=100, anneal=0.7) -> Tensor:
+    """cost (..., n, m), eps () -> entropic transport plan between uniform weights, no gradient.
+
+    Log-domain Sinkhorn (Peyre & Cuturi 2019, arXiv:1803.00567, section 4.4) with eps annealed from the largest cost
+    by `anneal` per iteration; ends on a row update, so rows sum to 1/n exactly and columns to 1/m at convergence.
+    """
+    cost = cost.detach().float()
+    n, m = cost.shape[-2:]
+    log_n, log_m = -torch.tensor(n).log(), -torch.tensor(m).log()
+    f, g = cost.new_zeros(*cost.shape[:-1], 1), cost.new_zeros(*cost.shape[:-2], 1, m)
+    start = cost.amax()
+    for k in range(iterations):
+        now = torch.maximum(start * anneal**k, eps)
+        g = -now * torch.logsumexp((f - cost) / now + log_n, -2, keepdim=True)
+        f = -now * torch.logsumexp((g - cost) / now + log_m, -1, keepdim=True)
+    return ((f + g - cost) / now + log_n + log_m).exp()
+
+
+def kot(predicted: Tensor, expert: Tensor, state: Tensor, lam_state=2.0, blur=0.05, iterations=100, solver="sinkhorn"):
+    """K-OT: transport cost between predicted and demonstrated (state, chunk) pairs of one batch -> (), scalars.
+
+    predicted, expert (B, T, A), state (B, S); cost C_ij = mean |a_hat_i - a_j|^2 + lam_state * mean |s_i - s_j|^2.
+    `sinkhorn`: the debiased divergence OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 (Feydy et al. 2019, arXiv:1810.08278)
+    with eps = blur * median(C); `exact`: the optimal assignment. Plans are detached (envelope theorem), so gradients
+    reach `predicted` through C only. float32 throughout.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        x, y, s = (tensor.float().flatten(1) for tensor in (predicted, expert, state))
+
+        labels = lam_state * mean_squares(s, s)
+        across = mean_squares(x, y) + labels
+        if solver == "exact":
+            plan = _assignment(across.detach())
+            loss = (plan * across).sum()
+        else:
+            costs = torch.stack([across, mean_squares(x, x) + labels, mean_squares(y, y) + labels])
+            eps = blur * across.detach().median() + torch.finfo(torch.float32).tiny
+            plans = transport_plan(costs, eps, iterations)
+            entropy = torch.xlogy(plans, plans * plans.shape[-1] ** 2).sum((-2, -1))
+            ot = (plans * costs).sum((-2, -1)) + eps * entropy
+            loss, plan = ot[0] - 0.5 * (ot[1] + ot[2]), plans[0]
+        identity = plan.diagonal().sum()
+        return loss, {"kot_identity": identity.detach()}
+
+
+def mean_squares(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, D), b (m, D) -> (n, m): squared distances divided by D."""
+    squares = a.square().sum(-1)[:, None] + b.square().sum(-1)[None] - 2 * a @ b.T
+    return squares.clamp(min=0) / a.shape[1]
+
+
+def _assignment(cost):
+    from scipy.optimize import linear_sum_assignment  # the only use of SciPy; not paid for by runs without it
+
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    plan = torch.zeros_like(cost)
+    plan[rows, columns] = 1 / len(cost)
+    return plan

@@ -1,0 +1,327 @@
+"""What surrounds the training loop: processes, run folder, signals, log, held-out loss, saving and resuming."""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from common import checkpoint, optim
+from common.build import import_plugins
+from common.config import ConfigError, UserError, Yaml, to_dict
+from common.data.loader import Data, Normalizer
+from common.losses import Noise, seed_of
+from common.parts import Parts, build_parts
+
+
+def cli(main):
+    """Run a script's main and exit: 0, 2 with one message for a user's mistake, 130 after Ctrl-C."""
+    try:
+        code = main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+class Run:
+    """One training run in its folder: where it stands (step, epoch, offset) and what happens around each step."""
+
+    def __init__(self, cfg, options, script):
+        self.cfg, self.train, self.options = cfg, cfg.train, options
+        path = Path(script).resolve()
+        self.script = path.name if path.parent == checkpoint.ROOT else str(path)
+        self.folder = cfg.train.save_dir
+        if not options.dry_run:
+            self._claim_folder()
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=cfg.train.micro_steps,
+            log_with=cfg.train.tracker,
+            project_dir=self.folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ConfigError(f"{kind.value} shards the weights, which per-component files do not support: use plain DDP")
+        self.rank, self.world, self.main = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.is_main_process,
+        )
+        self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            # The launcher leaves one thread per process; results repeat bit for bit for the same number.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        import_plugins(cfg.plugins)
+        with self.accelerator.local_main_process_first():
+            self.data = Data(cfg.data)
+        self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
+        self.total = min(cfg.train.epoch * self.steps_per_epoch, cfg.train.total_steps or math.inf)
+        self.step = self.epoch = self.offset = 0
+        self.signal, self.stopping = None, False
+        self.scalars = {}
+
+    def _claim_folder(self):
+        """Lock the run folder, so that two runs never write into one; processes of one run share the lock."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if int(os.environ.get("RANK", 0)) == 0:
+                self.lock = (self.folder / ".lock").open("a+")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.lock.truncate(0)
+                self.lock.write(f"pid {os.getpid()} on {platform.node()}")
+                self.lock.flush()
+        except BlockingIOError as e:
+            self.lock.seek(0)
+            raise UserError(f"{self.folder}: another run writes here ({self.lock.read()}); set train.save_dir") from e
+        except OSError as e:
+            raise UserError(f"train.save_dir: {self.folder} cannot be written: {e.strerror}") from e
+
+    def components(self) -> tuple[Parts, Normalizer]:
+        """The listed components as train.yaml wants them initialised, and the statistics of this dataset."""
+        torch.manual_seed(self.cfg.seed)
+        self.sources = {name: Yaml.read(path) for name, path in self.cfg.model.component_config_paths.items()}
+        start = self.train.load_dir
+        if start and not (start / "meta.json").is_file():
+            start = checkpoint.newest(start)
+            if start is None:
+                raise ConfigError(f"train.load_dir: {self.train.load_dir} holds no checkpoint")
+        parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
+        return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
+
+    def resume(self, policy, optimizers, average):
+        """Take up the newest checkpoint of the run folder, if there is one, and get ready to be stopped."""
+        self.policy, self.optimizers, self.average = policy, optimizers, average
+        found = [None]
+        if self.main:
+            checkpoint.repair(self.folder)
+            found = [checkpoint.newest(self.folder)]
+        folder = broadcast_object_list(found)[0]
+        if folder:
+            meta = checkpoint.load(folder, policy, optimizers, average)
+            self.step, self.epoch, self.offset = meta["step"], meta["epoch"], meta["offset"]
+            for what, now in self._circumstances().items():
+                if meta[what] != now and self.main:
+                    print(f"warning: {what} was {meta[what]}, now {now}: training goes on, not bit for bit")
+        if self.main:
+            print(f"resuming {folder} at step {self.step} of {self.total}" if folder else f"new run in {self.folder}")
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+            self._cut_log()
+        if self.train.tracker:
+            try:
+                self.accelerator.init_trackers(self.train.project_name, to_dict(self.cfg))
+            except Exception as e:  # a tracker that cannot be reached must not cost the run
+                print(f"warning: tracker {self.train.tracker} is off: {e}")
+                self.accelerator.trackers = []
+        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        shown = {"initial": self.step, "total": self.total, "disable": not self.main, "dynamic_ncols": True}
+        self.bar = tqdm(desc=self.train.project_name, unit="step", **shown)
+
+    def _stop(self, number, frame):
+        """Finish the step, save, exit; a second Ctrl-C stops at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def _circumstances(self):
+        return {"processes": self.world, "batch_size": self.cfg.data.batch_size, "threads": torch.get_num_threads()}
+
+    def batches(self):
+        """Micro-batches until the run is done or told to stop, each with the noise of its step."""
+        if self.step >= self.total:
+            return
+        batches = self.data.batches(
+            self.cfg.seed, self.train.micro_steps, self.rank, self.world, self.device, self.epoch, self.offset
+        )
+        micro, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.logged, asked = self.step, self.since
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            self.position = batch.pop("position")
+            key = (self.cfg.seed, self.step, micro)
+            batch["noise"] = Noise("objective", *key, rank=self.rank, world=self.world, device=self.device)
+            batch["progress"] = self.step / self.total
+            torch.manual_seed(seed_of("dropout", *key, self.rank))
+            yield batch
+            micro = 0 if self.accelerator.sync_gradients else micro + 1
+            if self.step >= self.total or self.stopping:
+                return
+            asked = time.perf_counter()
+
+    def note(self, **scalars):
+        """Add scalars of this step to what is logged, averaged over its micro-steps; no host read."""
+        for name, value in scalars.items():
+            self.scalars[name] = self.scalars.get(name, 0) + value / self.train.micro_steps
+
+    def clip(self):
+        """Clip each component's gradients; stop all processes, weights untouched, where anything is not finite.
+
+        Holds the only host read of a step: is everything finite, and was any process told to stop.
+        """
+        self.accelerator.unscale_gradients()
+        norms = {}
+        for name in self.policy.parts.trainable():
+            norms[f"norm/{name}"] = torch.nn.utils.clip_grad_norm_(self.policy.parts[name].parameters(), self.train.clip)
+        self.scalars |= norms
+        # With float16 the scaler itself meets overflowing gradients, by skipping the step.
+        watched = [self.scalars["loss"], *(norms.values() if self.accelerator.scaler is None else ())]
+        broken = (~torch.stack([value.float() for value in watched]).isfinite()).any().float()
+        flags = torch.stack([broken, torch.full_like(broken, self.signal is not None)])
+        broken, stopping = self.accelerator.reduce(flags, "sum").tolist()
+        if broken:
+            bad = [name for name, value in self.scalars.items() if not math.isfinite(value)]
+            self.close()
+            raise SystemExit(
+                f"step {self.step + 1}: not finite: {', '.join(bad) or 'on another process'}. The weights were left as "
+                f"they are; checkpoints in {self.folder} are from before. Lower peak_lr, or look at the data."
+            )
+        self.stopping = bool(stopping)
+
+    def end_step(self, model):
+        """After an optimizer step: position, bar and log, held-out loss at the end of an epoch, checkpoint when due."""
+        epoch, offset = self.position
+        ended = offset + self.cfg.data.batch_size > len(self.data.train_rows)
+        self.epoch, self.offset = (epoch + 1, 0) if ended else (epoch, offset)
+        self.bar.update()
+        last = self.step >= self.total or self.stopping
+        if self.step % self.train.log_every == 0 or last:
+            self._log_step()
+        self.scalars = {}
+        if ended and len(self.data.val_rows):
+            self._validate(model)
+        due = self.train.save_every_steps and self.step % self.train.save_every_steps == 0
+        if last or due or (ended and self.epoch % self.train.save_every == 0):
+            self._save()
+
+    def _log_step(self):
+        now = time.perf_counter()
+        steps, self.logged = self.step - self.logged, self.step
+        timing = {"data_s": self.waited / steps, "updt_s": (now - self.since - self.waited) / steps}
+        timing["samples_per_s"] = self.cfg.data.batch_size * steps / (now - self.since)
+        self.since, self.waited = now, 0.0
+        scalars = self._log(self.scalars, **timing)
+        shown = {"loss": f"{scalars['loss']:.4f}", "samples/s": f"{timing['samples_per_s']:.0f}"}
+        self.bar.set_postfix(shown | {key: f"{timing[key]:.3f}" for key in ("data_s", "updt_s")})
+
+    def _log(self, scalars, **extra):
+        """Mean over processes of device scalars, to log.jsonl and the tracker."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
+        values = self.accelerator.reduce(values, "mean").tolist()
+        scalars = dict(zip(scalars, values, strict=True))
+        if self.main:
+            with (self.folder / "log.jsonl").open("a") as f:
+                f.write(json.dumps({"step": self.step, "epoch": self.epoch, **scalars, **extra}) + "\n")
+        self.accelerator.log({**scalars, **extra}, step=self.step)
+        return scalars
+
+    def _cut_log(self):
+        """Lines of steps after the checkpoint are written again by this run: drop them."""
+        file = self.folder / "log.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        file.write_text("".join(line + "\n" for line in kept))
+
+    @torch.no_grad()
+    def _validate(self, model):
+        """Loss on held-out episodes with the weights to run and the same noise every time."""
+        sums, count, size = {}, 0, self.cfg.data.batch_size // self.world
+        model.eval()
+        with self.average.applied():
+            for i, batch in enumerate(self.data.held_out(self.rank, self.world, self.device, size)):
+                key = ("held out", self.cfg.seed, i)
+                batch["noise"] = Noise(*key, rank=self.rank, world=self.world, device=self.device)
+                batch["progress"] = 1.0
+                _, scalars = self.policy(batch)
+                n = len(batch["action"])
+                sums = {name: sums.get(name, 0) + n * value for name, value in scalars.items()}
+                count += n
+        model.train()
+        if count:
+            scalars = self._log({f"val/{name}": value / count for name, value in sums.items()})
+            self.bar.write(f"epoch {self.epoch}, step {self.step}: held-out loss {scalars['val/loss']:.4f}")
+
+    def _save(self):
+        name = f"step_{self.step}" if self.offset else f"epoch_{self.epoch}"
+        if self.main:
+            meta = {"step": self.step, "epoch": self.epoch, "offset": self.offset, "script": self.script}
+            meta |= self._circumstances()
+            meta["versions"] = {"torch": torch.__version__, "accelerate": accelerate.__version__}
+            meta |= {"facts": self.data.facts, "aliases": self.policy.parts.aliases}
+            meta["components"] = {name: self.sources[name].text for name in [*self.policy.parts, *self.policy.parts.aliases]}
+            meta["config"] = to_dict(self.cfg)
+            checkpoint.save(self.folder / name, self.policy, self.optimizers, self.average, meta)
+            checkpoint.prune(self.folder, self.train.keep_last)
+            draw_curves(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> int:
+        """Close the run; the exit code: 130 after Ctrl-C, else 0."""
+        self.close()
+        if self.main:
+            print(f"{'stopped' if self.step < self.total else 'finished'} at step {self.step}: {self.folder}")
+        return 130 if self.signal == signal.SIGINT else 0
+
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.accelerator.end_training()
+        if hasattr(self, "lock"):
+            self.lock.close()
+
+    @torch.no_grad()
+    def dry_run(self, policy) -> int:
+        """Print what would be trained: components, one batch, one loss, one sample, the config. Nothing is written."""
+        policy.to(self.device)
+        print(f"{'component':<24}{'parameters':>14}{'trainable':>12}{'memory':>12}")
+        for name, part in policy.parts.items():
+            count = sum(p.numel() for p in part.parameters())
+            frozen = name in policy.parts.frozen
+            # float32 weights, and for trained ones gradient, two Adam moments and the EMA
+            size = count * 4 * (1 if frozen else 4 + bool(self.train.ema)) / 2**20
+            print(f"{name:<24}{count:>14,}{'no' if frozen else 'yes':>12}{size:>8.1f} MiB")
+        for name, owner in policy.parts.aliases.items():
+            print(f"{name:<24}same as {owner}")
+        batch = next(self.data.batches(self.cfg.seed, self.train.micro_steps, self.rank, self.world, self.device))
+        batch.pop("position")
+        for key, value in batch.items():
+            print(f"batch  {key:<32}{tuple(value.shape)!s:<24}{value.dtype}")
+        batch |= {"noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device), "progress": 1.0}
+        loss, scalars = policy.train()(batch)
+        print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        policy.eval()
+        x0 = torch.zeros_like(batch["action"][:1])
+        observation = {key: value[:1] for key, value in batch.items() if key.startswith("observation")}
+        chunk = policy.sample(policy.encode(observation), x0, steps=2)
+        print(f"sample {tuple(chunk.shape)}; {self.total} steps of {self.steps_per_epoch} per epoch")
+        print(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+        return 0
+
+
+def draw_curves(folder: Path):
+    """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
+    from matplotlib.figure import Figure  # half a second to import, only where a picture is drawn
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axis, keys in zip(figure.subplots(1, 2), (("loss", "val/loss"), ("lr",)), strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+        axis.set(xlabel="optimizer step", yscale="log" if "loss" in keys and points else "linear")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)

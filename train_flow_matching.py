@@ -1,0 +1,108 @@
+"""naive_flow_matching_policy: plain flow matching, noise to an action chunk given what the robot sees.
+
+    accelerate launch -q train_flow_matching.py --config configs/naive_flow_matching_policy/tabletop/train.yaml
+
+The same command again resumes. To fork an experiment, copy its config folder; to fork the policy, copy this file too.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from common import config, flow, optim, run
+from common.config import key
+from common.losses import camera_drop, linear_path, masked_mse, sample_time
+
+
+@dataclass
+class Loss:
+    target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
+    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
+    camera_dropout: float = key(0.0, "probability that one camera of a sample is hidden behind learned mask tokens")
+
+
+@dataclass
+class Config:
+    model: config.Model = key(..., "components: what they are, how they start, how they are optimised")
+    data: config.Data = key(..., "the demonstrations")
+    loss: Loss = key(Loss(), "terms of the objective")
+    train: config.Train = key(..., "the run")
+    plugins: list[str] = key([], "modules to import, which register more blocks")
+    seed: int = key(0, "weights, order, noise")
+
+
+class Policy(nn.Module):
+    """Components: backbone(s), info_embedder, action_decoder."""
+
+    def __init__(self, parts, stats, cfg):
+        super().__init__()
+        self.parts, self.stats, self.loss = parts, stats, cfg.loss
+        self.cameras = list(cfg.data.cameras)
+
+    def forward(self, batch):
+        """One micro-batch with its noise -> loss (), scalars to log."""
+        noise, x1 = batch["noise"], self.stats.normalize("action", batch["action"])
+        hidden = self.loss.camera_dropout if self.training else 0.0
+        memory = self.encode(batch, camera_drop(noise, len(x1), len(self.cameras), hidden))
+        x1 = x1[:, None].expand(-1, self.loss.draws, -1, -1)
+        x0, t = noise.normal(*x1.shape), sample_time(noise.uniform(*x1.shape[:2]))
+        xt, velocity = linear_path(x0, x1, t)
+        predicted = self.parts["action_decoder"](x_t=xt, t=t, memory=memory)
+        loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, batch["action_is_pad"])
+        return loss, {"loss": loss.detach()}
+
+    def encode(self, obs, drop=None):
+        """Observation (state in raw units, pictures in [0, 1]) -> memory (B, N, d), once per look."""
+        proprio = self.stats.normalize("state", obs["observation.state"])
+        visual, semantic = self.parts.look({name: obs[f"observation.images.{name}"] for name in self.cameras})
+        return self.parts["info_embedder"](cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=drop)
+
+    def latent(self, memory, noise):
+        """No latent."""
+
+    @torch.no_grad()
+    def sample(self, memory, x0, steps=10, z=None, solver=flow.euler):
+        """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units."""
+        decode = self.parts["action_decoder"].bind(memory=memory)
+        x1 = solver(partial(flow.velocity, decode, self.loss.target), x0, steps)
+        return self.stats.denormalize("action", x1)
+
+    def after_step(self, step):
+        """After each optimizer step; nothing here."""
+
+
+def main(argv=None):
+    cfg, options = config.load(Config, __file__, argv, __doc__)
+    job = run.Run(cfg, options, __file__)
+    policy = Policy(*job.components(), cfg)
+    if options.dry_run:
+        return job.dry_run(policy)
+    optimizers = optim.build(policy.parts, cfg)
+    model, *optimizers = job.accelerator.prepare(policy, *optimizers)
+    average = optim.Average(policy, optimizers, cfg.train.ema)
+    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    model.train()
+    for batch in job.batches():
+        with job.accelerator.accumulate(model):
+            loss, scalars = model(batch)
+            job.accelerator.backward(loss)
+            job.note(**scalars)
+            if job.accelerator.sync_gradients:
+                job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
+                job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if job.accelerator.sync_gradients:
+            job.step += 1
+            average.update(job.step)
+            policy.after_step(job.step)
+            job.end_step(model)  # log, held-out loss, checkpoint
+    return job.finish()
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -1,0 +1,158 @@
+"""vfp_single_expert: flow matching whose decoder is told by a latent which way of doing the task to take.
+
+    accelerate launch -q train_vfp.py --config configs/vfp_single_expert/tabletop/train.yaml
+
+A posterior reads the latent z from the demonstrated chunk, a prior learns to draw it from the observation alone (Zhai
+et al. 2025, arXiv:2508.01622). The same command again resumes. To fork an experiment, copy its config folder; to fork
+the policy, copy this file too.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common import config, flow, optim, run
+from common.config import key
+from common.losses import Noise, camera_drop, gaussian_kl, kot, linear_path, masked_mse, ramp, sample_time
+
+
+@dataclass
+class Sinkhorn:
+    weight: float = key(0.05, "of the K-OT term")
+    lam_state: float = key(2.0, "cost of pairing different states")
+    blur: float = key(0.05, "entropic regularisation as a share of the median cost")
+    iterations: int = key(100, "of the annealed Sinkhorn solver")
+    solver: Literal["sinkhorn", "exact"] = key("sinkhorn", "exact: optimal assignment on the host")
+
+
+@dataclass
+class Loss:
+    target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
+    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
+    camera_dropout: float = key(0.15, "probability that one camera of a sample is hidden behind learned mask tokens")
+    kl: float = key(1.0, "of KL(posterior || prior) in units of 1 / (T A), the scale of the evidence bound")
+    kl_ramp: float = key(0.05, "share of the run over which the KL weight rises from 0")
+    balance: float = key(0.8, "share of the KL gradient that moves the prior")
+    free_nats: float = key(0.25, "per latent token, below which the KL is not pushed")
+    sinkhorn: Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
+
+
+@dataclass
+class Config:
+    model: config.Model = key(..., "components: what they are, how they start, how they are optimised")
+    data: config.Data = key(..., "the demonstrations")
+    loss: Loss = key(Loss(), "terms of the objective")
+    train: config.Train = key(..., "the run")
+    plugins: list[str] = key([], "modules to import, which register more blocks")
+    seed: int = key(0, "weights, order, noise")
+
+
+class Memory(NamedTuple):
+    """What a look gives: tokens (B, N, d) for the decoder; what posterior and prior read of the first camera."""
+
+    tokens: Tensor
+    first: dict
+
+
+class Policy(nn.Module):
+    """Components: backbone(s), info_embedder, vae_posterior, vae_prior, action_decoder."""
+
+    def __init__(self, parts, stats, cfg):
+        super().__init__()
+        self.parts, self.stats, self.loss = parts, stats, cfg.loss
+        self.cameras = list(cfg.data.cameras)
+
+    def forward(self, batch):
+        """One micro-batch with its noise -> loss (), scalars to log."""
+        noise, x1 = batch["noise"], self.stats.normalize("action", batch["action"])
+        hidden = self.loss.camera_dropout if self.training else 0.0
+        memory = self.encode(batch, camera_drop(noise, len(x1), len(self.cameras), hidden))
+
+        posterior = self.parts["vae_posterior"](**memory.first, action=x1)
+        prior = self.parts["vae_prior"](**memory.first)
+        z = posterior.sample(noise.normal(*posterior.mu.shape))
+        kl_loss, kl = gaussian_kl(posterior, prior, self.loss.balance, self.loss.free_nats)
+        kl_weight = self.loss.kl * ramp(batch["progress"], self.loss.kl_ramp) / x1[0].numel()
+
+        decode = self.parts["action_decoder"].bind(memory=memory.tokens)
+        x1 = x1[:, None].expand(-1, self.loss.draws, -1, -1)
+        x0, t = noise.normal(*x1.shape), sample_time(noise.uniform(*x1.shape[:2]))
+        xt, velocity = linear_path(x0, x1, t)
+        predicted = decode(x_t=xt, t=t, z=z)
+        flow_loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, batch["action_is_pad"])
+
+        loss, scalars = flow_loss + kl_weight * kl_loss, {"flow": flow_loss, "kl": kl}
+        if self.loss.sinkhorn:
+            z = prior.sample(noise.normal(*prior.mu.shape))
+            # One step from pure noise, on the same keys and values without their gradient: K-OT moves decoder and prior.
+            end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=z)
+            end = end if self.loss.target == "x1" else x0[:, :1] + end
+            settings = vars(self.loss.sinkhorn).copy()
+            weight, valid = settings.pop("weight"), ~batch["action_is_pad"][:, None, :, None]
+            ot_loss, ot = kot(end * valid, x1[:, :1] * valid, memory.first["cond_proprio"][:, -1], **settings)
+            loss, scalars = loss + weight * ot_loss, scalars | ot | {"kot": ot_loss}
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
+
+    def encode(self, obs, drop=None):
+        """Observation (state in raw units, pictures in [0, 1]) -> Memory, once per look."""
+        proprio = self.stats.normalize("state", obs["observation.state"])
+        visual, semantic = self.parts.look({name: obs[f"observation.images.{name}"] for name in self.cameras})
+        tokens = self.parts["info_embedder"](
+            cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=drop
+        )
+        # Posterior and prior read features that the flow loss shapes; they don't shape them.
+        first = {"cond_visual": [x.detach() for x in visual[:1]], "cond_semantic": [x.detach() for x in semantic[:1]]}
+        return Memory(tokens, {**first, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]})
+
+    def latent(self, memory, noise):
+        """z (B, n, D) from the prior: which way to do the task."""
+        prior = self.parts["vae_prior"](**memory.first)
+        return prior.sample(noise.normal(*prior.mu.shape))
+
+    @torch.no_grad()
+    def sample(self, memory, x0, steps=10, z=None, solver=flow.euler):
+        """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units; z from the prior where none is given."""
+        z = self.latent(memory, Noise(device=x0.device)) if z is None else z
+        decode = self.parts["action_decoder"].bind(memory=memory.tokens, z=z)
+        x1 = solver(partial(flow.velocity, decode, self.loss.target), x0, steps)
+        return self.stats.denormalize("action", x1)
+
+    def after_step(self, step):
+        """After each optimizer step; nothing here."""
+
+
+def main(argv=None):
+    cfg, options = config.load(Config, __file__, argv, __doc__)
+    job = run.Run(cfg, options, __file__)
+    policy = Policy(*job.components(), cfg)
+    if options.dry_run:
+        return job.dry_run(policy)
+    optimizers = optim.build(policy.parts, cfg)
+    model, *optimizers = job.accelerator.prepare(policy, *optimizers)
+    average = optim.Average(policy, optimizers, cfg.train.ema)
+    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    model.train()
+    for batch in job.batches():
+        with job.accelerator.accumulate(model):
+            loss, scalars = model(batch)
+            job.accelerator.backward(loss)
+            job.note(**scalars)
+            if job.accelerator.sync_gradients:
+                job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
+                job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if job.accelerator.sync_gradients:
+            job.step += 1
+            average.update(job.step)
+            policy.after_step(job.step)
+            job.end_step(model)  # log, held-out loss, checkpoint
+    return job.finish()
+
+
+if __name__ == "__main__":
+    run.cli(main)
