@@ -13,7 +13,13 @@ from torch import nn
 
 from common.config import ConfigError, Yaml, nearest, show, suggest
 
-FACTS = ("action_dim", "state_dim", "num_cameras", "action_horizon")  # what `null` takes from the dataset
+FACTS = (
+    "action_dim",
+    "state_dim",
+    "num_cameras",
+    "action_horizon",
+    "proprio_history",
+)  # what `null` takes from the dataset
 _BLOCKS = {}
 
 
@@ -101,10 +107,10 @@ class GraphModel(nn.Module):
     def bind(self, **inputs):
         """Run once what depends on these inputs only; returns callable(**the other inputs) -> the result of forward.
 
-        A block of which some inputs are known, and that has bind(**known) -> callable(**rest), is bound in turn.
+        A block with a bind(**known) -> callable(**rest) of its own is bound where all that its bind requires is known.
         """
         if self._inputs is None:
-            return self.block.bind(**inputs) if hasattr(self.block, "bind") else functools.partial(self, **inputs)
+            return self.block.bind(**inputs) if hasattr(self.block, "bind") else Bound(self, None, inputs)
         self._expect(inputs, [name for name in self._inputs if name in inputs])
         values, later = dict(inputs), []
         for step in self._steps:
@@ -112,18 +118,13 @@ class GraphModel(nn.Module):
             if values.keys() >= set(_names(step.inputs)):
                 self._call(step, function, values)
                 continue
-            if hasattr(function, "bind"):
-                known = {k: t for k, t in step.inputs.items() if values.keys() >= set(_names(t))}
-                if known:
-                    function = function.bind(**_fill(known, values.__getitem__))
-                    step = step._replace(inputs={k: t for k, t in step.inputs.items() if k not in known})
+            takes = inspect.signature(function.bind).parameters if hasattr(function, "bind") else {}
+            known = {k for k in takes if k in step.inputs and values.keys() >= set(_names(step.inputs[k]))}
+            if known and all(k in known or p.default is not p.empty for k, p in takes.items()):
+                function = function.bind(**{k: _fill(step.inputs[k], values.__getitem__) for k in known})
+                step = step._replace(inputs={k: t for k, t in step.inputs.items() if k not in known})
             later.append((step, function))
-
-        def call(**rest):
-            self._expect(rest, [name for name in self._inputs if name not in inputs])
-            return self._run(later, {**values, **rest})
-
-        return call
+        return Bound(self, later, values)
 
     def _expect(self, given, names):
         if given.keys() != set(names):
@@ -141,11 +142,32 @@ class GraphModel(nn.Module):
         values.update(zip(step.out, result, strict=True))
 
     def _run(self, calls, values):
-        values = dict(values)
         for step, function in calls:
             self._call(step, function, values)
         result = _fill(self._result, values.__getitem__)
         return tuple(result) if isinstance(result, list) else result
+
+
+class Bound:
+    """A GraphModel with some inputs given: the calls that are left (None: its forward) and the values known so far."""
+
+    def __init__(self, model, calls, values):
+        self.model, self.calls, self.values = model, calls, values
+
+    def __call__(self, **rest):
+        if self.calls is None:
+            return self.model(**self.values, **rest)
+        self.model._expect(rest, [name for name in self.model._inputs if name not in self.values])
+        return self.model._run(self.calls, {**self.values, **rest})
+
+    def detach(self):
+        """The same without gradient to anything that is known; a block's own bound callable brings its detach()."""
+
+        def cut(value):
+            return value.detach() if hasattr(value, "detach") else value
+
+        calls = self.calls and [(step, cut(function)) for step, function in self.calls]
+        return Bound(self.model, calls, _fill(self.values, cut))
 
 
 class _Checked:
@@ -154,7 +176,7 @@ class _Checked:
     def __init__(self, source, facts):
         self.source, self.facts, self.error = source, facts or {}, source.error
         self.inputs, self.steps, self.result = None, [], None
-        self.makers = {}  # block name -> (class or function, arguments, where it stands)
+        self.makers, self.results = {}, {}  # block name -> (class or function, arguments, place); names of results
         self.params, self.names, self.values, self.used = {}, [], [], set()  # values: what $ may name so far
         data = source.data
         if "block" in data:
@@ -174,13 +196,17 @@ class _Checked:
             self.claim(name, ("inputs",))
         self.values = list(inputs)
         for name, entry in self.mapping(blocks, ("blocks",)).items():
+            self.mapping(entry, ("blocks", name), ("block", "in", "args", "out"), ("block", "in"))
+            self.results[name] = entry.get("out", [name])
+            if not isinstance(self.results[name], list):
+                raise self.error(("blocks", name, "out"), f"expected a list of names, found {show(entry['out'])}")
+        for name, entry in blocks.items():
             here = ("blocks", name)
-            self.mapping(entry, here, ("block", "in", "args", "out"), ("block", "in"))
             template = self.references(entry["in"], (*here, "in"))
             self.add(name, entry, here, template if isinstance(template, list | dict) else [template])
         self.result = self.references(self.source.data["return"], ("return",))
         for step in self.steps:
-            if not self.used.intersection(step.out or [step.name]):
+            if not self.used.intersection(self.results[step.name]):
                 raise self.error(("blocks", step.name), "nothing uses its result: drop the block, or return it")
         for name in inputs + list(params):
             if name not in self.used:
@@ -191,54 +217,39 @@ class _Checked:
         maker = self.resolve(entry["block"], (*here, "block"))
         args = self.args(self.mapping(entry.get("args") or {}, (*here, "args")), (*here, "args"))
         title = f"block '{entry['block']}'"
+        parameters = list(inspect.signature(maker).parameters.values())
         if isinstance(maker, type):
-            self.fit(title, inspect.signature(maker), (*here, "args"), {}, args)
+            self.fit(title, parameters, (*here, "args"), {}, args)
             forward = list(inspect.signature(maker.forward).parameters.values())[1:]
-            if inputs is not None:
-                self.fit(title, inspect.Signature(forward), (*here, "in"), inputs, {})
+            self.fit(title, forward, (*here, "in"), inputs, {})
             if hasattr(maker, "bind") and isinstance(inputs, list):
                 inputs = dict(zip([p.name for p in forward], inputs, strict=False))
         else:
-            self.fit(title, inspect.signature(maker), (*here, "args"), inputs, args)
+            self.fit(title, parameters, (*here, "args"), inputs, args)
         self.makers[name] = maker, args, (*here, "block")
         if inputs is None:
             return
-        self.claim(name, here)
         if hasattr(GraphModel([], [], None), name):
             raise self.error(here, f"torch modules have an attribute '{name}': choose another name")
-        out = entry.get("out")
-        if out is not None and not (isinstance(out, list) and out):
-            raise self.error((*here, "out"), f"expected a list of names, found {show(out)}")
-        for result in out or []:
-            self.claim(result, (*here, "out"))
-        self.values += out or [name]
-        self.steps.append(Step(name, inputs, out, str(self.error((*here, "out"), ""))))
+        for result in [name, *entry.get("out", [])]:
+            self.claim(result, here)
+        self.values += self.results[name]
+        self.steps.append(Step(name, inputs, entry.get("out"), str(self.error((*here, "out"), ""))))
 
-    def fit(self, title, signature, here, inputs, args):
-        """Check inputs (list: positional, dict: by name, None: unknown) and args against a signature."""
-        parameters = signature.parameters.values()
-        kinds = {p.kind for p in parameters}
-        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        given = set()
-        if isinstance(inputs, list):
-            if len(inputs) > len(positional) and inspect.Parameter.VAR_POSITIONAL not in kinds:
-                takes = f"takes {len(positional)} inputs ({', '.join(positional)}), found {len(inputs)}"
-                raise self.error((*here[:-1], "in"), f"{title} {takes}")
-            given.update(positional[: len(inputs)])
-        for place, names in (("in", inputs if isinstance(inputs, dict) else {}), ("args", args)):
-            for name in names:
-                where = (*here[:-1], place, name)
-                if name in given:
-                    raise self.error(where, f"{title} gets '{name}' twice")
-                if name not in named and inspect.Parameter.VAR_KEYWORD not in kinds:
-                    known = f"{nearest(name, named)}\n    known: {', '.join(named) or 'none'}"
-                    raise self.error(where, f"{title} takes no '{name}'{known}")
-                given.add(name)
-        needed = named if inputs is not None else [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        missing = [p.name for p in parameters if p.default is p.empty and p.name in needed and p.name not in given]
-        if missing:
-            raise self.error(here, f"{title} needs {', '.join(missing)}")
+    def fit(self, title, parameters, here, inputs, args):
+        """Check inputs (list: positional, dict: by name, None: unknown) and args against a signature's parameters."""
+        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        by_name = inputs if isinstance(inputs, dict) else {}
+        for where in [*(("in", name) for name in by_name), *(("args", name) for name in args)]:
+            if where[1] not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                hint = f"{nearest(where[1], known)}\n    known: {', '.join(known) or 'none'}"
+                raise self.error((*here[:-1], *where), f"{title} takes no '{where[1]}'{hint}")
+        signature = inspect.Signature(parameters)
+        try:
+            fits = signature.bind if inputs is not None else signature.bind_partial
+            fits(*(inputs if isinstance(inputs, list) else ()), **by_name, **args)
+        except TypeError as e:
+            raise self.error(here, f"{title}: {e}") from e
 
     def claim(self, name, here):
         if not isinstance(name, str) or not name.isidentifier():
@@ -275,8 +286,8 @@ class _Checked:
         modules = {f"nn.{k}": v for k, v in vars(nn).items() if isinstance(v, type) and issubclass(v, nn.Module)}
         known = modules | _BLOCKS
         if not isinstance(name, str) or name not in known:
-            near = nearest(name, known) or f"; known: nn.*, {', '.join(sorted(_BLOCKS))}"
-            message = f"no block {show(name)}{near}. If it is your own, `plugins` in train.yaml must name its module"
+            near = nearest(name, known) or f"; known: {', '.join(sorted(_BLOCKS))}, nn.*"
+            message = f"no block '{name}'{near}\n    `plugins` in train.yaml names the modules of blocks of your own"
             raise UnknownBlock(str(self.error(here, message)))
         return known[name]
 
@@ -312,7 +323,7 @@ class _Checked:
                 problem = f"'{name}' is a param, not a tensor: params go under `args`"
             elif name in self.names:
                 problem = f"'{name}' has several results: use a name of its `out`"
-            elif any(name in (block, *(entry.get("out") or [])) for block, entry in self.source.data["blocks"].items()):
+            elif any(name in (block, *results) for block, results in self.results.items()):
                 problem = f"'{name}' is not there yet: a reference may only look back"
             else:
                 problem = f"nothing is called '{name}'{suggest(name, self.values)}"

@@ -63,7 +63,9 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 2**20
-        raise UserError(f"{folder}: could not be saved: {e.strerror or e} ({free:.0f} MiB free); nothing else changed") from e
+        raise UserError(
+            f"{folder}: could not be saved: {e.strerror or e} ({free:.0f} MiB free); nothing else changed"
+        ) from e
 
 
 def _progress(group):
@@ -231,6 +233,8 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None):
             cfg.model.component_build_args[name].init = "scratch"
     sources = {name: Yaml.parse(text, f"{folder}/meta.json:{name}") for name, text in meta["components"].items()}
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras)
-    policy = script.Policy(parts, Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors")), cfg)
+    policy = script.Policy(
+        parts, Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors")), cfg
+    )
     load(folder, policy)
     return policy.eval(), cfg

@@ -10,7 +10,7 @@ import re
 import textwrap
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,7 @@ def nearest(name, known):
 
 
 def suggest(name, known):
-    """nearest(), or all known names where none is close."""
+    """What nearest() says, or all known names where none is close."""
     return nearest(name, known) or f"; known: {', '.join(map(str, known)) or 'none'}"
 
 
@@ -50,6 +50,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, in which 1e-4 is a number."""
 
 
+_UNIONS = (typing.Union, types.UnionType)
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
@@ -78,10 +79,8 @@ class Yaml:
         """The mapping in a file."""
         try:
             return cls.parse(Path(path).read_text(encoding="utf-8"), path)
-        except OSError as e:
-            raise ConfigError(f"{path}: {e.strerror}") from e
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"{path}: not UTF-8 text") from e
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}: {getattr(e, 'strerror', 'not UTF-8 text')}") from e
 
     @classmethod
     def parse(cls, text, path):
@@ -139,23 +138,22 @@ class Yaml:
 
     def place(self, keys):
         """(line or override text, number of leading keys it stands for) of the longest known start of keys."""
-        known = next(n for n in range(len(keys), -1, -1) if keys[:n] in self.places)
-        return self.places[keys[:known]], known
+        known = next(n for n in range(len(keys), -1, -1) if tuple(keys[:n]) in self.places)
+        return self.places[tuple(keys[:known])], known
 
     def error(self, keys, message):
         """ConfigError to raise: "path/file.yaml:14: a.b.c: message", or "command line: a.b=1: message"."""
         place, known = self.place(keys)
-        overridden = isinstance(place, str)
-        inside = ".".join(map(str, keys[known:] if overridden else keys))
-        where = f"command line: {place}" if overridden else f"{self.path}:{place}"
-        return ConfigError(": ".join(filter(None, [where, inside, message])))
+        where = f"{self.path}:{place}"
+        if isinstance(place, str):
+            where, keys = f"command line: {place}", keys[known:]
+        return ConfigError(": ".join(filter(None, [where, ".".join(map(str, keys)), message])))
 
 
-def key(default, meaning, low=None, size=None):
-    """A field of a schema. default: ... if required. meaning: what --help prints. low: least number. size: of a list."""
-    metadata = {"meaning": meaning, "low": low, "size": size}
+def key(default, meaning, **bounds):
+    """A field of a schema. default: ... if required. meaning: what --help prints. bounds: low, and size of a list."""
     made = {} if default is ... else {"default_factory": lambda: copy.deepcopy(default)}
-    return field(kw_only=True, metadata=metadata, **made)
+    return field(kw_only=True, metadata={"meaning": meaning, **bounds}, **made)
 
 
 class Reader:
@@ -170,7 +168,7 @@ class Reader:
         self.error = self.source.error
 
     def path(self, text, keys):
-        """Absolute path. ./ and ../ start beside the YAML (on the command line: here), others in the script's folder."""
+        """Absolute path: ./ and ../ start beside the YAML (an override's: here), others in the script's folder."""
         folder = self.folder
         if text.split("/")[0] in (".", ".."):
             folder = "" if isinstance(self.source.place(keys)[0], str) else self.source.path.parent
@@ -179,10 +177,10 @@ class Reader:
     def read(self, kind, value, keys):
         """value as the type kind; raises ConfigError with what was found and what is expected."""
         origin, args = typing.get_origin(kind), typing.get_args(kind)
-        if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        if origin in _UNIONS:
             kinds = [k for k in args if k is not type(None)]
-            if value is None and len(kinds) < len(args):
-                return None
             if len(kinds) == 1:
                 return self.read(kinds[0], value, keys)
             for one in kinds:
@@ -200,15 +198,13 @@ class Reader:
             return self.path(value, keys)
         elif type(value) is kind or (kind is float and type(value) is int):
             return kind(value)
-        hint = nearest(value, args) if origin is Literal else ""
-        raise self.error(keys, f"expected {type_name(kind)}, found {show(value)}{hint}")
+        raise self.error(keys, f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}")
 
     def section(self, schema, mapping, keys):
         """The dataclass schema from a mapping."""
         hints, known, values = typing.get_type_hints(schema), {f.name: f for f in fields(schema)}, {}
-        for name in mapping:
-            if name not in known:
-                raise self.error((*keys, name), f"unknown key{suggest(name, known)}")
+        for name in [n for n in mapping if n not in known]:
+            raise self.error((*keys, name), f"unknown key{suggest(name, known)}")
         for name, entry in known.items():
             here, kind, required = (*keys, name), hints[name], entry.default is entry.default_factory is MISSING
             if name not in mapping and not required:
@@ -216,12 +212,10 @@ class Reader:
             if name not in mapping and not is_dataclass(kind):
                 raise self.error(here, f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})")
             value = values[name] = self.read(kind, mapping.get(name, {}), here)
-            low, size = entry.metadata.get("low"), entry.metadata.get("size")
-            if low is not None and any(
-                x < low for x in (value if isinstance(value, list) else [value]) if x is not None
-            ):
+            low, size, items = *map(entry.metadata.get, ("low", "size")), value if isinstance(value, list) else [value]
+            if low is not None and any(x < low for x in items if x is not None):
                 raise self.error(here, f"expected at least {low}, found {show(value)}")
-            if size is not None and len(value) != size:
+            if size not in (None, len(items)):
                 raise self.error(here, f"expected {size} numbers, found {show(value)}")
         made = schema(**values)
         if self.given and hasattr(made, "check"):
@@ -231,9 +225,11 @@ class Reader:
 
 def type_name(kind):
     """A type as --help and errors print it."""
-    if is_dataclass(kind):
-        return "mapping"
-    return kind.__name__ if isinstance(kind, type) else re.sub(r"[\w.<>]+\.", "", str(kind)).replace("None", "null")
+    inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
+    if typing.get_origin(kind) in (Literal, *_UNIONS):
+        return " | ".join(inner)
+    name = "null" if kind is type(None) else "mapping" if is_dataclass(kind) else kind.__name__.lower()
+    return f"{name}[{', '.join(inner)}]" if inner else name
 
 
 @dataclass
@@ -251,32 +247,30 @@ class Model:
 
     def check(self, reader, keys):
         names, args, optim = self.component_config_paths, self.component_build_args, typing.get_type_hints(Optim)
+        for where, parts in (("component_build_args", args), ("component_optims", self.component_optims)):
+            for name in [n for n in parts if n not in names]:
+                raise reader.error((*keys, where, name), f"no such component{suggest(name, names)}")
         files = {("component_config_paths", name): path for name, path in names.items()}
-        files |= {("component_build_args", n, "init"): p.init for n, p in args.items() if isinstance(p.init, Path)}
+        files |= {("component_build_args", n, "init"): part.init for n, part in args.items()}
         for where, path in files.items():
-            if not path.is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise reader.error((*keys, *where), f"no such file: {path}")
-        for where in ("component_build_args", "component_optims"):
-            for name in getattr(self, where):
-                if name not in names:
-                    raise reader.error((*keys, where, name), f"no such component{suggest(name, names)}")
         for name, part in args.items():
             here, other = (*keys, "component_build_args", name), part.same_as
             if other is not None and other not in names:
                 raise reader.error((*here, "same_as"), f"no component '{other}'{suggest(other, names)}")
-            if other is not None and (other == name or args.get(other, Part()).same_as):
-                raise reader.error((*here, "same_as"), f"'{other}' is shared itself; name a component without same_as")
+            if other is not None and args.get(other, Part()).same_as:
+                raise reader.error((*here, "same_as"), f"'{other}' is shared itself: name a component without same_as")
             if other is not None and (part.init or part.freeze):
-                raise reader.error(here, f"init and freeze come from '{other}' (same_as): set them there")
+                raise reader.error(here, f"init and freeze are those of '{other}': set them there")
         for name, changes in self.component_optims.items():
             here, part = (*keys, "component_optims", name), args.get(name, Part())
             if part.freeze or part.same_as:
-                why = "is frozen" if part.freeze else f"shares '{part.same_as}'"
-                raise reader.error(here, f"'{name}' {why} (component_build_args): it has no optimizer of its own")
-            for k, value in changes.items():
-                if k not in optim:
-                    raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")
-                changes[k] = reader.read(optim[k], value, (*here, k))
+                why = "is frozen" if part.freeze else f"is the same as '{part.same_as}'"
+                raise reader.error(here, f"'{name}' {why}: it has no optimizer of its own")
+            for k in [k for k in changes if k not in optim]:
+                raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")
+            changes.update({k: reader.read(optim[k], value, (*here, k)) for k, value in changes.items()})
 
 
 @dataclass
@@ -360,7 +354,7 @@ class Train:
 def from_dict(schema, mapping, source=None, script=None):
     """The dataclass schema, filled from a mapping; raises ConfigError.
 
-    source: the Yaml that mapping is from, for line numbers; with it, files and names are checked too.
+    source: the Yaml that mapping is from, for line numbers; with it, what files and names say is checked too.
     script: the file beside which relative paths start; without it, the current folder.
     """
     return Reader(source, script).read(schema, mapping, ())
@@ -368,20 +362,16 @@ def from_dict(schema, mapping, source=None, script=None):
 
 def to_dict(cfg):
     """Plain values, for YAML or JSON: from_dict(type(cfg), to_dict(cfg)) == cfg."""
-    if is_dataclass(cfg):
-        return {f.name: to_dict(getattr(cfg, f.name)) for f in fields(cfg)}
-    if isinstance(cfg, dict):
-        return {name: to_dict(value) for name, value in cfg.items()}
-    return [to_dict(x) for x in cfg] if isinstance(cfg, list) else str(cfg) if isinstance(cfg, Path) else cfg
+    return json.loads(json.dumps(asdict(cfg), default=str))
 
 
 def describe(schema, prefix=""):
     """Every key of a schema with type, default and meaning, one paragraph each."""
     lines, hints = [], typing.get_type_hints(schema)
-    for entry in fields(schema):
+    for entry in sorted(fields(schema), key=lambda f: is_dataclass(hints[f.name])):
         kind, name, meaning = hints[entry.name], prefix + entry.name, entry.metadata.get("meaning", "")
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        given = "required" if default is MISSING else f"default {show(to_dict(default))}"
+        given = "required" if default is MISSING else f"default {show(default)}"
         title = f"\n{name}" if is_dataclass(kind) else f"  {name} ({type_name(kind)}; {given})"
         lines.append(textwrap.fill(f"{title}: {meaning}", 110, subsequent_indent=" " * 6, replace_whitespace=False))
         for inner in filter(is_dataclass, (kind, *typing.get_args(kind))):
@@ -394,14 +384,9 @@ def load(schema, script, argv=None, description=""):
 
     script: its __file__. A wrong command line exits with 2; anything wrong in the file raises ConfigError.
     """
-    parser = argparse.ArgumentParser(
-        prog=Path(script).name,
-        usage="%(prog)s --config FILE [--dry_run] [key=value ...]",
-        description=description,
-        epilog="\n".join(["keys of FILE:", "", *describe(schema)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage, keys = "%(prog)s --config FILE [--dry_run] [key=value ...]", "\n".join(["keys of FILE:", *describe(schema)])
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(Path(script).name, usage, description, keys, **style)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment")
     parser.add_argument("--dry_run", action="store_true", help="build, run one batch, print what there is, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key: data.batch_size=8")

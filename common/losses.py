@@ -29,6 +29,19 @@ class Noise:
         return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
 
 
+class RowNoise:
+    """Noise whose row i depends on keys[i] alone: a batch of episodes gets what each would get by itself."""
+
+    def __init__(self, keys, device="cpu"):
+        self.rows = [Noise(*key, device=device) for key in keys]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.cat([row.normal(1, *shape[1:]) for row in self.rows])
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.cat([row.uniform(1, *shape[1:]) for row in self.rows])
+
+
 def seed_of(*key) -> int:
     """A 63-bit seed from any printable key, the same in every process and Python version."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1

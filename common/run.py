@@ -55,7 +55,9 @@ class Run:
         )
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ConfigError(f"{kind.value} shards the weights, which per-component files do not support: use plain DDP")
+            raise ConfigError(
+                f"{kind.value} shards the weights, which per-component files do not support: use plain DDP"
+            )
         self.rank, self.world, self.main = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -173,7 +175,9 @@ class Run:
         self.accelerator.unscale_gradients()
         norms = {}
         for name in self.policy.parts.trainable():
-            norms[f"norm/{name}"] = torch.nn.utils.clip_grad_norm_(self.policy.parts[name].parameters(), self.train.clip)
+            norms[f"norm/{name}"] = torch.nn.utils.clip_grad_norm_(
+                self.policy.parts[name].parameters(), self.train.clip
+            )
         self.scalars |= norms
         # With float16 the scaler itself meets overflowing gradients, by skipping the step.
         watched = [self.scalars["loss"], *(norms.values() if self.accelerator.scaler is None else ())]
@@ -259,7 +263,9 @@ class Run:
             meta |= self._circumstances()
             meta["versions"] = {"torch": torch.__version__, "accelerate": accelerate.__version__}
             meta |= {"facts": self.data.facts, "aliases": self.policy.parts.aliases}
-            meta["components"] = {name: self.sources[name].text for name in [*self.policy.parts, *self.policy.parts.aliases]}
+            meta["components"] = {
+                name: self.sources[name].text for name in [*self.policy.parts, *self.policy.parts.aliases]
+            }
             meta["config"] = to_dict(self.cfg)
             checkpoint.save(self.folder / name, self.policy, self.optimizers, self.average, meta)
             checkpoint.prune(self.folder, self.train.keep_last)

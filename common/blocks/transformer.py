@@ -48,7 +48,9 @@ class Attention(nn.Module):
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B, N, d) -> keys and values (B, heads, N, d / heads)."""
-        return rearrange(self.key_value(memory), "b n (two h c) -> two b h n c", two=2, h=self.heads).unbind()
+        # Two products: to split the result of one costs copies of the whole gradient.
+        both = (F.linear(memory, weight) for weight in self.key_value.weight.chunk(2))
+        return tuple(rearrange(x, "b n (h c) -> b h n c", h=self.heads) for x in both)
 
     def forward(self, x: Tensor, keys_values=None, causal=False) -> Tensor:
         keys, values = self.keys_values(x) if keys_values is None else keys_values
@@ -216,9 +218,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x, modulation, keys_values, causal):
         """x (B, R, T, d), modulation (B, R, 9, d), keys and values (B, heads, N, d / heads) shared by the R rows."""
         rows = x.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (
-            (modulation + self.table)[..., None, :].unbind(2)
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (modulation + self.table)[
+            ..., None, :
+        ].unbind(2)
         y = (self.norm(x) * (1 + scale1) + shift1).flatten(0, 1)
         x = x + gate1 * self.dropout(self.self_attention(y, causal=causal)).unflatten(0, (-1, rows))
         y = (self.norm(x) * (1 + scale2) + shift2).flatten(1, 2)

@@ -1,11 +1,13 @@
 """Image backbones: (B, 3, h, w) in [0, 1] -> features (B, C, h', w'), summary (B, S)."""
 
-import timm
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.build import block
+from common.parts import load_component, read_tensors
 
 
 @block("tiny_cnn")
@@ -37,3 +39,37 @@ class TinyCNN(nn.Module):
         weight = heat.flatten(2).softmax(-1).view_as(heat)
         summary = torch.cat([(weight.sum(-2) * across).sum(-1), (weight.sum(-1) * down).sum(-1)], -1)
         return F.relu(self.patches(x)), summary
+
+
+@block("timm_backbone")
+class TimmBackbone(nn.Module):
+    """Any timm model that has forward_features and forward_head: features (B, C, h', w'), pooled summary (B, S).
+
+    name: timm's; weights: a safetensors file in timm's layout, whose classifier is ignored; options go to
+    timm.create_model (a ViT needs img_size: [h, w], or dynamic_img_size: true to keep its own position table).
+    Pictures are normalised with the mean and standard deviation that the model was pretrained with.
+    """
+
+    def __init__(self, name, weights=None, **options):
+        super().__init__()
+        import timm  # two seconds, only for those who use it
+
+        self.model, self.weights = timm.create_model(name, pretrained=False, num_classes=0, **options), weights
+        for key in ("mean", "std"):
+            value = torch.tensor(self.model.pretrained_cfg[key], device="cpu").view(3, 1, 1)
+            self.register_buffer(f"image_{key}", value, persistent=False)
+
+    def load_weights(self) -> Path:
+        classifier = self.model.pretrained_cfg.get("classifier") or ()
+        names = (classifier,) if isinstance(classifier, str) else classifier
+        return load_component(self.model, Path(self.weights), self.model.pretrained_cfg["architecture"], names)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.model.forward_features((image - self.image_mean) / self.image_std)
+        summary = self.model.forward_head(x, pre_logits=True)
+        if x.ndim == 3:  # tokens, after class and register tokens
+            rows = image.shape[2] // self.model.patch_embed.patch_size[0]
+            x = x[:, self.model.num_prefix_tokens :].unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+        elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            x = x.permute(0, 3, 1, 2)
+        return x, summary

@@ -21,15 +21,7 @@ import pyarrow.parquet as pq
 
 from common.config import DataError, nearest
 
-V2 = (  # data and video; used where info.json has no template or its own leads to no file
-    "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-    "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-)
-V3 = (
-    "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-    "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-)
-TEMPLATES = {"v2.0": V2, "v2.1": V2, "v3.0": V3}
+VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 
 def cache_folder() -> Path:
@@ -49,10 +41,9 @@ def fetch(root: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo_id=str(root), repo_type="dataset"))
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise DataError(
-            f"data.root: {root!r} is no folder here, and the Hub gave no such dataset ({text})\n    Check the name and "
-            f"the network (private data: `hf auth login`), or set data.root to a folder with the dataset in it"
+            f"data.root: {root!r} is no folder here, and the Hub gave no such dataset. Check the name and the network "
+            f"(private data: `hf auth login`), or give a folder\n    ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -61,9 +52,9 @@ def reading(path, note=""):
     """What goes wrong while a file is read becomes a DataError that names it."""
     try:
         yield
-    except (pa.ArrowException, av.FFmpegError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, av.FFmpegError, OSError, IndexError, json.JSONDecodeError, UnicodeError) as error:
         hint = "missing, or cut short while it was copied or recorded?"
-        raise DataError(f"{path}: cannot be read{note}; {hint} ({str(error).strip().splitlines()[0]})") from error
+        raise DataError(f"{path}: cannot be read{note}; {hint} ({type(error).__name__}: {error})") from error
 
 
 @dataclass
@@ -78,11 +69,10 @@ class Episode:
 
 
 class LeRobotDataset:
-    """The metadata of one folder: root, version, fps (Hz), robot_type, features (info.json's) and
+    """The metadata of one folder: root, version, fps (Hz), robot_type, features (info.json's), and more:
 
-    episodes: those that have files; absent: numbers of those listed without any file (a partial download);
-    cameras: keys of video and image features that have files; content_key: hash of info.json and of names, sizes and
-    times of all files. Raises DataError.
+    episodes: those that have files; absent: numbers of those without any (a partial download); cameras: keys of video
+    and image features with files; content_key: hash of info.json and all files' names, sizes and times.
     """
 
     def __init__(self, root):
@@ -96,20 +86,17 @@ class LeRobotDataset:
         with reading(path):
             info = json.loads(path.read_text(encoding="utf-8"))
         found = info.get("codebase_version")
-        if found not in TEMPLATES:
-            known = ", ".join(TEMPLATES)
-            raise DataError(
-                f"{path}: codebase_version is {found!r}, expected {known}; convert it with lerobot's scripts"
-            )
+        if found not in VERSIONS:
+            raise DataError(f"{path}: codebase_version is {found!r}, not one of {VERSIONS}; convert it with lerobot")
         try:
             self.version, self.fps, self.features = found, float(info["fps"]), dict(info["features"])
             kinds = {key: feature["dtype"] for key, feature in self.features.items()}
+            self._templates = [info["data_path"], info.get("video_path") or "videos/"]
+            if self.fps <= 0:
+                raise ValueError("fps must be above 0")
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: needs 'fps' (a number) and 'features' with dtypes: {error!r}") from error
-        self.robot_type = info.get("robot_type")
-        names = ("data_path", "video_path")
-        self._templates = [info.get(name) or TEMPLATES[found][kind] for kind, name in enumerate(names)]
-        self._chunks_size = int(info.get("chunks_size") or 1000)
+            raise DataError(f"{path}: needs 'fps', 'data_path', and 'features' with a dtype each: {error!r}") from error
+        self.robot_type, self._chunks_size = info.get("robot_type"), int(info.get("chunks_size") or 1000)
         files = self._list_files()
         self.content_key = hashlib.sha256(path.read_bytes() + repr(sorted(files.items())).encode()).hexdigest()[:32]
 
@@ -123,15 +110,15 @@ class LeRobotDataset:
                 self.absent.append(row["episode_index"])
                 continue
             present |= {key for key, video in videos.items() if video in files}
-            starts = {key: float(row.get(f"videos/{key}/from_timestamp") or 0) for key in videos}
-            videos = {key: (self.root / video, starts[key]) for key, video in videos.items() if video}
+            starts = {k: float(row.get(f"videos/{k}/from_timestamp") or 0) for k in videos}
+            videos = {k: (self.root / video, starts[k]) for k, video in videos.items() if video}
             tasks = [row["tasks"]] if isinstance(row.get("tasks"), str) else list(row.get("tasks") or [])
             self.episodes.append(Episode(row["episode_index"], row["length"], self.root / data, videos, tasks))
         if not self.episodes:
-            listed = f"{len(self.absent)} listed, none of which has files" if self.absent else "none listed"
-            raise DataError(f"{self.root}: no episodes ({listed} in meta/episodes*); record some, or download all")
-        with reading(self.episodes[0].data_path):
-            self._schema = pq.read_schema(self.episodes[0].data_path)
+            raise DataError(f"{self.root}: no episodes ({len(self.absent)} without files); download or record some")
+        first = next((e for e in self.episodes if e.data_path.is_file()), self.episodes[0])
+        with reading(first.data_path, f" (episode {first.index})"):
+            self._schema = pq.read_schema(first.data_path)
         present |= {key for key in kinds if kinds[key] == "image" and key in self._schema.names}
         self.cameras = [key for key in kinds if key in present]
         for episode in self.episodes:
@@ -170,10 +157,10 @@ class LeRobotDataset:
             return None  # v3.0: this episode has no such camera
         where = {"chunk_index": chunk, "episode_chunk": chunk, "file_index": row.get(f"{part}/file_index", 0)}
         where |= {"episode_index": row["episode_index"], "video_key": key}
-        # Templates in the wild use the episode's number as the chunk's, or are those of another version.
+        # Some templates take the episode's number for the chunk's.
         numbered = re.sub(r"chunk-\{[^}]*\}", f"chunk-{chunk:03d}", self._templates[kind])
-        candidates = [t.format(**where) for t in (self._templates[kind], numbered, TEMPLATES[self.version][kind])]
-        return next((path for path in candidates if path in files), candidates[0])
+        path, other = self._templates[kind].format(**where), numbered.format(**where)
+        return other if other in files and path not in files else path
 
     def select(self, episodes: list[int] | None) -> list[Episode]:
         """The episodes of these numbers in this order; None: all. Raises DataError for an unknown number."""
@@ -182,8 +169,8 @@ class LeRobotDataset:
         known = {episode.index: episode for episode in self.episodes}
         unknown = [number for number in episodes if number not in known]
         if unknown or not len(episodes):
-            found = f"it has {len(known)}, numbered {min(known)} to {max(known)}"
-            raise DataError(f"{self.root}: data.episodes: no episode {unknown[:8] or '(empty list)'}; {found}")
+            have = f"there are {len(known)}, from {min(known)} to {max(known)}"
+            raise DataError(f"{self.root}: data.episodes: no episode {unknown[:8] or 'given'}; {have}")
         return [known[number] for number in episodes]
 
     def require_cameras(self, keys) -> None:
@@ -200,8 +187,8 @@ class LeRobotDataset:
         """Raises DataError, with the names to choose from, if a key is no numeric column of the parquet files."""
         numeric = [field.name for field in self._schema if is_numeric(field.type)]
         for key in (key for key in keys if key not in numeric):
-            text = f"no numeric column {key!r}{nearest(key, numeric)}\n    available: {', '.join(numeric)}"
-            raise DataError(f"{self.root}: {text}")
+            names = f"{nearest(key, numeric)}\n    available: {', '.join(numeric)}"
+            raise DataError(f"{self.root}: no numeric column {key!r}{names}")
 
     def columns(self, keys, episodes: list[int] | None = None) -> dict[str, np.ndarray]:
         """key -> float32 (frames, dim): all rows of the chosen episodes, in the order given."""
@@ -229,8 +216,8 @@ class LeRobotDataset:
         cells = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[key].to_pylist()]
         found = sum(isinstance(cell, bytes) for cell in cells)
         if not found == len(cells) == episode.length:
-            text = f"episode {episode.index} has {found} pictures in {len(cells)} rows, declared are {episode.length}"
-            raise DataError(f"{episode.data_path}: {key}: {text}")
+            counts = f"{found} pictures in {len(cells)} rows of {key}, declared are {episode.length}"
+            raise DataError(f"{episode.data_path}: episode {episode.index} has {counts}")
         return cells
 
     def _load(self, episode: Episode, keys, filters=None) -> pa.Table:
@@ -239,7 +226,7 @@ class LeRobotDataset:
             names = pq.read_schema(path).names
             if missing := [key for key in keys if key not in names]:
                 raise DataError(f"{path}: episode {episode.index}: no column {missing[0]!r}; found {', '.join(names)}")
-            return pq.read_table(path, columns=list(keys), filters=filters, partitioning=None)
+            return pq.read_table(path, columns=list(dict.fromkeys(keys)), filters=filters, partitioning=None)
 
 
 def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], episodes=None) -> list[str]:
@@ -252,7 +239,7 @@ def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], 
     dataset.require_columns(low_dim_keys)
     chosen = dataset.select(episodes)
     problems, warnings, drift = [], [], (0.0, 0)
-    if dataset.absent and episodes is None:
+    if dataset.absent:
         warnings.append(f"{dataset.root}: no files for the listed episodes {dataset.absent}: left out")
     if unused := [key for key in dataset.cameras if key not in cameras]:
         warnings.append(f"{dataset.root}: cameras not used: {', '.join(unused)}")
@@ -277,8 +264,8 @@ def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], 
         except DataError as error:
             problems.append(str(error))
     if drift[0] > 0.6:
-        text = f"timestamps are up to {drift[0]:.1f} frames off the declared {dataset.fps:g} Hz (episode {drift[1]})"
-        warnings.append(f"{dataset.root}: {text}; row k is taken as the time k / fps")
+        text = f"timestamps are up to {drift[0]:.1f} frames off k / fps (episode {drift[1]}); k / fps is used"
+        warnings.append(f"{dataset.root}: {text}")
 
     wanted: dict[Path, list[tuple[int, int]]] = {}  # mp4 -> (frames it must hold, episode)
     for episode in chosen:
@@ -309,12 +296,10 @@ def count_frames(path: Path) -> int | str:
     try:
         with reading(path), av.open(path) as container:
             stream = container.streams.video[0]
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if stream.duration:  # a file cut short may still declare all its frames: read its last ones
-                container.seek(stream.duration + (stream.start_time or 0), stream=stream)
-                if not any(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream)):
-                    return f"{path}: declares {frames} frames, but the last ones are missing; was the copy cut short?"
-            return frames
+            end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+            if end > path.stat().st_size:  # its index comes first and is whole
+                return f"{path}: cut short: {path.stat().st_size} bytes, its frames need {end}"
+            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     except DataError as error:
         return str(error)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import signal
 
 import numpy as np
 import torch
@@ -178,6 +179,7 @@ class Data:
             "state_dim": self.windows.state.shape[1],
             "num_cameras": len(cfg.cameras),
             "action_horizon": cfg.action_horizon,
+            "proprio_history": cfg.obs_proprio_history,
         }
 
     @staticmethod
@@ -193,7 +195,7 @@ class Data:
         """Micro-batches of this process on its device, from a position on, without end."""
         cfg = self.cfg
         order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset)
-        workers = {"prefetch_factor": 4, "persistent_workers": True} if cfg.num_workers else {}
+        workers = {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
         loader = DataLoader(
             TrainingSet(self.windows, seed),
             sampler=order,
@@ -211,6 +213,12 @@ class Data:
         rows = self.val_rows[rank * share : (rank + 1) * share]
         for i in range(0, share, size):
             yield to_device(self.windows[rows[i : i + size]], device)
+
+
+def _leave_signals(worker):
+    """A stop signal often reaches the whole process group: the main process saves first, then ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict, device, augment=None) -> dict:

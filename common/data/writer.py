@@ -38,19 +38,16 @@ class DatasetWriter:
         self.tmp = self.root.with_name(self.root.name + ".tmp")
         if self.root.exists() and any(self.root.iterdir()):
             raise DataError(f"{self.root}: already exists; delete it or write the dataset elsewhere")
-        for key, feature in features.items():
-            shape = list(feature["shape"])
-            video = feature["dtype"] == "video"
-            if not (
-                len(shape) == 3 and shape[2] == 3 and shape[0] % 2 == shape[1] % 2 == 0 if video else len(shape) == 1
-            ):
+        kinds = {key: feature["dtype"] for key, feature in features.items()}
+        for key, kind in kinds.items():
+            height, width, channels = shape = (*features[key]["shape"], 0, 0)[:3]
+            good = height % 2 == width % 2 == 0 and channels == 3 if kind == "video" else shape[1:] == (0, 0)
+            if not good:
                 raise DataError(
-                    f"{key}: shape {shape}; a video is [even height, even width, 3], other features are [n]"
+                    f"{key}: shape {features[key]['shape']}; videos are [even, even, 3], other features [n]"
                 )
-        self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
-        self.columns = {
-            key: feature["dtype"] for key, feature in features.items() if key not in self.cameras
-        } | BOOKKEEPING
+        self.cameras = [key for key, kind in kinds.items() if kind == "video"]
+        self.columns = {key: kind for key, kind in kinds.items() if kind != "video"} | BOOKKEEPING
         codec = {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "video.fps": fps}
         codec |= {"video.channels": 3, "has_audio": False}
         self.features = {key: dict(feature) for key, feature in features.items()}
@@ -67,23 +64,20 @@ class DatasetWriter:
         self.videos = {key: self._open_video(key) for key in self.cameras}
         fields = [(key, self._arrow_type(key)) for key in self.columns]
         (self.tmp / "data/chunk-000").mkdir(parents=True)
-        self.parquet = pq.ParquetWriter(
-            self.tmp / "data/chunk-000/file-000.parquet", pa.schema(fields), compression="snappy"
-        )
+        path = self.tmp / "data/chunk-000/file-000.parquet"
+        self.parquet = pq.ParquetWriter(path, pa.schema(fields), compression="snappy")
 
     def add_episode(self, arrays: dict, task: str) -> None:
         """Append one episode: arrays[key] is (n, ...) with the declared shape, for every declared key."""
+        place = f"{self.root}: episode {len(self.episodes)}"
         wanted = self.features.keys() - BOOKKEEPING.keys()
         if arrays.keys() != wanted:
-            raise DataError(
-                f"{self.root}: episode {len(self.episodes)}: keys {sorted(arrays)}, expected {sorted(wanted)}"
-            )
+            raise DataError(f"{place}: keys {sorted(arrays)}, expected {sorted(wanted)}")
         length = len(next(iter(arrays.values())))
         for key, array in arrays.items():
             expected = (length, *self.features[key]["shape"])
             if np.shape(array) != expected or length == 0:
-                place = f"{self.root}: episode {len(self.episodes)}: {key}"
-                raise DataError(f"{place}: shape {np.shape(array)}, expected {expected} and at least one frame")
+                raise DataError(f"{place}: {key}: shape {np.shape(array)}, expected {expected}, one frame or more")
         index = np.arange(length)
         number = len(self.episodes)
         arrays = arrays | {"timestamp": index / self.fps, "frame_index": index, "index": index + self.frames}
@@ -173,12 +167,8 @@ def column_statistics(values: np.ndarray) -> dict:
 def image_statistics(histogram: np.ndarray, count: int) -> dict:
     """Histograms of 8-bit values per channel (3, 256) -> the same statistics in 0..1 with shape (3, 1, 1)."""
     levels, share = np.arange(256) / 255, histogram / histogram.sum(axis=1, keepdims=True)
-    mean = share @ levels
-    cumulative = np.cumsum(share, axis=1)
-    result = {
-        "min": levels[(histogram > 0).argmax(axis=1)],
-        "max": levels[255 - (histogram > 0)[:, ::-1].argmax(axis=1)],
-    }
+    mean, cumulative, seen = share @ levels, np.cumsum(share, axis=1), histogram > 0
+    result = {"min": levels[seen.argmax(axis=1)], "max": levels[255 - seen[:, ::-1].argmax(axis=1)]}
     result |= {"mean": mean, "std": np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))}
     result |= {name: levels[(cumulative >= q).argmax(axis=1)] for name, q in QUANTILES.items()}
     return {name: value.reshape(3, 1, 1).tolist() for name, value in result.items()} | {"count": [count]}
@@ -187,9 +177,7 @@ def image_statistics(histogram: np.ndarray, count: int) -> dict:
 # What pandas needs to read the text column of tasks.parquet as the index, as lerobot expects it.
 TASK_INDEX = {
     "index_columns": ["task"],
-    "column_indexes": [
-        {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-    ],
+    "column_indexes": [],
     "columns": [
         {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
         for name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))

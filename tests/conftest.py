@@ -1,0 +1,187 @@
+"""A tiny dataset, tiny experiments, and training runs: in this process, or in a forked child that can be killed."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from common import run
+from common.data.writer import DatasetWriter
+
+CAMERAS = {"head": "observation.images.cam_head", "left": "observation.images.cam_left"}
+CAMERAS["right"] = "observation.images.cam_right"
+LENGTHS = (14, 16, 18, 20, 15, 17)
+SIZE = {"dim": 16, "heads": 2, "ff": 32, "layers": 1}
+SEEN = {"state_dim": None, "visual_dim": 8, "semantic_dim": 16}
+LATENT = {"block": "vae_prior", "args": {**SIZE, **SEEN, "tokens": 2, "latent_dim": 4, "dropout": 0.1}}
+COMPONENTS = {
+    "backbone": {"block": "tiny_cnn", "args": {"dim": 8, "width": 4}},
+    "info_embedder": {"block": "info_encoder", "args": {**SIZE, **SEEN, "num_cameras": None, "dropout": 0.1}},
+    "action_decoder": {"block": "vfp_single_action_decoder", "args": {**SIZE, "action_dim": None, "dropout": 0.1}},
+}
+LATENT_COMPONENTS = {
+    **COMPONENTS,
+    "vae_posterior": {"block": "vae_posterior", "args": {**LATENT["args"], "action_dim": None}},
+    "vae_prior": LATENT,
+    "action_decoder": {
+        "block": "vfp_single_action_decoder",
+        "args": {**COMPONENTS["action_decoder"]["args"], "latent_dim": 4},
+    },
+}
+POLICIES = {"train_flow_matching": COMPONENTS, "train_vfp": LATENT_COMPONENTS}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_and_own_cache(tmp_path_factory):
+    """Results depend on the number of threads; nothing may be written into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0})
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        torch.set_num_threads(1)
+        yield
+
+
+def write_demos(root: Path, lengths=LENGTHS, fps=10, seed=0, edit=None) -> Path:
+    """A LeRobot v3.0 dataset: 3 cameras of 32 x 32, state (5,), action (4,); edit(episode, arrays) may change it."""
+    features = {"observation.state": {"dtype": "float32", "shape": [5], "names": None}}
+    features["action"] = {"dtype": "float32", "shape": [4], "names": None}
+    features |= {key: {"dtype": "video", "shape": [32, 32, 3], "names": ["h", "w", "c"]} for key in CAMERAS.values()}
+    writer, rng = DatasetWriter(root, fps, features), np.random.default_rng(seed)
+    for episode, n in enumerate(lengths):
+        arrays = {"observation.state": rng.normal(size=(n, 5)).cumsum(0), "action": rng.normal(size=(n, 4)).cumsum(0)}
+        for shift, key in enumerate(CAMERAS.values()):
+            ramp = np.arange(32)[None, :, None] * 5 + np.arange(n)[:, None, None] * 4 + 10 * shift
+            arrays[key] = np.broadcast_to((ramp % 256)[..., None], (n, 32, 32, 3)).astype(np.uint8)
+        if edit:
+            edit(episode, arrays)
+        writer.add_episode(arrays, task="move")
+    writer.finish()
+    return root
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory) -> Path:
+    return write_demos(tmp_path_factory.mktemp("demos") / "demos")
+
+
+def forget_accelerator():
+    """Accelerate keeps its state in classes; a second main() in one process needs them new."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+class Experiment:
+    """A config folder of one policy, and ways to run its script. 82 training samples: 10 steps of 8 an epoch."""
+
+    def __init__(self, folder: Path, demos: Path, script="train_flow_matching"):
+        self.folder, self.script = folder, script
+        self.file, self.save_dir = folder / "train.yaml", folder / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in POLICIES[script].items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        self.config = {
+            "model": {"component_config_paths": {name: f"./{name}.yaml" for name in POLICIES[script]}},
+            "data": {
+                "root": str(demos),
+                "cameras": CAMERAS,
+                "action_horizon": 6,
+                "obs_proprio_history": 3,
+                "HZ": 10,
+                "image_size": [32, 32],
+                "augment": {},
+                "val_episodes": [5],
+                "batch_size": 8,
+                "num_workers": 0,
+            },
+            "train": {
+                "project_name": "tiny",
+                "optim": {"peak_lr": 1e-3, "warmup_steps": 5},
+                "epoch": 2,
+                "micro_steps": 2,
+                "ema": 0.9,
+                "save_every": 1000,
+                "save_dir": str(self.save_dir),
+                "log_every": 1,
+            },
+        }
+        self.write()
+
+    def write(self):
+        self.file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+    def argv(self, *overrides):
+        return ["--config", str(self.file), *map(str, overrides)]
+
+    def main(self, *overrides):
+        """The script's main() in this process; afterwards `job` is its Run and `start` the policy before step 1."""
+        forget_accelerator()
+        resume = run.Run.resume
+
+        def watched(job, policy, optimizers, average):
+            self.job, self.start = job, {k: v.clone() for k, v in policy.state_dict().items()}
+            resume(job, policy, optimizers, average)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.Run, "resume", watched)
+            return importlib.import_module(self.script).main(self.argv(*overrides))
+
+    def stop_at(self, step, *overrides, number=signal.SIGTERM):
+        """The same, as if the signal arrived while `step` was computed."""
+        clip = run.Run.clip
+
+        def interrupted(job):
+            if job.step + 1 == step:
+                os.kill(os.getpid(), number)
+            clip(job)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.Run, "clip", interrupted)
+            return self.main(*overrides)
+
+    def fork(self, *overrides, output=os.devnull) -> int:
+        """The same command in a child process, by the script's own way in; its pid."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            with open(output, "w") as f:
+                os.dup2(f.fileno(), 1)
+                os.dup2(f.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            run.cli(lambda: self.main(*overrides))
+        except SystemExit as e:
+            if isinstance(e.code, str):
+                print(e.code)
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def log(self, key="loss", save_dir=None):
+        """{step: value} of log.jsonl."""
+        lines = ((save_dir or self.save_dir) / "log.jsonl").read_text().splitlines()
+        return {line["step"]: line[key] for line in map(json.loads, lines) if key in line}
+
+    def meta(self, name, save_dir=None):
+        return json.loads(((save_dir or self.save_dir) / name / "meta.json").read_text())
+
+
+@pytest.fixture
+def experiment(tmp_path, demos):
+    """experiment(script, name) -> Experiment in a fresh folder."""
+    yield lambda script="train_flow_matching", name="exp": Experiment(tmp_path / name, demos, script)
+    forget_accelerator()

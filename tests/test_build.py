@@ -1,0 +1,422 @@
+"""Component YAML: what it computes, and one test per mistake."""
+
+import copy
+import functools
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from common import build as module
+from common.build import GraphModel, UnknownBlock, block, build, import_plugins
+from common.config import ConfigError, Yaml
+
+torch.set_num_threads(1)
+CALLS = []
+
+
+@block("test_scale")
+def scale(x, *, by):
+    CALLS.append("scale")
+    return x * by
+
+
+@block("test_pair")
+class Pair(nn.Module):
+    def __init__(self, dim, weights=None, sizes=(1,)):
+        super().__init__()
+        if dim <= 0:
+            raise ValueError("dim must be positive")
+        self.linear, self.weights, self.sizes = nn.Linear(dim, dim), weights, sizes
+
+    def forward(self, x):
+        CALLS.append("pair")
+        return self.linear(x), -x
+
+
+@block("test_attend")
+class Attend(nn.Module):
+    """Has its own bind, which projects the memory once."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.keys, self.query = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, memory, shift=None):
+        return self.bind(memory=memory, shift=shift)(x=x)
+
+    def bind(self, memory, shift=None):
+        CALLS.append("keys")
+        keys = self.keys(memory)
+        return lambda x: self.query(x) * keys + (0 if shift is None else shift)
+
+
+@block("test_anything")
+class Anything(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, **inputs):
+        return sum(inputs.values())
+
+
+@pytest.fixture(autouse=True)
+def clear_calls():
+    CALLS.clear()
+
+
+def parse(text, **facts):
+    return build(Yaml.parse(text, "dir/part.yaml"), facts or None)
+
+
+LONG = """\
+inputs: [xt, memory]
+params: {dim: 4, factor: 2.0}
+blocks:
+  tokens: {block: nn.Linear, in: [$xt], args: {in_features: 3, out_features: $dim}}
+  context: {block: nn.Linear, in: {input: $memory}, args: {in_features: 5, out_features: $dim}}
+  twice: {block: test_scale, in: [$context], args: {by: $factor}}
+  h: {block: test_attend, in: [$tokens, $twice], args: {dim: $dim}}
+  both: {block: test_pair, in: $h, args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}, out: [a, b]}
+return: {first: $a, second: [$b, $tokens]}
+"""
+
+
+def test_forward_is_what_the_modules_compute_by_hand():
+    model = parse(LONG)
+    xt, memory = torch.randn(2, 3), torch.randn(2, 5)
+    result = model(xt=xt, memory=memory)
+    tokens = model.tokens(xt)
+    h = model.h.query(tokens) * model.h.keys(2.0 * model.context(memory))
+    assert torch.equal(result["first"], model.both.linear(h))
+    assert torch.equal(result["second"][0], -h)
+    assert torch.equal(result["second"][1], tokens)
+
+
+def test_state_dict_names_are_the_blocks_names():
+    assert {key.split(".")[0] for key in parse(LONG).state_dict()} == {"tokens", "context", "h", "both"}
+    assert list(parse("block: nn.Linear\nargs: {in_features: 2, out_features: 1}").state_dict()) == [
+        "block.weight",
+        "block.bias",
+    ]
+
+
+def test_args_substitute_nested_params_and_resolve_weights_beside_the_yaml(tmp_path):
+    (tmp_path / "part.yaml").write_text(LONG)
+    model = build(tmp_path / "part.yaml")
+    assert model.both.sizes == [1, 4]
+    assert model.both.weights == str(tmp_path / "w.safetensors")
+
+
+def test_bind_equals_forward_and_runs_bound_blocks_once():
+    model = parse(LONG)
+    memory = torch.randn(2, 5)
+    CALLS.clear()
+    bound = model.bind(memory=memory)
+    assert CALLS == ["scale", "keys"]
+    for _ in range(3):
+        xt = torch.randn(2, 3)
+        assert torch.equal(bound(xt=xt)["first"], model(xt=xt, memory=memory)["first"])
+    assert CALLS.count("scale") == 1 + 3
+    assert CALLS.count("keys") == 1 + 3
+
+
+@pytest.mark.parametrize("names", [[], ["xt"], ["xt", "memory"]])
+def test_bind_of_any_inputs_equals_forward(names):
+    model, inputs = parse(LONG), {"xt": torch.randn(2, 3), "memory": torch.randn(2, 5)}
+    bound = model.bind(**{name: inputs[name] for name in names})
+    rest = {name: x for name, x in inputs.items() if name not in names}
+    for _ in range(2):
+        assert torch.equal(bound(**rest)["first"], model(**inputs)["first"])
+
+
+def test_a_block_whose_own_bind_lacks_an_input_is_not_bound():
+    text = LONG.replace("[$tokens, $twice]", "{x: $tokens, memory: $twice, shift: $tokens}")
+    model, xt, memory = parse(text), torch.randn(2, 3), torch.randn(2, 5)
+    bound = model.bind(xt=xt)
+    assert CALLS == []
+    assert torch.equal(bound(memory=memory)["first"], model(xt=xt, memory=memory)["first"])
+
+
+def test_blocks_do_not_share_a_param_that_is_a_list():
+    text = "inputs: [x]\nparams: {n: [1]}\nblocks:\n" + "".join(
+        f"  {name}: {{block: test_anything, in: {{x: $x}}, args: {{sizes: $n}}}}\n" for name in "ab"
+    )
+    model = parse(text + "return: [$a, $b]")
+    assert model.a.options == model.b.options
+    assert model.a.options["sizes"] is not model.b.options["sizes"]
+
+
+def test_bind_without_a_rest_runs_nothing_again():
+    bound = parse(LONG).bind(xt=torch.randn(2, 3), memory=torch.randn(2, 5))
+    done = list(CALLS)
+    bound()
+    assert done == CALLS
+
+
+def test_short_form_takes_positional_and_named_inputs_and_binds():
+    model = parse("block: test_attend\nargs: {dim: 4}")
+    x, memory = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(model(x, memory), model.bind(memory=memory)(x=x))
+    assert torch.equal(model(x, memory=memory), model(x=x, memory=memory))
+    scaled = parse("block: test_scale\nargs: {by: 3.0}")
+    assert torch.equal(scaled(x), 3 * x)
+    assert torch.equal(scaled.bind(x=x)(), 3 * x)
+
+
+def test_return_forms():
+    head = "inputs: [x]\nblocks:\n  a: {block: nn.Tanh, in: [$x]}\n"
+    x = torch.randn(3)
+    assert torch.equal(parse(head + "return: $a")(x=x), x.tanh())
+    assert isinstance(parse(head + "return: [$a, $x]")(x=x), tuple)
+    assert list(parse(head + "return: {y: $a}")(x=x)) == ["y"]
+
+
+def test_nested_inputs_and_free_keywords():
+    text = "inputs: [x]\nblocks:\n  a: {block: test_anything, in: {p: $x, q: $x}, args: {any: 1}}\n"
+    assert torch.equal(parse(text + "return: $a")(x=torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_deepcopy_is_independent():
+    model = parse(LONG)
+    twin, inputs = copy.deepcopy(model), {"xt": torch.randn(2, 3), "memory": torch.randn(2, 5)}
+    nn.init.zeros_(model.both.linear.weight)
+    nn.init.zeros_(model.both.linear.bias)
+    assert model(**inputs)["first"].abs().sum() == 0
+    assert twin(**inputs)["first"].abs().sum() > 0
+
+
+def test_compiles_without_graph_breaks():
+    text = LONG.replace(
+        "test_scale, in: [$context], args: {by: $factor}", "nn.Softplus, in: [$context], args: {beta: $factor}"
+    )
+    text = text.replace(
+        "test_attend, in: [$tokens, $twice], args: {dim: $dim}",
+        "nn.Bilinear, in: [$tokens, $twice], args: {in1_features: $dim, in2_features: $dim, out_features: $dim}",
+    )
+    text = text.replace(
+        "test_pair, in: $h, args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}, out: [a, b]",
+        "nn.Linear, in: $h, args: {in_features: $dim, out_features: $dim}",
+    ).replace("$a, second: [$b, ", "$both, second: [")
+    model, inputs = parse(text), {"xt": torch.randn(2, 3), "memory": torch.randn(2, 5)}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs)["first"], model(**inputs)["first"])
+
+
+def test_meta_device_allocates_nothing():
+    huge = "block: nn.Linear\nargs: {in_features: 10000000, out_features: 10000000}"
+    with torch.device("meta"):
+        model = parse(huge)
+    assert model.block.weight.is_meta
+
+
+def test_nothing_is_made_before_everything_is_checked(monkeypatch):
+    made = []
+    monkeypatch.setattr(Pair, "__init__", functools.wraps(Pair.__init__)(lambda *a, **k: made.append(1)))
+    with pytest.raises(ConfigError):
+        parse(LONG.replace("$a, second", "$nothing, second"))
+    assert not made
+
+
+FACTS = """\
+inputs: [x]
+params:
+  action_dim: null
+blocks:
+  v: {block: nn.Linear, in: [$x], args: {in_features: 2, out_features: $action_dim}}
+return: $v
+"""
+
+
+def test_facts_fill_null_params():
+    assert parse(FACTS, action_dim=6).v.out_features == 6
+    assert parse("block: test_anything\nargs: {state_dim: null, other: null}", state_dim=9).block.options == {
+        "state_dim": 9,
+        "other": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "message"),
+    [
+        (FACTS, {}, "part.yaml:3: params.action_dim: null is filled from a dataset"),
+        (FACTS, {"state_dim": 3}, "part.yaml:3: params.action_dim: null is filled from a dataset"),
+        (
+            FACTS.replace("null", "24"),
+            {"action_dim": 6},
+            "part.yaml:3: params.action_dim: 24 here, but the dataset has 6",
+        ),
+        (
+            "block: test_anything\nargs:\n  num_cameras: 3",
+            {"num_cameras": 2},
+            "part.yaml:3: args.num_cameras: 3 here, ",
+        ),
+    ],
+)
+def test_facts_that_are_missing_or_contradicted(text, facts, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(text, **facts)
+
+
+def graph(blocks, inputs="[x]", params="{}", result="$a"):
+    return f"inputs: {inputs}\nparams: {params}\nblocks:\n  {blocks}\nreturn: {result}\n"
+
+
+TANH = "a: {block: nn.Tanh, in: [$x]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("block: nn.Linaer", r"part.yaml:1: block: no block 'nn.Linaer'; did you mean 'nn.Linear'\?\n.*plugins"),
+        ("block: nn.functional", "part.yaml:1: block: no block 'nn.functional'"),
+        ("block: nn.Parameter", "part.yaml:1: block: no block 'nn.Parameter'"),
+        ("block: 3", "part.yaml:1: block: no block '3'"),
+        ("blok: nn.Tanh", "part.yaml:1: blok: unknown key; did you mean 'blocks'"),
+        ("block: nn.Tanh\nargs: []\nin: [x]", "part.yaml:3: in: unknown key"),
+        ("block: nn.Tanh\nargs: [1]", r"part.yaml:2: args: expected a mapping, found \[1\]"),
+        (
+            "block: nn.Linear\nargs:\n  in_feature: 1",
+            "part.yaml:3: args.in_feature: block 'nn.Linear' takes no 'in_feature'; "
+            "did you mean 'in_features'\\?\n    known: in_features, ",
+        ),
+        (
+            "block: nn.Linear\nargs: {in_features: 1}",
+            "part.yaml:2: args: .*missing a required argument: 'out_features'",
+        ),
+        ("block: test_pair\nargs: {dim: $dim}", "part.yaml:2: args.dim: no param 'dim'; known: none"),
+        ("block: test_pair\nargs: {dim: 0}", "part.yaml:1: block: Pair refuses its arguments: dim must be positive"),
+        ("block: test_pair\nargs: {dim: x}", "part.yaml:1: block: Pair refuses its arguments: '<='"),
+        (graph(TANH).replace("return: $a\n", ""), "part.yaml:1: 'return' is missing"),
+        (graph(TANH).replace("inputs: [x]\n", ""), "part.yaml:1: 'inputs' is missing"),
+        (graph(TANH, inputs="x"), 'part.yaml:1: inputs: expected a list of names, found "x"'),
+        (graph(TANH, inputs="[x, y]"), "part.yaml:1: inputs: nothing uses 'y'"),
+        (graph(TANH, inputs="[x, x]"), "part.yaml:1: inputs: the name 'x' is taken"),
+        (graph(TANH, inputs="[x, 1y]"), 'part.yaml:1: inputs: "1y" is no name'),
+        (graph(TANH, params="{dim: 3}"), "part.yaml:2: params.dim: nothing uses 'dim'"),
+        (graph("a: nn.Tanh"), "part.yaml:4: blocks.a: expected a mapping"),
+        (graph("a: {in: [$x]}"), "part.yaml:4: blocks.a: 'block' is missing"),
+        (graph("a: {block: nn.Tanh}"), "part.yaml:4: blocks.a: 'in' is missing"),
+        (graph("a: {block: nn.Tanh, inn: [$x]}"), "part.yaml:4: blocks.a.inn: unknown key; did you mean 'in'"),
+        (
+            graph("a: {block: nn.Tan, in: [$x]}"),
+            "part.yaml:4: blocks.a.block: no block 'nn.Tan'; did you mean 'nn.Tanh'",
+        ),
+        (graph("a: {block: nn.Tanh, in: [x]}"), 'part.yaml:4: blocks.a.in: expected \\$name, found "x"'),
+        (graph("a: {block: nn.Tanh, in: [$y]}"), "part.yaml:4: blocks.a.in: nothing is called 'y'; known: x"),
+        (graph("a: {block: nn.Tanh, in: [$a]}"), "part.yaml:4: blocks.a.in: 'a' is not there yet: .* only look back"),
+        (
+            graph("a: {block: nn.Tanh, in: [$b]}\n  b: {block: nn.Tanh, in: [$a]}"),
+            "part.yaml:4: .*'b' is not there yet",
+        ),
+        (graph("a: {block: nn.Tanh, in: [$d]}", params="{d: 3}"), "part.yaml:4: .*'d' is a param, not a tensor"),
+        (graph("a: {block: test_pair, in: [$x], args: {dim: 2}, out: [b, c]}"), "'a' has several results"),
+        (graph("a: {block: nn.Tanh, in: [$x, $x]}"), "part.yaml:4: blocks.a.in: block 'nn.Tanh': too many positional"),
+        (graph("a: {block: nn.Tanh, in: {y: $x}}"), "part.yaml:4: blocks.a.in.y: .*takes no 'y'\n    known: input"),
+        (
+            graph("a: {block: test_attend, in: [$x], args: {dim: 2}}"),
+            "part.yaml:4: .*missing a required argument: 'memory'",
+        ),
+        (graph("a: {block: test_scale, in: [$x]}"), "part.yaml:4: .*missing a required .*'by'"),
+        (
+            graph("a: {block: test_scale, in: [$x], args: {bye: 1}}"),
+            "part.yaml:4: blocks.a.args.bye: .*did you mean 'by'",
+        ),
+        (
+            graph("a: {block: test_scale, in: [$x], args: {by: 1, x: 1}}"),
+            "part.yaml:4: .*multiple values for argument 'x'",
+        ),
+        (
+            graph("a: {block: test_scale, in: [$x], args: {by: $c}}", params="{b: 3}"),
+            "blocks.a.args.by: no param 'c'; known: b",
+        ),
+        (graph(TANH + "\n  b: {block: nn.Tanh, in: [$x]}"), "part.yaml:5: blocks.b: nothing uses its result"),
+        (graph("x: {block: nn.Tanh, in: [$x]}"), "part.yaml:4: blocks.x: the name 'x' is taken"),
+        (graph("a: {block: nn.Tanh, in: [$x]}", params="{a: 3}"), "part.yaml:4: .*the name 'a' is taken"),
+        (graph("a: {block: nn.Tanh, in: [$x], out: [x]}"), "part.yaml:4: blocks.a: the name 'x' is taken"),
+        (graph("a: {block: nn.Tanh, in: [$x], out: b}"), "part.yaml:4: blocks.a.out: expected a list of names"),
+        (
+            graph("train: {block: nn.Tanh, in: [$x]}"),
+            "part.yaml:4: blocks.train: torch modules have an attribute 'train'",
+        ),
+        (graph("bind: {block: nn.Tanh, in: [$x]}"), "torch modules have an attribute 'bind'"),
+        (graph("training: {block: nn.Tanh, in: [$x]}"), "torch modules have an attribute 'training'"),
+        (graph("a-b: {block: nn.Tanh, in: [$x]}"), 'part.yaml:4: blocks.a-b: "a-b" is no name'),
+        (graph(TANH, result="$c"), "part.yaml:5: return: nothing is called 'c'"),
+        (graph(TANH, result="a"), 'part.yaml:5: return: expected \\$name, found "a"'),
+    ],
+)
+def test_mistakes(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ("{block: test_pair, in: [$x], args: {dim: 2}, out: [a, b, c]}", "the block returned 2 results"),
+        ("{block: nn.Tanh, in: [$x], out: [a, b, c]}", "the block returned one Tensor"),
+    ],
+)
+def test_arity_of_out(entry, found):
+    model = parse(graph(f"p: {entry}", result="[$a, $b, $c]"))
+    with pytest.raises(ConfigError, match=f"part.yaml:4: blocks.p.out: `out` names 3 results, {found}"):
+        model(x=torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("inputs", [{}, {"x": 1}, {"xt": 1, "memory": 1, "more": 1}])
+def test_forward_refuses_other_inputs(inputs):
+    with pytest.raises(TypeError, match="expected the inputs xt, memory; found"):
+        parse(LONG)(**inputs)
+
+
+def test_forward_and_bind_refuse_wrong_inputs():
+    model = parse(LONG)
+    with pytest.raises(TypeError, match="inputs go by name: xt, memory"):
+        model(torch.randn(2, 3), memory=torch.randn(2, 5))
+    with pytest.raises(TypeError, match="found other"):
+        model.bind(other=1)
+    with pytest.raises(TypeError, match="expected the inputs xt; found memory"):
+        model.bind(memory=torch.randn(2, 5))(memory=torch.randn(2, 5))
+
+
+def test_unknown_block_is_a_config_error_and_a_key_error_without_quotes():
+    with pytest.raises(UnknownBlock) as caught:
+        parse("block: nn.Linaer")
+    assert isinstance(caught.value, ConfigError)
+    assert isinstance(caught.value, KeyError)
+    assert str(caught.value).startswith("dir/part.yaml:1: ")
+
+
+def test_a_constructor_error_keeps_its_cause():
+    with pytest.raises(ConfigError) as caught:
+        parse("block: test_pair\nargs: {dim: 0}")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_name_registers_once():
+    with pytest.raises(ConfigError, match=r"'test_scale' .* is already .*scale: rename one"):
+        block("test_scale")(lambda x: x)
+    with pytest.raises(ConfigError, match="is no nn\\.Module"):
+        block("test_other")(dict)
+    assert "test_other" not in module._BLOCKS
+
+
+def test_own_blocks_need_no_plugins():
+    assert isinstance(parse("block: tiny_cnn"), GraphModel)
+
+
+def test_plugins_register_blocks_or_say_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "plugin_of_test.py").write_text(
+        "from common.build import block\n@block('from_plugin')\ndef shift(x, *, by):\n    return x + by\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "_BLOCKS", dict(module._BLOCKS))
+    import_plugins(["plugin_of_test"])
+    assert parse("block: from_plugin\nargs: {by: 1}")(torch.zeros(1)) == 1
+    del sys.modules["plugin_of_test"]
+    source = Yaml.parse("seed: 0\nplugins:\n  - no_such_module", "train.yaml")
+    with pytest.raises(ConfigError, match=r"train.yaml:3: plugins.0: cannot import plugin 'no_such_module'"):
+        import_plugins(source.data["plugins"], source)

@@ -1,0 +1,297 @@
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_lerobot import CAMERAS, LENGTHS, SIZE, VIDEO, paint, real, reencode, spelled, write, write_v2
+
+from common.config import DataError
+from common.data import frames as frames_module
+from common.data.frames import FrameCache, Video, VideoFrames, resize
+from common.data.lerobot import LeRobotDataset, check
+
+NAMES = {"head": CAMERAS[0], "left": CAMERAS[1]}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("painted") / "set"
+    write(root)
+    return LeRobotDataset(root)
+
+
+def test_resize():
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    assert resize(image, (40, 60)) is image
+    stripes = np.tile(np.array([0, 200], np.uint8)[None, :, None], (8, 40, 3))  # averaged, not picked out of
+    assert np.abs(resize(stripes, (4, 20)).astype(int) - 100).max() <= 13
+    assert resize(image, (10, 30)).shape == (10, 30, 3)
+
+
+@pytest.mark.parametrize("episodes", [None, [2, 0], [1]])
+def test_every_frame_is_the_one_written(dataset, episodes, tmp_path):
+    cache = FrameCache.open(dataset, NAMES, SIZE, episodes, tmp_path, 1)
+    videos = VideoFrames(dataset, NAMES, SIZE, episodes)
+    starts = np.cumsum([0, *LENGTHS])
+    expected = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in episodes or range(3)])
+    assert cache["head"].shape == (len(expected), 3, *SIZE)
+    for name, inverted in (("head", False), ("left", True)):
+        assert [spelled(image, inverted) for image in cache[name]] == expected.tolist()
+        rows = np.random.default_rng(1).integers(0, len(expected), (8, 5))
+        picked = cache.gather(name, rows)
+        np.testing.assert_array_equal(picked, videos.gather(name, rows))
+        assert [spelled(image, inverted) for image in picked.reshape(-1, 3, *SIZE)] == expected[rows].ravel().tolist()
+    error = np.abs(cache["head"][0].astype(int) - paint(expected[0]).transpose(2, 0, 1))
+    assert error.mean() < 1.5
+    assert cache.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("name", "camera"), [("so101_bimanual_cloth_v21", "cam1"), ("gr1_picknplace_sim_v20", "ego_view")]
+)
+def test_videos_equal_cache_on_real_data(name, camera, tmp_path):
+    dataset = LeRobotDataset(real(name))
+    key = f"observation.images.{camera}"
+    episodes = [e.index for e in dataset.episodes[2:0:-1]]
+    cache = FrameCache.open(dataset, {"a": key}, (96, 128), episodes, tmp_path, 1)
+    videos = VideoFrames(dataset, {"a": key}, (96, 128), episodes)
+    rows = np.random.default_rng(0).integers(0, len(cache["a"]), 24)
+    np.testing.assert_array_equal(videos.gather("a", rows), cache.gather("a", rows))
+    for row in rows[:6]:  # out of order, one at a time
+        np.testing.assert_array_equal(videos.gather("a", [row])[0], cache["a"][row])
+    # And both are what a plain decode in order gives.
+    with av.open(dataset.select(episodes)[0].videos[key][0]) as container:
+        plain = [
+            resize(f.to_ndarray(format="rgb24"), (96, 128)) for f in itertools.islice(container.decode(video=0), 30)
+        ]
+    np.testing.assert_array_equal(cache["a"][:30], np.stack(plain).transpose(0, 3, 1, 2))
+
+
+def test_several_files_and_inexact_start_times(dataset, tmp_path):
+    """Two v3.0 datasets put together as lerobot aggregates them: numbered files, start times that are float sums."""
+    root = Path(shutil.copytree(dataset.root, tmp_path / "set"))
+    for path in [*root.glob("data/*/*"), *root.glob("videos/*/*/*")]:
+        target = path.parent.with_name("chunk-001") / path.name.replace("000", "004")
+        target.parent.mkdir()
+        shutil.copy(path, target)
+    path = root / "data/chunk-001/file-004.parquet"
+    table = pq.read_table(path)
+    shifted = pa.array(table["episode_index"].to_numpy() + 3)
+    pq.write_table(table.set_column(table.schema.get_field_index("episode_index"), "episode_index", shifted), path)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in [dict(row) for row in rows]:
+        row |= {key: 1 for key in row if key.endswith("chunk_index")} | {
+            key: 4 for key in row if key.endswith("file_index")
+        }
+        row |= {key: row[key] + 0.01 * (-1) ** row["episode_index"] for key in row if key.endswith("from_timestamp")}
+        rows.append(row | {"episode_index": row["episode_index"] + 3})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    both = LeRobotDataset(root)
+    assert [e.index for e in both.episodes] == [*range(6)]
+    assert check(both, CAMERAS, ["action"]) == []
+    cache = FrameCache.open(both, NAMES, SIZE, [4, 1, 5], tmp_path / "cache", 1)
+    expected = [*range(30, 47), *range(30, 47), *range(47, 92)]
+    assert [spelled(image) for image in cache["head"]] == expected
+    assert both.columns(["index"], [4, 1, 5])["index"][:, 0].tolist() == expected
+    rows = np.random.default_rng(0).permutation(len(expected))
+    np.testing.assert_array_equal(
+        VideoFrames(both, NAMES, SIZE, [4, 1, 5]).gather("left", rows), cache.gather("left", rows)
+    )
+
+
+def test_black_camera_is_reported_once_and_remembered(tmp_path, capsys):
+    dataset = LeRobotDataset(real("so101_bimanual_cloth_v21"))
+    cameras = {"right": "observation.images.cam0"}
+    text = "camera observation.images.cam0 is black throughout episode 0"
+    cache = FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1)
+    assert [w.endswith(text) for w in cache.warnings] == [True]
+    assert capsys.readouterr().out.count(text) == 1
+    assert FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1).warnings == cache.warnings
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "options", [("libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}), ("mpeg4", {"bf": "2"})]
+)
+def test_random_access_with_bidirectional_frames(options, tmp_path):
+    with av.open(tmp_path / "v.mp4", "w") as target:
+        stream = target.add_stream(options[0], rate=30, options=options[1])
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        for k in range(50):
+            frame = av.VideoFrame.from_ndarray(paint(k), format="rgb24")
+            frame.pts = k + 7
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    video = Video(tmp_path / "v.mp4")
+    for k in [*np.random.default_rng(0).integers(0, 50, 40).tolist(), *range(50)]:
+        assert spelled(video.frame(k).transpose(2, 0, 1)) == k
+
+
+def test_decoding_in_order_does_not_seek(dataset):
+    class Counted:
+        seeks = 0
+
+        def __init__(self, container):
+            self.container, self.decode = container, container.decode
+
+        def seek(self, *args, **kwargs):
+            Counted.seeks += 1
+            self.container.seek(*args, **kwargs)
+
+    videos = VideoFrames(dataset, NAMES, SIZE, None)
+    videos.gather("head", [0])
+    source = next(iter(videos.files.values()))
+    source.container = Counted(source.container)
+    videos.gather("head", np.arange(1, 92))
+    assert Counted.seeks == 0
+
+
+def test_open_files_are_bounded(dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr(frames_module, "OPEN_FILES", 1)
+    videos = VideoFrames(dataset, NAMES, SIZE, None)
+    before = len(os.listdir("/proc/self/fd"))
+    for row in (0, 40, 91, 3):
+        assert spelled(videos.gather("head", [row])[0]) == row
+        assert spelled(videos.gather("left", [row])[0], True) == row
+    assert len(videos.files) == 1
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def gather_in_child(source, queue):
+    queue.put(source.gather("head", [5, 50, 20]))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_pickle_and_fork(dataset, cached, tmp_path):
+    source = (
+        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1) if cached else VideoFrames(dataset, NAMES, SIZE, None)
+    )
+    expected = source.gather("head", [5, 50, 20])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).gather("head", [5, 50, 20]), expected)
+    if cached:
+        assert len(pickle.dumps(source)) < 2000
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=gather_in_child, args=(source, queue))
+    child.start()
+    np.testing.assert_array_equal(queue.get(timeout=20), expected)
+    child.join()
+    np.testing.assert_array_equal(source.gather("head", [6, 51, 21]), source.gather("head", np.array([6, 51, 21])))
+
+
+def open_and_report(dataset, folder, queue):
+    built = []
+    build = frames_module.build
+
+    def slow_build(*args):
+        built.append(1)
+        time.sleep(0.3)
+        build(*args)
+
+    frames_module.build = slow_build
+    cache = FrameCache.open(dataset, NAMES, SIZE, None, folder, 1)
+    queue.put((len(built), spelled(cache["head"][77])))
+
+
+def test_processes_wait_for_the_one_that_decodes(dataset, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=open_and_report, args=(dataset, tmp_path, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    assert sorted(queue.get(timeout=20) for _ in children) == [(0, 77), (0, 77), (1, 77)]
+    for child in children:
+        child.join()
+
+
+def test_pictures_in_parquet(tmp_path):
+    def png(number):
+        buffer = io.BytesIO()
+        Image.fromarray(paint(number)).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": f"frame-{number}.png"}
+
+    tables = {e: {"image": pa.array([png(10 * e + k) for k in range(4)]), "state": [0.0] * 4} for e in (0, 1)}
+    info = {"features": {"image": {"dtype": "image", "shape": [*SIZE, 3]}, "state": {"dtype": "float32", "shape": [1]}}}
+    dataset = LeRobotDataset(write_v2(tmp_path / "set", tables, info))
+    assert dataset.cameras == ["image"]
+    cache = FrameCache.open(dataset, {"wrist": "image"}, SIZE, [1, 0], tmp_path / "cache", 1)
+    assert [spelled(image) for image in cache["wrist"]] == [10, 11, 12, 13, 0, 1, 2, 3]
+    videos = VideoFrames(dataset, {"wrist": "image"}, SIZE, [1, 0])
+    np.testing.assert_array_equal(videos.gather("wrist", [7, 2]), cache.gather("wrist", [7, 2]))
+    tables[1]["image"] = pa.array([png(0), png(1), png(2), None])
+    dataset = LeRobotDataset(write_v2(tmp_path / "gap", tables, info))
+    with pytest.raises(DataError, match=r"episode_000001.parquet: episode 1 has 3 pictures in 4 rows of image"):
+        VideoFrames(dataset, {"wrist": "image"}, SIZE, None).gather("wrist", [5])
+
+
+def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"take 0.00 GB, above data.cache_max_gb: 1e-05.*data.cache: none"):
+        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1e-5)
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+        with pytest.raises(DataError, match=r"but 0.00 GB are free; set data.cache: none.*XDG_CACHE_HOME"):
+            FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"No space left on device; free some space or set data.cache: none"):
+        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_failed_build_leaves_nothing_and_names_the_file(dataset, tmp_path):
+    root = shutil.copytree(dataset.root, tmp_path / "set")
+    reencode(root / VIDEO, 91)
+    broken = LeRobotDataset(root)
+    with pytest.raises(DataError, match=r"file-000.mp4: has 91 frames, frame 91 is needed"):
+        FrameCache.open(broken, NAMES, SIZE, None, tmp_path / "cache", 1)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    damaged = bytearray((root / VIDEO).read_bytes())
+    damaged[200:1200] = b"\xff" * 1000
+    (root / VIDEO).write_bytes(damaged)
+    with pytest.raises(DataError, match=r"file-000.mp4: (cannot be read at )?frame \d+"):
+        VideoFrames(LeRobotDataset(root), NAMES, SIZE, None).gather("left", np.arange(91))
+
+
+def test_cache_follows_dataset_and_size(dataset, tmp_path):
+    root = shutil.copytree(dataset.root, tmp_path / "set")
+    folder = tmp_path / "cache"
+    first = FrameCache.open(LeRobotDataset(root), {"head": CAMERAS[0]}, SIZE, None, folder, 1)
+    FrameCache.open(LeRobotDataset(root), {"other": CAMERAS[0], "same": CAMERAS[0]}, SIZE, None, folder, 1)
+    assert len(list(folder.glob("*.npy"))) == 1  # the name is ours, not part of the content
+    FrameCache.open(LeRobotDataset(root), NAMES, (32, 48), [0], folder, 1)
+    assert len(list(folder.glob("*.npy"))) == 3
+    os.utime(root / VIDEO, (1, 1))
+    assert FrameCache.open(LeRobotDataset(root), NAMES, SIZE, None, folder, 1).paths["head"] != first.paths["head"]
+    assert all(json.loads(path.read_text()) == [] for path in folder.glob("*.json"))
+
+
+def test_missing_camera(dataset, tmp_path):
+    for source in (VideoFrames, lambda *args: FrameCache.open(*args, tmp_path, 1)):
+        with pytest.raises(DataError, match=r"'observation.images.top' is not in the dataset"):
+            source(dataset, {"head": "observation.images.top"}, SIZE, None)
+
+
+def test_gather_is_fast(dataset, tmp_path):
+    cache = FrameCache.open(dataset, NAMES, (96, 96), None, tmp_path, 1)
+    rows = np.random.default_rng(0).integers(0, 92, (50, 64))
+    start = time.process_time()
+    for batch in rows:
+        cache.gather("head", batch)
+    assert rows.size / (time.process_time() - start) > 5000

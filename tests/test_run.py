@@ -1,0 +1,386 @@
+"""Resuming, checkpoints, and what a run does when it is stopped, damaged or fed nonsense."""
+
+import inspect
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_flow_matching
+import train_vfp
+from common import checkpoint, run
+from common.config import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+TIMING = ("data_s", "updt_s", "samples_per_s")
+
+
+def steps_of(log):
+    """Lines of log.jsonl without what depends on the clock."""
+    lines = map(json.loads, log.read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def assert_same_run(a, b, name):
+    """The checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
+    metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
+    assert metas[0]["files"] == metas[1]["files"]
+    assert metas[0]["optimizers"] == metas[1]["optimizers"]
+    assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
+
+
+def test_the_mains_are_the_same_lines():
+    assert inspect.getsource(train_flow_matching.main) == inspect.getsource(train_vfp.main)
+
+
+SETTINGS = {
+    "adamw": [],
+    "onecycle": ["train.optim={type: adamw_onecycle, peak_lr: 1e-3}", "train.ema=null"],
+    "schedule_free": ["train.optim={type: schedule_free_radam, peak_lr: 1e-2}"],
+    "two_optimizers": ["model.component_optims={action_decoder: {type: schedule_free_radam, peak_lr: 1e-2}}"],
+}
+
+
+@pytest.mark.parametrize("script", ["train_flow_matching", "train_vfp"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
+    exp = experiment(script)
+    straight = exp.folder / "straight"
+    assert exp.main(f"train.save_dir={straight}", *SETTINGS[setting]) == 0
+    workers = "data.num_workers=2" if setting == "adamw" else "data.num_workers=0"
+    assert exp.stop_at(12, workers, *SETTINGS[setting]) == 0
+    assert exp.job.step == 12
+    assert max(exp.log()) == 12
+    assert exp.main(workers, *SETTINGS[setting]) == 0
+    assert list(exp.log()) == list(range(1, 21))
+    assert_same_run(straight, exp.save_dir, "epoch_2")
+    assert len({round(loss, 6) for loss in exp.log().values()}) == 20
+
+
+def test_a_run_may_stop_anywhere(experiment):
+    exp = experiment("train_vfp")
+    short = ["data.batch_size=16", "data.num_workers=0"]  # 5 steps an epoch
+    exp.main(*short)
+    for stops in ([1], [2], [3], [4], [5], [6], [2, 5, 6]):
+        again = exp.folder / f"stops_{stops}"
+        for stop in stops:
+            assert exp.stop_at(stop, *short, f"train.save_dir={again}") == 0
+            assert exp.job.step == stop
+        assert exp.main(*short, f"train.save_dir={again}") == 0
+        assert_same_run(exp.save_dir, again, "epoch_2")
+
+
+def test_a_finished_run_has_nothing_to_do(experiment, capsys):
+    exp = experiment()
+    exp.main("train.total_steps=3")
+    before = exp.meta("step_3")
+    assert exp.main("train.total_steps=3") == 0
+    assert exp.meta("step_3") == before
+    assert "finished at step 3" in capsys.readouterr().out
+
+
+def test_resuming_with_another_batch_size_says_so_and_goes_on(experiment, capsys):
+    exp = experiment()
+    exp.stop_at(7)
+    exp.main("data.batch_size=16")
+    assert "batch_size was 8, now 16" in capsys.readouterr().out
+    # 56 samples of the first epoch are done, one batch of 16 fits in the rest, then 5 a full epoch
+    assert exp.job.step == 10
+    assert exp.job.epoch == 1
+
+
+def test_the_log_is_cut_back_and_curves_are_drawn(experiment):
+    exp = experiment()
+    exp.stop_at(4)
+    with (exp.save_dir / "log.jsonl").open("a") as f:
+        f.write('{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo')
+    exp.main("train.total_steps=8")
+    assert [line["step"] for line in steps_of(exp.save_dir / "log.jsonl")] == list(range(1, 9))
+    assert (exp.save_dir / "curves.png").stat().st_size > 1000
+    assert (exp.save_dir / "config.yaml").is_file()
+
+
+def test_signals_save_the_current_step(experiment):
+    exp = experiment()
+    assert exp.stop_at(3) == 0
+    assert exp.meta("step_3")["step"] == 3
+    assert exp.stop_at(5, number=signal.SIGINT) == 130
+    assert exp.meta("step_5")["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_exit_codes_of_the_process(experiment):
+    exp = experiment()
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        pid = exp.fork("train.epoch=100000", "data.num_workers=2")
+        wait_for_step(exp, 3)
+        os.kill(pid, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+        newest = checkpoint.newest(exp.save_dir)
+        assert json.loads((newest / "meta.json").read_text())["step"] == max(exp.log()) >= 3
+        (exp.save_dir / "log.jsonl").unlink()
+
+
+def wait_for_step(exp, step, seconds=30):
+    until = time.time() + seconds
+    while not (exp.save_dir / "log.jsonl").is_file() or len(exp.log()) < step:
+        assert time.time() < until, "the run does not get going"
+        time.sleep(0.01)
+
+
+def test_a_signal_to_the_whole_process_group_saves_as_well(experiment):
+    """torchrun passes signals to the group of each process, which the loader's workers are in."""
+    exp = experiment()
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        child = exp.fork("train.epoch=100000", "data.num_workers=2", output=exp.folder / "out")
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if signal.signal(signal.SIGTERM, 1) or 1 else 0)
+    wait_for_step(exp, 3)
+    os.killpg(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (exp.folder / "out").read_text()
+    assert exp.meta(checkpoint.newest(exp.save_dir).name)["step"] == max(exp.log())
+
+
+KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in range(5)]
+
+
+@pytest.mark.parametrize("series", KILLS)
+def test_kill_9_at_random_moments(experiment, monkeypatch, series):
+    """Four kills a series; each time the run goes on from a complete step and loses only what came after its save."""
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)  # would take most of the time
+    exp, rng = experiment("train_vfp"), random.Random(series)
+    every = ["train.save_every_steps=1", "train.total_steps=30", "train.epoch=3"]
+    straight = exp.folder / "straight"
+    exp.main(f"train.save_dir={straight}", *every)
+    workers = f"data.num_workers={series % 2}"
+    for attempt in range(4):
+        output = exp.folder / f"out_{attempt}"
+        pid = exp.fork(*every, workers, output=output)
+        done = len(exp.log()) if attempt else 0
+        wait_for_step(exp, min(done + 1, 30))
+        time.sleep(rng.random() * 0.2)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert "Traceback" not in output.read_text()
+        logged = max(exp.log())
+        checkpoint.repair(exp.save_dir)
+        reached = max(checkpoint.steps(exp.save_dir).values(), default=0)
+        assert logged - 1 <= reached <= logged
+    pid = exp.fork(*every, workers, output=output)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, output.read_text()
+    assert "resuming" in output.read_text()
+    assert not [path for path in exp.save_dir.rglob("*") if path.suffix in (".tmp", ".old")]
+    assert_same_run(straight, exp.save_dir, "epoch_3")
+
+
+@pytest.mark.parametrize("left", ["step_4.tmp", "step_4.old", "step_3.old"])
+def test_leftovers_of_an_interrupted_save(experiment, left):
+    exp = experiment()
+    exp.stop_at(3)
+    if left == "step_3.old":
+        (exp.save_dir / "step_3").rename(exp.save_dir / left)  # killed between the two renames
+    else:
+        (exp.save_dir / left).mkdir()
+    if left == "step_4.old":
+        (exp.save_dir / "step_3").rename(exp.save_dir / "step_4")
+    exp.stop_at(4)
+    assert exp.job.step == 4
+    assert not list(exp.save_dir.glob("*.tmp")) + list(exp.save_dir.glob("*.old"))
+
+
+def test_only_the_newest_checkpoints_are_kept(experiment, monkeypatch):
+    exp = experiment()
+    prune = checkpoint.prune
+
+    def watched(folder, *args):
+        assert max(checkpoint.steps(folder).values()) == exp.job.step  # the new one is complete before any is deleted
+        prune(folder, *args)
+
+    monkeypatch.setattr(checkpoint, "prune", watched)
+    exp.main("train.save_every_steps=1", "train.total_steps=10")
+    assert list(checkpoint.steps(exp.save_dir).values()) == [9, 10]
+    exp.main("train.save_every_steps=1", "train.total_steps=13")
+    assert {path.name for path in exp.save_dir.iterdir() if path.is_dir()} == {"step_12", "step_13"}
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file, at=None):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def two_saves(experiment, capsys):
+    exp = experiment()
+    exp.main("train.save_every_steps=3", "train.total_steps=6")
+    capsys.readouterr()
+    return exp
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, lambda file: file.unlink()], ids=["truncated", "flipped", "deleted"])
+def test_any_damaged_file_of_the_newest_checkpoint_is_noticed(two_saves, harm, capsys):
+    folder = two_saves.save_dir / "step_6"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) == 7
+    for file in files:
+        content = file.read_bytes()
+        harm(file)
+        assert checkpoint.newest(two_saves.save_dir).name == "step_3"
+        assert file.name == "meta.json" or str(file) in capsys.readouterr().out
+        file.write_bytes(content)
+    assert checkpoint.newest(two_saves.save_dir) == folder
+
+
+def test_any_flipped_byte_of_the_manifest_is_noticed(two_saves):
+    file = two_saves.save_dir / "step_6/meta.json"
+    content = file.read_bytes()
+    for at in random.Random(0).sample(range(len(content)), 60):
+        flip(file, at)
+        assert checkpoint.newest(two_saves.save_dir).name == "step_3", at
+        file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_counts_as_kept(two_saves, capsys):
+    exp = two_saves
+    damaged = exp.save_dir / "step_6/backbone.safetensors"
+    flip(damaged)
+    exp.stop_at(5, "train.keep_last=1")
+    out = capsys.readouterr().out
+    assert f"warning: {damaged}" in out
+    assert "resuming" in out
+    assert "step_3 at step 3" in out
+    assert checkpoint.newest(exp.save_dir).name == "step_5"
+    exp.main("train.total_steps=6")
+    assert exp.job.step == 6
+
+
+def test_no_new_run_where_every_checkpoint_is_damaged(two_saves):
+    for name in ("step_3", "step_6"):
+        (two_saves.save_dir / name / "action_decoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"(?s)step_6/action_decoder.safetensors.*step_3/action_decoder"):
+        two_saves.main()
+
+
+def test_weights_of_another_width_are_listed_by_component(two_saves):
+    for name in ("info_embedder", "action_decoder"):
+        file = two_saves.folder / f"{name}.yaml"
+        file.write_text(file.read_text().replace("ff: 32", "ff: 48"))
+    with pytest.raises(UserError) as e:
+        two_saves.main()
+    for text in ("info_embedder", "block.layers.0.ff.0.weight is (32, 16), expected (48, 16)", "action_decoder"):
+        assert text in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.component_build_args={backbone: {freeze: true}}"], "backbone"),
+        (["train.optim={type: schedule_free_radam}"], "optim"),
+        (["model.component_optims={backbone: {type: schedule_free_radam}}"], "optim"),
+    ],
+)
+def test_a_run_cannot_be_resumed_as_another(two_saves, overrides, message):
+    with pytest.raises(UserError, match=message):
+        two_saves.main(*overrides)
+
+
+def test_a_second_run_in_the_folder_is_refused(experiment):
+    exp = experiment()
+    pid = exp.fork("train.epoch=100000")
+    wait_for_step(exp, 1)
+    try:
+        with pytest.raises(UserError, match=rf"another run writes here \(pid {pid} on"):
+            exp.main()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_killed_run_leaves_no_lock(experiment):
+    """Workers outlive a killed process by seconds."""
+    exp = experiment()
+    pid = exp.fork("train.epoch=100000", "train.save_every_steps=1", "data.num_workers=2")
+    wait_for_step(exp, 3)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pid = exp.fork("train.total_steps=3", output=exp.folder / "out")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (exp.folder / "out").read_text()
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(two_saves):
+    exp = two_saves
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        pid = exp.fork("train.total_steps=9", output=exp.folder / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    out = (exp.folder / "out").read_text()
+    assert f"{exp.save_dir}/step_9: could not be saved" in out
+    assert "MiB free" in out
+    assert "Traceback" not in out
+    assert checkpoint.newest(exp.save_dir).name == "step_6"
+    assert {path.name for path in exp.save_dir.iterdir() if path.is_dir()} == {"step_3", "step_6"}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonsense_stops_the_run_before_it_touches_the_weights(experiment, monkeypatch, where):
+    exp = experiment()
+    mse, calls = train_flow_matching.masked_mse, []
+
+    def broken(predicted, target, is_pad):
+        calls.append(1)
+        loss = mse(predicted, target, is_pad)
+        if len(calls) < 2 * 7:
+            return loss
+        return loss * float("nan") if where == "loss" else loss + (0 * predicted.sum()).abs().sqrt()
+
+    monkeypatch.setattr(train_flow_matching, "masked_mse", broken)
+    with pytest.raises(SystemExit, match="step 7: not finite: "):
+        exp.main("train.save_every_steps=1")
+    assert list(checkpoint.steps(exp.save_dir).values()) == [5, 6]
+    raw = load_file(exp.save_dir / "step_6/resume/raw.safetensors")
+    for name, p in exp.job.policy.named_parameters():
+        assert torch.equal(p, raw[name])
+        assert p.isfinite().all()
+    monkeypatch.setattr(train_flow_matching, "masked_mse", mse)
+    assert exp.main() == 0
+
+
+def test_nonsense_is_no_success_for_the_shell(experiment, monkeypatch):
+    exp = experiment()
+    monkeypatch.setattr(train_flow_matching, "masked_mse", lambda x, *_: x.mean() * float("inf"))
+    pid = exp.fork(output=exp.folder / "out")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert "step 1: not finite" in (exp.folder / "out").read_text()
+
+
+def test_held_out_loss_is_that_of_the_averaged_weights_and_disturbs_nothing(experiment):
+    exp = experiment("train_vfp")
+    exp.main()
+    without = exp.folder / "without"
+    exp.main(f"train.save_dir={without}", "data.episodes=[0, 1, 2, 3, 4]", "data.val_episodes=0.0")
+    assert exp.log() == exp.log(save_dir=without)
+    assert list(exp.log("val/loss")) == [10, 20]
+    assert not exp.log("val/loss", without)
+    exp.main()  # nothing left to do: the job is at step 20 with the weights of the last checkpoint
+    job = exp.job
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    own = {k: v.clone() for k, v in job.policy.state_dict().items()}
+    job.policy, job.step = policy, 21
+    job.average = type("Same", (), {"applied": lambda self: torch.enable_grad()})()
+    job._validate(policy)
+    assert exp.log("val/loss")[21] == exp.log("val/loss")[20]
+    assert any(not torch.equal(own[k], v) for k, v in policy.state_dict().items())
