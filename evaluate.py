@@ -173,18 +173,18 @@ def plot_success(rows, file):
     success = np.array([row["success"] for row in rows])
     reach = np.abs(np.array([row["interval"] for row in rows]).T - success)
     axis.errorbar(range(len(rows)), success, reach, marker="o", capsize=4)
-    axis.set(xticks=range(len(rows)), xticklabels=[row["nfe"] for row in rows], ylim=(0, 1.02))
+    axis.set(xticks=range(len(rows)), xticklabels=[row["nfe"] for row in rows], ylim=(0, 1.05))
     axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=f"success over {rows[0]['episodes']} episodes, 95 %")
     axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
 
 
 def write_video(episodes, fps, file):
-    """Episodes (n, h, w, 3) uint8 in a row, each holding its last picture until the longest ends."""
+    """Episodes (n, h, w, 3) uint8 one above the other, each holding its last picture until the longest ends."""
     longest = max(len(frames) for frames in episodes)
     rows = [np.concatenate([frames, np.repeat(frames[-1:], longest - len(frames), 0)]) for frames in episodes]
     with av.open(str(file), "w") as container:
-        video = np.concatenate(rows, 2)
+        video = np.concatenate(rows, 1)
         stream = container.add_stream("libx264", rate=round(fps))
         stream.height, stream.width = (size - size % 2 for size in video.shape[1:3])
         stream.pix_fmt = "yuv420p"
@@ -196,7 +196,7 @@ def write_video(episodes, fps, file):
 
 @torch.no_grad()
 def open_loop(policy, cfg, args):
-    """Predicted against recorded chunks of the held-out episodes: error per joint and step; results.json, chunks.png."""
+    """Predicted against recorded chunks of the held-out episodes: error per joint and step; results.json, chunks_*.png."""
     data = Data(cfg.data)
     if not data.val_episodes:
         raise UserError("this run held no episodes out (data.val_episodes): nothing to compare with; or give --env")
@@ -216,11 +216,12 @@ def open_loop(policy, cfg, args):
         )
     errors = np.concatenate(errors)
     per_joint = np.nanmean(errors, (0, 1))
-    scale = policy.stats.action_std.cpu().numpy()
-    print(f"\nmean absolute error of {len(errors)} held-out chunks, NFE {nfe}, in the action's units (and in its std):")
+    _, scale = policy.stats.affine("action")
+    print(f"\nmean absolute error of {len(errors)} held-out chunks, NFE {nfe}, in the action's units (and normalised):")
     for joint, value in enumerate(per_joint):
-        print(f"  action[{joint}]  {value:.4g}  ({value / max(scale[joint], 1e-12):.2f})")
-    plot_chunks(drawn[0], args.out / "chunks.png")
+        print(f"  action[{joint}]  {value:.4g}  ({value / scale[joint].item():.2f})")
+    for episode in drawn[:4]:
+        plot_chunks(*episode, args.out / f"chunks_{episode[0]}.png")
     return {
         "nfe": nfe,
         "episodes": data.val_episodes,
@@ -229,10 +230,9 @@ def open_loop(policy, cfg, args):
     }
 
 
-def plot_chunks(drawn, file):
+def plot_chunks(episode, predicted, recorded, valid, file):
     from matplotlib.figure import Figure
 
-    episode, predicted, recorded, valid = drawn
     joints, horizon = predicted.shape[2], predicted.shape[1]
     columns = min(4, joints)
     figure = Figure(figsize=(3.2 * columns, 1.9 * math.ceil(joints / columns)), layout="constrained")

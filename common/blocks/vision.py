@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.build import block
-from common.parts import load_component, read_tensors
+from common.config import UserError
+from common.parts import read_tensors
 
 
 @block("tiny_cnn")
@@ -46,30 +47,38 @@ class TimmBackbone(nn.Module):
     """Any timm model that has forward_features and forward_head: features (B, C, h', w'), pooled summary (B, S).
 
     name: timm's; weights: a safetensors file in timm's layout, whose classifier is ignored; options go to
-    timm.create_model (a ViT needs img_size: [h, w], or dynamic_img_size: true to keep its own position table).
-    Pictures are normalised with the mean and standard deviation that the model was pretrained with.
+    timm.create_model (a ViT takes img_size: [h, w], or dynamic_img_size: true to keep its own position table).
+    Pictures are normalised by the mean and standard deviation that the model's published weights expect.
     """
 
     def __init__(self, name, weights=None, **options):
         super().__init__()
-        import timm  # two seconds, only for those who use it
+        import timm  # takes two seconds
 
-        self.model, self.weights = timm.create_model(name, pretrained=False, num_classes=0, **options), weights
+        self.name, self.weights = name, weights
+        self.model = timm.create_model(name, pretrained=False, num_classes=0, **options)
         for key in ("mean", "std"):
-            value = torch.tensor(self.model.pretrained_cfg[key], device="cpu").view(3, 1, 1)
+            value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)
             self.register_buffer(f"image_{key}", value, persistent=False)
 
     def load_weights(self) -> Path:
-        classifier = self.model.pretrained_cfg.get("classifier") or ()
-        names = (classifier,) if isinstance(classifier, str) else classifier
-        return load_component(self.model, Path(self.weights), self.model.pretrained_cfg["architecture"], names)
+        """Reads `weights`; the file. Raises UserError that lists what differs."""
+        file, classifier = Path(self.weights), self.model.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+        tensors = {key: value for key, value in read_tensors(file).items() if not key.startswith(heads)}
+        try:
+            self.model.load_state_dict(tensors)
+        except RuntimeError as e:
+            raise UserError(f"{file}: not the weights of timm's '{self.name}': {e}") from e
+        return file
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = self.model.forward_features((image - self.image_mean) / self.image_std)
         summary = self.model.forward_head(x, pre_logits=True)
-        if x.ndim == 3:  # tokens, after class and register tokens
-            rows = image.shape[2] // self.model.patch_embed.patch_size[0]
-            x = x[:, self.model.num_prefix_tokens :].unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+        if x.ndim == 3:
+            x = x[:, self.model.num_prefix_tokens :]  # without class and register tokens
+            rows = round((x.shape[1] * image.shape[2] / image.shape[3]) ** 0.5)
+            x = x.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
         elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             x = x.permute(0, 3, 1, 2)
         return x, summary

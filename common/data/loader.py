@@ -313,7 +313,8 @@ class Normalizer(nn.Module):
         for key, value in stats.items():
             self.register_buffer(key, value)
 
-    def _affine(self, name):
+    def affine(self, name: str) -> tuple[Tensor, Tensor]:
+        """Offset and scale (dim,) of normalised units."""
         if self.mode == "quantile":
             low, high = getattr(self, f"{name}_q01"), getattr(self, f"{name}_q99")
             return (low + high) / 2, ((high - low) / 2).clamp(min=self.FLOOR)
@@ -321,10 +322,10 @@ class Normalizer(nn.Module):
 
     def normalize(self, name: str, x: Tensor) -> Tensor:
         """name: state or action; x (..., dim) in the dataset's units."""
-        offset, scale = self._affine(name)
+        offset, scale = self.affine(name)
         return (x - offset) / scale
 
     def denormalize(self, name: str, x: Tensor) -> Tensor:
         """The inverse, after a clip to +-5."""
-        offset, scale = self._affine(name)
+        offset, scale = self.affine(name)
         return x.clamp(-5, 5) * scale + offset
