@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import flow, run
+from common import run
 from common.checkpoint import open_policy
 from common.config import UserError, nearest
 from common.data.frames import resize
@@ -35,6 +36,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its newest) or one checkpoint")
     parser.add_argument("--env", help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id; left out: open loop")
+    parser.add_argument("--data", help="open loop: the dataset, if it is no longer where it was for training")
     parser.add_argument("--episodes", type=int, default=100, help="episodes per NFE (100)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
     parser.add_argument(
@@ -156,9 +158,8 @@ def closed_loop(policy, cfg, args):
     for row in rows:
         modes, failures = (", ".join(f"{k} {v}" for k, v in row[key].items()) or "-" for key in ("modes", "failures"))
         low, high = row["interval"]
-        print(
-            f"| {row['nfe']} | {row['success']:.3f} | {low:.3f}-{high:.3f} | {modes} | {failures} | {row['ms_per_chunk']:.1f} |"
-        )
+        success, ms = f"{row['success']:.3f} | {low:.3f}-{high:.3f}", f"{row['ms_per_chunk']:.1f}"
+        print(f"| {row['nfe']} | {success} | {modes} | {failures} | {ms} |")
     plot_success(rows, args.out / "success.png")
     if reel:
         write_video([np.stack(frames) for frames in reel], cfg.data.HZ, args.out / "episodes.mp4")
@@ -196,8 +197,8 @@ def write_video(episodes, fps, file):
 
 @torch.no_grad()
 def open_loop(policy, cfg, args):
-    """Predicted against recorded chunks of the held-out episodes: error per joint and step; results.json, chunks_*.png."""
-    data = Data(cfg.data)
+    """Predicted against recorded chunks of held-out episodes: error per joint and step; results.json, chunks_*.png."""
+    data = Data(replace(cfg.data, root=args.data or cfg.data.root))
     if not data.val_episodes:
         raise UserError("this run held no episodes out (data.val_episodes): nothing to compare with; or give --env")
     device, every, nfe = next(policy.parameters()).device, cfg.data.action_horizon, args.nfe[-1]

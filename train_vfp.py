@@ -87,7 +87,7 @@ class Policy(nn.Module):
         loss, scalars = flow_loss + kl_weight * kl_loss, {"flow": flow_loss, "kl": kl}
         if self.loss.sinkhorn:
             z = prior.sample(noise.normal(*prior.mu.shape))
-            # One step from pure noise, on the same keys and values without their gradient: K-OT moves decoder and prior.
+            # One step from noise, on the same keys and values without gradient: K-OT moves decoder and prior only.
             end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=z)
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             settings = vars(self.loss.sinkhorn).copy()

@@ -2,18 +2,18 @@
 
     python benchmarks/decoder.py [--rounds 20] [--threads 1]
 
-Contenders take turns in one process; each ratio is the median over rounds of a contender's time divided by the peer's
-in the same round, so that a machine whose speed drifts hurts all of them. The last row of a table is the noise floor.
+Contenders take turns in one process; a ratio is the median over rounds of a contender's time divided by the first
+one's in the same round, so that a machine whose speed drifts hurts all alike. "ours again" shows the noise.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import x_transformers
 from torch import nn
 from x_transformers.x_transformers import AttentionLayers
 
@@ -112,12 +112,12 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(f"d {DIM}, {LAYERS} layers, {HEADS} heads, ff {FF}, chunk {CHUNK} x {ACTION}, memory {MEMORY} tokens;")
-    print(f"{options.threads} thread(s), {options.rounds} rounds, torch {torch.__version__}, ", end="")
-    print(f"x-transformers {x_transformers.__version__ if hasattr(x_transformers, '__version__') else ''}\n")
+    versions = f"torch {torch.__version__}, x-transformers {version('x-transformers')}"
+    print(f"{options.threads} thread(s), {options.rounds} rounds, {versions}\n")
     models = {"nn.TransformerDecoder": torch_peer(), "x-transformers": x_peer(), "ours": ours(), "ours again": ours()}
     print(f"Sampling one chunk, {STEPS} Euler steps:\n")
     compare({name: sampling(model, name.startswith("ours")) for name, model in models.items()}, options.rounds)
-    del models["nn.TransformerDecoder"]
+    models = {"x-transformers": models.pop("x-transformers"), **models}  # the faster one to compare with
     print(f"\nTraining step, batch {options.batch}:\n")
     runs = {name: training(model.train(), options.batch) for name, model in models.items()}
     compare(runs, options.rounds)

@@ -3,15 +3,18 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common.config import Optim, UserError, Yaml, from_dict
+from common.config import Optim, Part, UserError, Yaml, from_dict
 from common.data.loader import Normalizer
 from common.parts import build_parts, load_component, read_tensors
 
@@ -35,13 +38,14 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
             _write(tmp / f"{name}.safetensors", {key: averaged.get(prefix + key, state[key]) for key in state})
         _write(tmp / "dataset_stats.safetensors", policy.stats.state_dict())
         raw = {name: p for name, p in policy.named_parameters() if name in averaged}
-        held = tuple(f"parts.{name}." for name in policy.parts) + ("stats.",)
+        held = ("stats.", *(f"parts.{name}." for name in policy.parts))
         other = {key: value for key, value in policy.state_dict().items() if not key.startswith(held)}
         for file, tensors in (("raw", raw), ("other", other)):
             if tensors:
                 _write(tmp / f"resume/{file}.safetensors", tensors)
         names = {id(p): name for name, p in policy.named_parameters()}
         meta = {**meta, "frozen": _record_frozen(folder.parent, policy.parts), "optimizers": []}
+        meta["schedules"] = _schedules(optimizers)
         for i, optimizer in enumerate(optimizers):
             state = {f"{names[id(p)]}/{key}": v for p, values in optimizer.state.items() for key, v in values.items()}
             _write(tmp / f"resume/optimizer_{i}.safetensors", state)
@@ -49,7 +53,7 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
         files = sorted(file for file in tmp.rglob("*") if file.is_file())
         meta["files"] = {str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files}
         with (tmp / "meta.json").open("w") as f:
-            json.dump(meta, f, indent=1)
+            json.dump({**meta, "sha256": _digest(meta)}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         for part in (tmp / "resume", tmp):
@@ -60,12 +64,14 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
         tmp.rename(folder)
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 2**20
-        raise UserError(
-            f"{folder}: could not be saved: {e.strerror or e} ({free:.0f} MiB free); nothing else changed"
-        ) from e
+        raise UserError(f"{folder}: could not be saved: {e} ({free:.0f} MiB free); nothing else changed") from e
+
+
+def _schedules(optimizers):
+    return {group["component"]: group["schedule"] for optimizer in optimizers for group in optimizer.param_groups}
 
 
 def _progress(group):
@@ -86,8 +92,20 @@ def _record_frozen(save_dir, parts):
                 _write(file.with_suffix(".tmp"), parts[name].state_dict())
                 file.with_suffix(".tmp").rename(file)
         record[name] = {"path": os.path.relpath(file, save_dir) if file.parent.parent == save_dir else str(file)}
-        record[name]["sha256"] = sha256(file)
+        if name not in parts.hashes:
+            parts.hashes[name] = sha256(file)
+        record[name]["sha256"] = parts.hashes[name]
     return record
+
+
+def _frozen_file(folder, name, record, given=None) -> Path:
+    """The file of a frozen component: as given, or as recorded. Raises UserError if it is gone or not the same."""
+    file = Path(given or folder.parent / record["path"]).expanduser()
+    if not file.is_file():
+        raise UserError(f"{file}: weights of frozen '{name}' are gone; evaluate.py takes --weights {name}=PATH")
+    if sha256(file) != record["sha256"]:
+        raise UserError(f"{file}: not the file that '{name}' was trained with (sha256 differs)")
+    return file
 
 
 def _write(file, tensors):
@@ -106,22 +124,41 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def steps(save_dir: Path) -> dict[Path, int]:
-    """Complete checkpoint folders -> their step, oldest first. Complete: meta.json, which is written last, is there."""
+def _digest(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint. Raises UserError if it is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("sha256") == _digest(meta):
+            return meta
+    except (OSError, ValueError, KeyError):
+        pass
+    raise UserError(f"{folder}/meta.json is missing or has other content than was written")
+
+
+def steps(save_dir: Path) -> dict[Path, float]:
+    """Checkpoint folders -> their step, oldest first; inf where meta.json, which is written last, is not whole."""
     found = {}
     for folder in save_dir.glob("*_*"):
         kind, _, number = folder.name.partition("_")
-        if kind in ("epoch", "step") and number.isdigit() and (folder / "meta.json").is_file():
+        if kind in ("epoch", "step") and number.isdigit():
             try:
-                found[folder] = json.loads((folder / "meta.json").read_text())["step"]
-            except (ValueError, KeyError, TypeError):
-                print(f"warning: {folder}/meta.json is damaged, this checkpoint is passed over")
+                found[folder] = read_meta(folder)["step"]
+            except UserError:
+                found[folder] = math.inf
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def damage(folder: Path) -> str | None:
     """The first file of a checkpoint that is not as meta.json says, with what is wrong."""
-    for name, (size, digest) in json.loads((folder / "meta.json").read_text())["files"].items():
+    try:
+        files = read_meta(folder)["files"]
+    except UserError as e:
+        return str(e)
+    for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
@@ -133,12 +170,19 @@ def damage(folder: Path) -> str | None:
 
 
 def newest(save_dir: Path) -> Path | None:
-    """The checkpoint with the largest step whose files are all as written; tells of those it passes over."""
+    """The checkpoint with the largest step whose files are all as written; tells of those it passes over.
+
+    None where there are no checkpoints; raises UserError where all are damaged.
+    """
+    problems = []
     for folder in reversed(steps(save_dir)):
         problem = damage(folder)
         if problem is None:
+            print("".join(f"warning: {text}; {folder.name} is taken instead\n" for text in problems), end="")
             return folder
-        print(f"warning: {problem}; the checkpoint before it is taken")
+        problems.append(problem)
+    if problems:
+        raise UserError("\n".join([*problems, f"{save_dir}: no checkpoint is whole; move them away to begin anew"]))
     return None
 
 
@@ -153,28 +197,39 @@ def repair(save_dir: Path):
             left.rename(left.with_suffix(""))
 
 
-def prune(save_dir: Path, keep_last: int):
-    """Delete all but the newest `keep_last` complete checkpoints."""
-    for folder in list(steps(save_dir))[:-keep_last]:
+def prune(save_dir: Path, keep_last: int, step: int):
+    """Delete all but the newest `keep_last` checkpoints up to `step`; any later one was damaged and passed over."""
+    found = steps(save_dir)
+    kept = [folder for folder, at in found.items() if at <= step][-keep_last:]
+    for folder in found.keys() - set(kept):
         shutil.rmtree(folder)
 
 
 def load(folder: Path, policy, optimizers=None, average=None) -> dict:
     """Put a checkpoint into a policy of the same components; meta.json. With optimizers: raw weights, to train on."""
-    meta = json.loads((folder / "meta.json").read_text())
-    listed, own = set(meta["components"]) - set(meta["aliases"]), set(policy.parts) | set(policy.parts.aliases)
-    if set(meta["components"]) != own:
-        raise UserError(
-            f"{folder}: other components than configured: it lacks {sorted(own - set(meta['components'])) or 'none'}, "
-            f"and has {sorted(set(meta['components']) - own) or 'none'} beyond"
-        )
-    for name in policy.parts.trainable():
-        if name not in listed or name in meta["frozen"]:
-            raise UserError(f"{folder}: '{name}' was not trained in this run; start a new one with train.load_dir")
-        load_component(policy.parts[name], folder / f"{name}.safetensors", name)
+    meta, parts, problems = read_meta(folder), policy.parts, []
+    was = {"components": set(meta["components"]), "frozen": set(meta["frozen"]), "shared": {*meta["aliases"].items()}}
+    now = {"components": {*parts, *parts.aliases}, "frozen": parts.frozen, "shared": {*parts.aliases.items()}}
+    if optimizers is not None:
+        was["optimizers"], now["optimizers"] = {*meta["schedules"].items()}, {*_schedules(optimizers).items()}
+    for what in [what for what in now if was[what] != now[what]]:
+        here, there = (sorted(x) or "none" for x in (now[what] - was[what], was[what] - now[what]))
+        problems.append(f"{what}: {there} in the checkpoint, {here} configured")
+    for name in [] if problems else parts.trainable():
+        try:
+            load_component(parts[name], folder / f"{name}.safetensors", name)
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        advice = "a run keeps its components; for a new one from these weights set train.save_dir and train.load_dir"
+        raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems, f"    {advice}"]))
     policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
     if optimizers is None:
         return meta
+    for name, record in meta["frozen"].items():
+        file = _frozen_file(folder, name, record, parts.sources.get(name))
+        if name not in parts.sources:
+            load_component(parts[name], file, name)
     device = next(policy.parameters()).device
     parameters = dict(policy.named_parameters())
     with torch.no_grad():
@@ -200,7 +255,7 @@ def load_script(path: str):
     if not file.is_file():
         raise UserError(f"{file}: the script that trained this checkpoint is gone")
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -218,19 +273,16 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None):
         folder = found
     elif problem := damage(folder):
         raise UserError(f"{problem}; take another checkpoint of this run")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta, weights = read_meta(folder), weights or {}
+    if unknown := sorted(weights.keys() - meta["frozen"]):
+        raise UserError(f"--weights: {unknown} not among the frozen components: {sorted(meta['frozen']) or 'none'}")
     script = load_script(meta["script"])
     cfg = from_dict(script.Config, meta["config"])
-    for name, record in meta["frozen"].items():
-        file = Path((weights or {}).get(name, folder.parent / record["path"]))
-        if not file.is_file():
-            raise UserError(f"{file}: weights of frozen '{name}' are gone; give --weights {name}=PATH")
-        if sha256(file) != record["sha256"]:
-            raise UserError(f"{file}: not the file that '{name}' was trained with (sha256 differs)")
-        cfg.model.component_build_args[name].init = str(file)
-    for name in set(meta["components"]) - set(meta["frozen"]):
-        if name in cfg.model.component_build_args:
-            cfg.model.component_build_args[name].init = "scratch"
+    files = {name: _frozen_file(folder, name, record, weights.get(name)) for name, record in meta["frozen"].items()}
+    cfg.model.component_build_args = {
+        name: Part(init=files.get(name, "scratch"), freeze=name in files, same_as=meta["aliases"].get(name))
+        for name in meta["components"]
+    }
     sources = {name: Yaml.parse(text, f"{folder}/meta.json:{name}") for name, text in meta["components"].items()}
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras)
     policy = script.Policy(

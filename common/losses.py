@@ -68,7 +68,7 @@ def camera_drop(noise: Noise, batch: int, cameras: int, probability: float) -> T
 
 
 def linear_path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x0, x1 (..., T, A), t (...) -> xt, velocity (..., T, A). Lipman et al. 2023 (arXiv:2210.02747) eq. 22, sigma 0."""
+    """x0, x1 (..., T, A), t (...) -> xt, velocity (..., T, A). Lipman et al. 2023 (arXiv:2210.02747) eq. 22."""
     t = t[..., None, None]
     return (1 - t) * x0 + t * x1, x1 - x0
 

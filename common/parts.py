@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.build import build
-from common.config import ConfigError, UserError
+from common.config import ConfigError, Part, UserError
 
 
 class Parts(nn.ModuleDict):
@@ -19,6 +19,7 @@ class Parts(nn.ModuleDict):
         super().__init__(modules)
         self.frozen, self.aliases = set(frozen), dict(aliases or {})
         self.sources = dict(sources or {})  # frozen component -> the file that its weights come from
+        self.hashes = {}  # frozen component -> sha256 of that file, once it was needed
         for name in self.frozen:
             self[name].requires_grad_(False)
         self.train()
@@ -59,35 +60,37 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     model: the config's section; sources: component -> its Yaml; facts: of the dataset. A component called
     `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice.
     """
-    args = {name: model.component_build_args.get(name) for name in sources}
-    owners, aliases = {}, {}
+    groups = {}  # the component that names a shared module -> those that share it
     for name in sources:
         of_camera = re.fullmatch(r"(.+)_(backbone|hand_extractor)", name)
         if of_camera and of_camera[1] not in cameras:
             print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
             continue
-        shared = args[name].same_as if args[name] and args[name].same_as else name
-        if owners.setdefault(shared, name) != name:
-            aliases[name] = owners[shared]
+        groups.setdefault(model.component_build_args.get(name, Part()).same_as or name, []).append(name)
+    owners = {name if name in group else group[0]: name for name, group in groups.items()}
+    aliases = {name: owner for owner, shared in owners.items() for name in groups[shared] if name != owner}
+    args = {owner: model.component_build_args.get(shared, Part()) for owner, shared in owners.items()}
     for camera in cameras:
         own = f"{camera}_backbone"
-        if not {"backbone", own} & {*owners.values(), *aliases}:
+        if not {"backbone", own} & {*owners, *aliases}:
             raise ConfigError(f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'")
-    modules = {name: build(sources[name], facts) for name in owners.values()}
-    frozen = [name for name in modules if args[name] and args[name].freeze]
+    modules = {name: build(sources[name], facts) for name in owners}
+    frozen = [name for name in modules if args[name].freeze]
     files = {}
     for name, module in modules.items():
-        init = args[name].init if args[name] else None
+        init, own = args[name].init, [inner for inner in module.modules() if getattr(inner, "weights", None)]
         if init == "scratch":
             continue
-        if init:
-            files[name] = load_component(module, Path(init), name)
+        if init and own and not module.state_dict().keys() & read_tensors(init).keys():
+            own[0].weights = str(init)  # the block's kind of file, moved
+            files[name] = own[0].load_weights()
+        elif init:
+            files[name] = load_component(module, init, name)
         elif load_dir and (load_dir / f"{name}.safetensors").is_file():
             files[name] = load_component(module, load_dir / f"{name}.safetensors", name)
         else:
-            for inner in module.modules():
-                if getattr(inner, "weights", None):
-                    files[name] = inner.load_weights()
+            for inner in own:
+                files[name] = inner.load_weights()
     if load_dir and not any(file.parent == load_dir for file in files.values()):
         raise ConfigError(f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}")
     for name, file in files.items():

@@ -14,13 +14,14 @@ import accelerate
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from common import checkpoint, optim
+from common import checkpoint
 from common.build import import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
-from common.data.loader import Data, Normalizer
+from common.data.loader import Data, Normalizer, to_device
 from common.losses import Noise, seed_of
 from common.parts import Parts, build_parts
 
@@ -49,7 +50,6 @@ class Run:
             self._claim_folder()
         self.accelerator = Accelerator(
             gradient_accumulation_steps=cfg.train.micro_steps,
-            log_with=cfg.train.tracker,
             project_dir=self.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
@@ -70,6 +70,7 @@ class Run:
         import_plugins(cfg.plugins)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
+        self._batches()  # a batch_size that does not fit is an error now, not after the models are built
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
         self.total = min(cfg.train.epoch * self.steps_per_epoch, cfg.train.total_steps or math.inf)
         self.step = self.epoch = self.offset = 0
@@ -82,7 +83,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if int(os.environ.get("RANK", 0)) == 0:
                 self.lock = (self.folder / ".lock").open("a+")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Unlike flock's, this lock is not inherited by loader processes, which outlive a killed run.
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.lock.truncate(0)
                 self.lock.write(f"pid {os.getpid()} on {platform.node()}")
                 self.lock.flush()
@@ -124,10 +126,14 @@ class Run:
             self._cut_log()
         if self.train.tracker:
             try:
-                self.accelerator.init_trackers(self.train.project_name, to_dict(self.cfg))
+                self.accelerator.log_with = filter_trackers(self.train.tracker, self.folder)
+                shown = {"config": yaml.safe_dump(to_dict(self.cfg))}  # as text: some take no nested values
+                self.accelerator.init_trackers(self.train.project_name, shown)
+                problem = "" if self.accelerator.trackers else "its package is not installed"
             except Exception as e:  # a tracker that cannot be reached must not cost the run
-                print(f"warning: tracker {self.train.tracker} is off: {e}")
-                self.accelerator.trackers = []
+                problem, self.accelerator.trackers = e, []
+            if problem and self.main:
+                print(f"warning: tracker {self.train.tracker} is off: {problem}")
         self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         shown = {"initial": self.step, "total": self.total, "disable": not self.main, "dynamic_ncols": True}
         self.bar = tqdm(desc=self.train.project_name, unit="step", **shown)
@@ -138,19 +144,19 @@ class Run:
         signal.signal(number, self.handlers[number])
 
     def _circumstances(self):
-        return {"processes": self.world, "batch_size": self.cfg.data.batch_size, "threads": torch.get_num_threads()}
+        of_data = {"batch_size": self.cfg.data.batch_size, "samples": len(self.data.train_rows)}
+        return {"processes": self.world, "threads": torch.get_num_threads(), **of_data}
 
     def batches(self):
         """Micro-batches until the run is done or told to stop, each with the noise of its step."""
         if self.step >= self.total:
             return
-        batches = self.data.batches(
-            self.cfg.seed, self.train.micro_steps, self.rank, self.world, self.device, self.epoch, self.offset
-        )
+        batches = self._batches(self.epoch, self.offset)
         micro, self.waited, self.since = 0, 0.0, time.perf_counter()
         self.logged, asked = self.step, self.since
         for batch in batches:
             self.waited += time.perf_counter() - asked
+            batch = to_device(batch, self.device, self.cfg.data.augment)
             self.position = batch.pop("position")
             key = (self.cfg.seed, self.step, micro)
             batch["noise"] = Noise("objective", *key, rank=self.rank, world=self.world, device=self.device)
@@ -161,6 +167,10 @@ class Run:
             if self.step >= self.total or self.stopping:
                 return
             asked = time.perf_counter()
+
+    def _batches(self, epoch=0, offset=0):
+        pin, seed = self.device.type == "cuda", self.cfg.seed
+        return self.data.batches(seed, self.train.micro_steps, self.rank, self.world, pin, epoch, offset)
 
     def note(self, **scalars):
         """Add scalars of this step to what is logged, averaged over its micro-steps; no host read."""
@@ -254,7 +264,8 @@ class Run:
         model.train()
         if count:
             scalars = self._log({f"val/{name}": value / count for name, value in sums.items()})
-            self.bar.write(f"epoch {self.epoch}, step {self.step}: held-out loss {scalars['val/loss']:.4f}")
+            if self.main:
+                self.bar.write(f"epoch {self.epoch}, step {self.step}: held-out loss {scalars['val/loss']:.4f}")
 
     def _save(self):
         name = f"step_{self.step}" if self.offset else f"epoch_{self.epoch}"
@@ -268,7 +279,7 @@ class Run:
             }
             meta["config"] = to_dict(self.cfg)
             checkpoint.save(self.folder / name, self.policy, self.optimizers, self.average, meta)
-            checkpoint.prune(self.folder, self.train.keep_last)
+            checkpoint.prune(self.folder, self.train.keep_last, self.step)
             draw_curves(self.folder)
         self.accelerator.wait_for_everyone()
 
@@ -300,12 +311,12 @@ class Run:
             print(f"{name:<24}{count:>14,}{'no' if frozen else 'yes':>12}{size:>8.1f} MiB")
         for name, owner in policy.parts.aliases.items():
             print(f"{name:<24}same as {owner}")
-        batch = next(self.data.batches(self.cfg.seed, self.train.micro_steps, self.rank, self.world, self.device))
+        batch = to_device(next(iter(self._batches())), self.device, self.cfg.data.augment)
         batch.pop("position")
         for key, value in batch.items():
             print(f"batch  {key:<32}{tuple(value.shape)!s:<24}{value.dtype}")
         batch |= {"noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device), "progress": 1.0}
-        loss, scalars = policy.train()(batch)
+        _, scalars = policy.train()(batch)
         print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         policy.eval()
         x0 = torch.zeros_like(batch["action"][:1])

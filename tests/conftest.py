@@ -82,11 +82,13 @@ def forget_accelerator():
 
 
 class Experiment:
-    """A config folder of one policy, and ways to run its script. 82 training samples: 10 steps of 8 an epoch."""
+    """A config folder of one policy, and ways to run its script. 83 training samples: 10 steps of 8 an epoch."""
 
-    def __init__(self, folder: Path, demos: Path, script="train_flow_matching"):
+    def __init__(self, folder: Path, demos: Path, script="train_flow_matching", write=True):
         self.folder, self.script = folder, script
         self.file, self.save_dir = folder / "train.yaml", folder / "run"
+        if not write:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in POLICIES[script].items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))

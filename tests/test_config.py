@@ -306,10 +306,7 @@ def test_mistakes_in_the_file(folder, old, new, message):
         ("data.augment={hu: 1}", "hu: unknown key; did you mean 'hue'?"),
         ("data={root: x}", "HZ: this key is required"),
         ("data.episodes=[1", "value:1: not YAML: "),
-        (
-            "seed=!!python/name:os.system",
-            "value:1: !!python/name:os.system is refused",
-        ),
+        ("seed=!!python/name:os.system", "value:1: !!python/name:os.system is refused"),
         ("loss=", "expected mapping, found null"),
         ("train.optim.type=adam", "expected adamw_warmup_cosine_decay | "),
         ("model.component_optims.head_backbone.peak_lr=1", "'head_backbone' is frozen"),

@@ -1,5 +1,6 @@
 """Resuming, checkpoints, and what a run does when it is stopped, damaged or fed nonsense."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -19,6 +20,14 @@ from common.config import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 TIMING = ("data_s", "updt_s", "samples_per_s")
+
+
+@pytest.fixture(autouse=True)
+def curves(monkeypatch):
+    """Drawing takes longer than the training here; the one that draws is given where it is wanted."""
+    draw = run.draw_curves
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+    return draw
 
 
 def steps_of(log):
@@ -52,7 +61,7 @@ SETTINGS = {
 def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
     exp = experiment(script)
     straight = exp.folder / "straight"
-    assert exp.main(f"train.save_dir={straight}", *SETTINGS[setting]) == 0
+    assert exp.main(f"train.save_dir={straight}", "train.save_every_steps=3", *SETTINGS[setting]) == 0
     workers = "data.num_workers=2" if setting == "adamw" else "data.num_workers=0"
     assert exp.stop_at(12, workers, *SETTINGS[setting]) == 0
     assert exp.job.step == 12
@@ -61,6 +70,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
     assert list(exp.log()) == list(range(1, 21))
     assert_same_run(straight, exp.save_dir, "epoch_2")
     assert len({round(loss, 6) for loss in exp.log().values()}) == 20
+
+
+def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypatch):
+    exp, seeds, forward = experiment(), [], train_flow_matching.Policy.forward
+
+    def watched(policy, batch):
+        seeds.extend([batch["noise"].generator.initial_seed(), torch.initial_seed()])
+        return forward(policy, batch)
+
+    monkeypatch.setattr(train_flow_matching.Policy, "forward", watched)
+    exp.main("train.total_steps=5", "seed=3")
+    exp.main("train.total_steps=5", "seed=4", f"train.save_dir={exp.folder / 'other'}")
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 5 * 2
 
 
 def test_a_run_may_stop_anywhere(experiment):
@@ -95,7 +117,17 @@ def test_resuming_with_another_batch_size_says_so_and_goes_on(experiment, capsys
     assert exp.job.epoch == 1
 
 
-def test_the_log_is_cut_back_and_curves_are_drawn(experiment):
+def test_resuming_on_other_episodes_says_so_and_keeps_the_statistics(experiment, capsys):
+    exp = experiment()
+    exp.stop_at(3)
+    stats = exp.job.policy.stats.state_dict()
+    exp.main("data.episodes=[0, 1, 2, 5]")
+    assert "samples was 83, now 48" in capsys.readouterr().out
+    assert all(torch.equal(value, stats[key]) for key, value in exp.job.policy.stats.state_dict().items())
+
+
+def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curves):
+    monkeypatch.setattr(run, "draw_curves", curves)
     exp = experiment()
     exp.stop_at(4)
     with (exp.save_dir / "log.jsonl").open("a") as f:
@@ -107,12 +139,40 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment):
 
 
 def test_signals_save_the_current_step(experiment):
-    exp = experiment()
+    exp, before = experiment(), signal.getsignal(signal.SIGINT)
     assert exp.stop_at(3) == 0
     assert exp.meta("step_3")["step"] == 3
     assert exp.stop_at(5, number=signal.SIGINT) == 130
     assert exp.meta("step_5")["step"] == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("owner", "name"), [(checkpoint, "save"), (run.Run, "_validate"), (run.Run, "_log")])
+def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypatch, owner, name):
+    exp, function = experiment(), getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        if exp.job.step == 5 and exp.job.signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert exp.main("data.batch_size=16", "train.save_every_steps=5") == 0
+    assert exp.job.step == 6
+    assert list(checkpoint.steps(exp.save_dir).values()) == [5, 6]
+
+
+def test_a_second_ctrl_c_stops_at_once(experiment, monkeypatch):
+    exp = experiment()
+    monkeypatch.setattr(run.Run, "_log", lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(exp.main)
+    assert stopped.value.code == 130
+    assert not checkpoint.steps(exp.save_dir)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_exit_codes_of_the_process(experiment):
@@ -152,9 +212,8 @@ KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in ran
 
 
 @pytest.mark.parametrize("series", KILLS)
-def test_kill_9_at_random_moments(experiment, monkeypatch, series):
+def test_kill_9_at_random_moments(experiment, series):
     """Four kills a series; each time the run goes on from a complete step and loses only what came after its save."""
-    monkeypatch.setattr(run, "draw_curves", lambda folder: None)  # would take most of the time
     exp, rng = experiment("train_vfp"), random.Random(series)
     every = ["train.save_every_steps=1", "train.total_steps=30", "train.epoch=3"]
     straight = exp.folder / "straight"
@@ -367,20 +426,20 @@ def test_nonsense_is_no_success_for_the_shell(experiment, monkeypatch):
     assert "step 1: not finite" in (exp.folder / "out").read_text()
 
 
-def test_held_out_loss_is_that_of_the_averaged_weights_and_disturbs_nothing(experiment):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_held_out_loss_is_that_of_the_averaged_weights_and_disturbs_nothing(experiment, setting):
     exp = experiment("train_vfp")
-    exp.main()
     without = exp.folder / "without"
-    exp.main(f"train.save_dir={without}", "data.episodes=[0, 1, 2, 3, 4]", "data.val_episodes=0.0")
+    exp.main(f"train.save_dir={without}", "data.episodes=[0, 1, 2, 3, 4]", "data.val_episodes=0.0", *SETTINGS[setting])
+    exp.main(*SETTINGS[setting])
     assert exp.log() == exp.log(save_dir=without)
     assert list(exp.log("val/loss")) == [10, 20]
     assert not exp.log("val/loss", without)
-    exp.main()  # nothing left to do: the job is at step 20 with the weights of the last checkpoint
-    job = exp.job
-    policy, _ = checkpoint.open_policy(exp.save_dir)
-    own = {k: v.clone() for k, v in job.policy.state_dict().items()}
-    job.policy, job.step = policy, 21
-    job.average = type("Same", (), {"applied": lambda self: torch.enable_grad()})()
-    job._validate(policy)
-    assert exp.log("val/loss")[21] == exp.log("val/loss")[20]
-    assert any(not torch.equal(own[k], v) for k, v in policy.state_dict().items())
+    job, (policy, _) = exp.job, checkpoint.open_policy(exp.save_dir)
+    job.average.applied = contextlib.nullcontext
+    for step, evaluated in ((21, policy), (22, job.policy)):
+        job.step, job.policy = step, evaluated
+        job._validate(evaluated)
+    loss = exp.log("val/loss")
+    assert loss[20] == loss[21]
+    assert (loss[22] == loss[20]) == (setting == "onecycle")  # which has no average

@@ -23,6 +23,9 @@ class Sum(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None, action=None) -> Tensor:
+        if not len(cond_visual) == len(cond_semantic) == len(self.visual):
+            found = f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given"
+            raise ValueError(f"{found}, built for {len(self.visual)} cameras")
         x = self.proprio(cond_proprio.flatten(1))
         for i, (project, grid, project_semantic, semantic) in enumerate(
             zip(self.visual, cond_visual, self.semantic, cond_semantic, strict=True)
@@ -136,18 +139,18 @@ class MLPActionDecoder(nn.Module):
 
 
 class BoundMLP:
-    """An MLPActionDecoder that holds what one batch of observations contributes: known (B, 1, dim)."""
+    """An MLPActionDecoder that holds what one batch of observations contributes: the projected memory (B, 1, dim)."""
 
-    def __init__(self, decoder, known, z=None):
-        self.decoder, self.known = decoder, known if z is None else self._join(decoder, known, z)
+    def __init__(self, decoder, memory, z=None):
+        self.decoder, self.memory, self.z = decoder, memory, z
+        self.known = memory if z is None else self._join(z)
 
-    @staticmethod
-    def _join(decoder, known, z):
-        return known + decoder.latent(z.flatten(1))[:, None]
+    def _join(self, z):
+        return self.memory + self.decoder.latent(z.flatten(1))[:, None]
 
     def detach(self):
         """The same without gradient to the memory and its projection."""
-        return BoundMLP(self.decoder, self.known.detach())
+        return BoundMLP(self.decoder, self.memory.detach(), self.z)
 
     def __call__(self, x_t, t, z=None) -> Tensor:
-        return self.decoder.run(x_t, t, self.known if z is None else self._join(self.decoder, self.known, z))
+        return self.decoder.run(x_t, t, self.known if z is None else self._join(z))

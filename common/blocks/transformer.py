@@ -274,9 +274,8 @@ class BoundDecoder:
     """An ActionDecoder that holds the keys and values of one batch of observations."""
 
     def __init__(self, decoder, keys_values, z=None):
-        self.decoder, self.keys_values, self.latent = decoder, keys_values, None
-        if z is not None:
-            self.latent, self.keys_values = self._join(z)
+        self.decoder, self.keys_values, self.z = decoder, keys_values, z
+        self.known = (None, keys_values) if z is None else self._join(z)
 
     def _join(self, z):
         latent = self.decoder.latent(z)
@@ -286,8 +285,8 @@ class BoundDecoder:
 
     def detach(self):
         """The same without gradient to the memory and to its key and value projections."""
-        return BoundDecoder(self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values])
+        return BoundDecoder(self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z)
 
     def __call__(self, x_t, t, z=None) -> Tensor:
-        latent, keys_values = (self.latent, self.keys_values) if z is None else self._join(z)
+        latent, keys_values = self.known if z is None else self._join(z)
         return self.decoder.run(x_t, t, keys_values, latent)

@@ -1,4 +1,4 @@
-"""Windows of a LeRobot dataset at a fixed rate: samples, their order, statistics, and what the device does to a batch."""
+"""Windows of a LeRobot dataset at a fixed rate: samples, their order, statistics, and a batch on the device."""
 
 import fcntl
 import importlib
@@ -161,7 +161,7 @@ class Data:
                 f"{dataset.root}: {len(episodes)} episodes, all held out by data.val_episodes; none to train on"
             )
         keys = [*cfg.state_keys, cfg.action_key]
-        for warning in check(dataset, list(cfg.cameras.values()), keys, episodes):
+        for warning in check(dataset, list(cfg.cameras.values()), keys, cfg.episodes):
             print(f"warning: {warning}")
         if cfg.cache == "none":
             frames = VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes)
@@ -191,21 +191,15 @@ class Data:
         count = max(round(val * len(episodes)), 1) if val and len(episodes) > 1 else 0
         return set(episodes[len(episodes) - count :])
 
-    def batches(self, seed, micro_steps, rank, world, device, epoch=0, offset=0):
-        """Micro-batches of this process on its device, from a position on, without end."""
+    def batches(self, seed, micro_steps, rank, world, pin, epoch=0, offset=0) -> DataLoader:
+        """Micro-batches of this process, from a position on, without end; not yet on a device (see to_device)."""
         cfg = self.cfg
         order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset)
         workers = {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
-        loader = DataLoader(
-            TrainingSet(self.windows, seed),
-            sampler=order,
-            batch_size=None,
-            num_workers=cfg.num_workers,
-            pin_memory=device.type == "cuda",
-            **workers,
+        samples = TrainingSet(self.windows, seed)
+        return DataLoader(
+            samples, sampler=order, batch_size=None, num_workers=cfg.num_workers, pin_memory=pin, **workers
         )
-        for batch in loader:
-            yield to_device(batch, device, cfg.augment)
 
     def held_out(self, rank, world, device, size):
         """Batches of this process's share of the held-out rows: equal shares, the rest of the division is left out."""
@@ -227,7 +221,7 @@ def to_device(batch: dict, device, augment=None) -> dict:
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     cameras = [key for key in batch if key.startswith(IMAGE)]
     for i, key in enumerate(cameras):
-        batch[key] = batch[key].float() / 255
+        batch[key] = batch[key] / 255
         if draws is not None and augment:
             batch[key] = augmented(batch[key], augment, draws[:, i].to(device, non_blocking=True))
     if position is not None:

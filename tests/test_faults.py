@@ -1,0 +1,515 @@
+"""Components that are frozen, shared or start elsewhere; and user mistakes, each of which is one clear message."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import CAMERAS, Experiment, forget_accelerator, write_demos
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import train_vfp
+from common import build, checkpoint, run
+from common.blocks.vision import TinyCNN
+from common.build import UnknownBlock
+from common.config import UserError
+
+FREEZE = "model.component_build_args={backbone: {freeze: true}}"
+
+
+def part(state, name):
+    """The tensors of one component of a policy's state_dict."""
+    return {key: value for key, value in state.items() if key.startswith(f"parts.{name}.")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_frozen_components_stay_and_the_others_all_change(experiment):
+    exp = experiment("train_vfp")
+    exp.main(FREEZE, "train.total_steps=5")
+    policy, backbone = exp.job.policy, exp.job.policy.parts["backbone"]
+    assert same(part(exp.start, "backbone"), part(policy.state_dict(), "backbone"))
+    assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
+    assert not any(module.training for module in backbone.modules())
+    assert all(policy.parts[name].training for name in policy.parts.trainable())
+    assert not any(same(part(exp.start, n), part(policy.state_dict(), n)) for n in policy.parts.trainable())
+    for name in policy.parts.trainable():
+        changed = [not torch.equal(exp.start[f"parts.{name}.{k}"], p) for k, p in policy.parts[name].named_parameters()]
+        assert sum(changed) > 0.9 * len(changed), name  # a mask token may not have been drawn
+
+
+@pytest.fixture
+def frozen(experiment):
+    """A run whose frozen backbone no file held before."""
+    exp = experiment()
+    exp.main(FREEZE, "train.total_steps=3")
+    return exp, exp.save_dir / "frozen/backbone.safetensors"
+
+
+def test_a_frozen_component_without_a_file_is_kept_once(frozen):
+    exp, _ = frozen
+    assert exp.meta("step_3")["frozen"]["backbone"]["path"] == "frozen/backbone.safetensors"
+    assert not (exp.save_dir / "step_3/backbone.safetensors").exists()
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    assert same(part(exp.start, "backbone"), part(policy.state_dict(), "backbone"))
+    start = exp.start
+    exp.main(FREEZE, "train.total_steps=5", "seed=1")  # another seed would draw other weights
+    assert same(part(start, "backbone"), part(exp.job.policy.state_dict(), "backbone"))
+    assert not same(part(start, "backbone"), part(exp.start, "backbone"))
+    moved = exp.folder / "elsewhere"
+    exp.save_dir.rename(moved)
+    assert same(part(checkpoint.open_policy(moved)[0].state_dict(), "backbone"), part(start, "backbone"))
+
+
+def test_a_frozen_file_that_is_gone_or_changed_is_named(frozen, tmp_path):
+    exp, file = frozen
+    away = tmp_path / "weights.safetensors"
+    shutil.move(file, away)
+    for use in (lambda: checkpoint.open_policy(exp.save_dir), lambda: exp.main(FREEZE)):
+        with pytest.raises(
+            UserError, match=rf"{file}: weights of frozen 'backbone' are gone; .*--weights backbone=PATH"
+        ):
+            use()
+    assert evaluate.main(argv(exp, f"--weights=backbone={away}")) == 0
+    with pytest.raises(UserError, match=r"nowhere.safetensors: weights of frozen 'backbone' are gone"):
+        evaluate.main(argv(exp, "--weights=backbone=nowhere.safetensors"))
+    with pytest.raises(UserError, match=r"--weights: \['backbon'\]"):
+        evaluate.main(argv(exp, f"--weights=backbon={away}"))
+    tensors = load_file(away)
+    next(iter(tensors.values())).mul_(1.01)
+    save_file(tensors, file)
+    for use in (lambda: checkpoint.open_policy(exp.save_dir), lambda: exp.main(FREEZE)):
+        with pytest.raises(UserError, match=rf"{file}: not the file that 'backbone' was trained with"):
+            use()
+
+
+def argv(exp, *more):
+    return ["--checkpoint", str(exp.save_dir), "--out", str(exp.folder / "results"), "--nfe", "2", *more]
+
+
+@pytest.fixture
+def trained(experiment):
+    """A finished run of 3 steps, to start others from."""
+    exp = experiment(name="first")
+    exp.main("train.total_steps=3")
+    return exp.save_dir / "step_3"
+
+
+def test_weights_come_from_init_then_load_dir_then_chance(experiment, trained):
+    exp = experiment(name="second")
+    other = exp.folder / "other.safetensors"
+    tensors = load_file(trained / "info_embedder.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, other)
+    init = f"model.component_build_args={{backbone: {{init: scratch}}, info_embedder: {{init: {other}, freeze: true}}}}"
+    exp.main(init, f"train.load_dir={trained.parent}", "train.total_steps=3")
+    start = exp.start
+    assert same(
+        part(start, "action_decoder"), prefixed(load_file(trained / "action_decoder.safetensors"), "action_decoder")
+    )
+    assert same(part(start, "info_embedder"), prefixed(load_file(other), "info_embedder"))
+    exp.main("train.total_steps=1", f"train.save_dir={exp.folder / 'fresh'}")
+    assert same(part(start, "backbone"), part(exp.start, "backbone"))
+    record = exp.meta("step_3")["frozen"]["info_embedder"]
+    assert record == {"path": str(other), "sha256": checkpoint.sha256(other)}
+    assert not (exp.save_dir / "frozen").exists()
+    other.unlink()
+    with pytest.raises(UserError, match=rf"{other}: weights of frozen 'info_embedder' are gone"):
+        checkpoint.open_policy(exp.save_dir)
+
+
+def prefixed(tensors, name):
+    return {f"parts.{name}.{key}": value for key, value in tensors.items()}
+
+
+def test_load_dir_that_holds_nothing(experiment, trained):
+    exp = experiment(name="second")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        exp.main(f"train.load_dir={exp.folder}")
+    for file in trained.glob("*.safetensors"):
+        file.rename(file.with_suffix(".away"))
+    with pytest.raises(UserError, match=r"first/run/step_3/\w+.safetensors is missing"):
+        exp.main(f"train.load_dir={trained.parent}")
+    with pytest.raises(UserError, match="holds no file for any of backbone, info_embedder, action_decoder"):
+        exp.main(f"train.load_dir={trained}")
+
+
+def cameras_of_their_own(exp):
+    names = ["head_backbone", "left_backbone", "right_backbone"]
+    for name in names:
+        shutil.copy(exp.folder / "backbone.yaml", exp.folder / f"{name}.yaml")
+    paths = exp.config["model"]["component_config_paths"]
+    del paths["backbone"]
+    exp.config["model"]["component_config_paths"] = {name: f"./{name}.yaml" for name in [*names, *paths]}
+    exp.config["model"]["component_build_args"] = {"left_backbone": {"same_as": "head_backbone"}}
+    exp.write()
+
+
+def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
+    exp = experiment()
+    cameras_of_their_own(exp)
+    sizes, forward = [], TinyCNN.forward
+    monkeypatch.setattr(TinyCNN, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    exp.main("train.total_steps=2", "data.val_episodes=0.0")
+    assert sorted(sizes) == sorted(
+        [8, 4] * 4
+    )  # two steps of two micro-batches of 4: head and left together, right alone
+    assert list(exp.job.policy.parts) == ["head_backbone", "right_backbone", "info_embedder", "action_decoder"]
+    files = {file.stem for file in (exp.save_dir / "step_2").glob("*.safetensors")}
+    assert files == {*exp.job.policy.parts, "dataset_stats"}
+    policy, cfg = checkpoint.open_policy(exp.save_dir)
+    assert policy.parts.aliases == {"left_backbone": "head_backbone"}
+    assert list(cfg.data.cameras) == ["head", "left", "right"]
+
+
+@pytest.mark.parametrize("order", [["head_backbone", "left_backbone"], ["left_backbone", "head_backbone"]])
+def test_a_shared_component_is_set_up_by_its_own_entry_wherever_it_stands(experiment, order):
+    exp = experiment()
+    cameras_of_their_own(exp)
+    paths = exp.config["model"]["component_config_paths"]
+    exp.config["model"]["component_config_paths"] = {name: paths[name] for name in [*order, *list(paths)[2:]]}
+    exp.config["model"]["component_build_args"]["head_backbone"] = {"freeze": True}
+    exp.write()
+    exp.main("train.total_steps=1")
+    assert exp.job.policy.parts.frozen == {"head_backbone"}
+    assert exp.job.policy.parts.aliases == {"left_backbone": "head_backbone"}
+
+
+def test_components_of_an_absent_camera_are_left_out(experiment, capsys):
+    exp = experiment()
+    cameras_of_their_own(exp)
+    exp.config["model"]["component_build_args"]["head_backbone"] = {"freeze": True}
+    exp.config["data"]["cameras"] = {name: CAMERAS[name] for name in ("left", "right")}
+    exp.write()
+    exp.main("train.total_steps=1")
+    assert "notice: head_backbone is left out, data.cameras has no 'head'" in capsys.readouterr().out
+    assert exp.job.policy.parts.frozen == {"left_backbone"}  # in the place of the one it shares
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    assert same(part(policy.state_dict(), "left_backbone"), part(exp.start, "left_backbone"))
+
+
+@pytest.mark.parametrize("freeze", ["true", "false"])
+def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_ones(experiment, monkeypatch, freeze):
+    exp = experiment()
+    (exp.folder / "pretrained_blocks.py").write_text(
+        "from pathlib import Path\n"
+        "from safetensors.torch import load_file\n"
+        "from common.blocks.vision import TinyCNN\n"
+        "from common.build import block\n"
+        "@block('pretrained_cnn')\n"
+        "class PretrainedCNN(TinyCNN):\n"
+        "    def __init__(self, dim, width, weights=None):\n"
+        "        super().__init__(dim, width)\n"
+        "        self.weights = weights\n"
+        "    def load_weights(self):\n"
+        "        self.load_state_dict({k.removeprefix('net.'): v for k, v in load_file(self.weights).items()})\n"
+        "        return Path(self.weights)\n"
+    )
+    monkeypatch.syspath_prepend(str(exp.folder))
+    content = {"block": "pretrained_cnn", "args": {"dim": 8, "width": 4, "weights": "./cnn.safetensors"}}
+    (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(content))
+    file = exp.folder / "cnn.safetensors"
+    given = TinyCNN(8, 4).state_dict()
+    save_file({f"net.{key}": value for key, value in given.items()}, file)
+    settings = ["plugins=[pretrained_blocks]", f"model.component_build_args={{backbone: {{freeze: {freeze}}}}}"]
+    exp.main(*settings, "train.total_steps=2")
+    assert same(part(exp.start, "backbone"), prefixed(given, "backbone.block"))
+    moved = file.rename(exp.folder / "moved.safetensors")
+    if freeze == "true":
+        with pytest.raises(UserError, match=rf"{file}: weights of frozen 'backbone' are gone"):
+            checkpoint.open_policy(exp.save_dir)
+        policy, _ = checkpoint.open_policy(exp.save_dir, {"backbone": moved})
+        assert same(part(policy.state_dict(), "backbone"), part(exp.start, "backbone"))
+    else:
+        checkpoint.open_policy(exp.save_dir)
+    del sys.modules["pretrained_blocks"]
+    del build._BLOCKS["pretrained_cnn"]
+
+
+def edit(name, old, new):
+    """A change to one component's YAML."""
+
+    def change(exp):
+        file = exp.folder / f"{name}.yaml"
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return change
+
+
+def override(text):
+    return lambda exp: exp.overrides.append(text)
+
+
+def dataset(change):
+    """The same demonstrations, copied and harmed."""
+
+    def changed(exp):
+        folder = exp.folder / "harmed"
+        shutil.copytree(exp.config["data"]["root"], folder)
+        exp.overrides.append(f"data.root={folder}")
+        change(folder)
+
+    return changed
+
+
+VIDEO = "videos/observation.images.cam_left/chunk-000/file-000.mp4"
+
+
+def cut_video(folder):
+    data = (folder / VIDEO).read_bytes()
+    (folder / VIDEO).write_bytes(data[: len(data) // 2])
+
+
+def not_a_number(folder):
+    file = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    values = table["action"].to_pylist()
+    values[14 + 7][2] = float("nan")
+    column = table.column_names.index("action")
+    field = table.schema.field("action")
+    pq.write_table(table.set_column(column, field, pa.array(values, field.type)), file)
+
+
+def no_episodes(folder):
+    file = folder / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(file)[:0], file)
+
+
+def pickled(exp):
+    torch.save({}, exp.folder / "weights.pt")
+    exp.overrides.append(f"model.component_build_args={{backbone: {{init: {exp.folder}/weights.pt}}}}")
+
+
+def long_form(exp):
+    content = {
+        "inputs": ["image"],
+        "blocks": {"a": {"block": "nn.Identity", "in": ["$b"]}, "b": {"block": "nn.Identity", "in": ["$image"]}},
+        "return": "$a",
+    }
+    (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def execute(exp):
+    text = exp.file.read_text() + "plugins: !!python/object/apply:os.system ['touch executed']\n"
+    exp.file.write_text(text)
+
+
+def one_backbone_too_few(exp):
+    cameras_of_their_own(exp)
+    del exp.config["model"]["component_config_paths"]["right_backbone"]
+    exp.write()
+
+
+MISTAKES = {
+    "unknown key": (override("train.save_evry=3"), r"train.save_evry.*did you mean 'save_every'"),
+    "wrong type": (override("data.batch_size=many"), r"data.batch_size=many: expected int, found \"many\""),
+    "batch too large": (override("data.batch_size=90"), r"data.batch_size 90 is more than the 83 training samples"),
+    "batch indivisible": (override("data.batch_size=9"), r"data.batch_size 9 must be a multiple of micro_steps"),
+    "no such file": (
+        lambda exp: (exp.folder / "backbone.yaml").unlink(),
+        r"train.yaml:3: .*backbone: no such file: .*backbone.yaml",
+    ),
+    "unknown block": (
+        edit("backbone", "tiny_cnn", "tiny_cn"),
+        r"backbone.yaml:4: block: no block 'tiny_cn'; did you mean 'tiny_cnn'",
+    ),
+    "forward reference": (long_form, r"backbone.yaml:\d+: blocks.a.in: 'b' is not there yet"),
+    "wrong dimension": (
+        edit("action_decoder", "action_dim: null", "action_dim: 7"),
+        r"action_decoder.yaml:\d+: args.action_dim: 7 here, but the dataset has 4",
+    ),
+    "missing camera": (
+        override("data.cameras={head: observation.images.cam_heat}"),
+        r"(?s)'observation.images.cam_heat' is not in the dataset; did you mean .*cam_head.*available: .*cam_left",
+    ),
+    "camera without a backbone": (one_backbone_too_few, "camera 'right' has neither 'right_backbone' nor 'backbone'"),
+    "unknown column": (
+        override("data.state_keys=[observation.stat]"),
+        r"no numeric column 'observation.stat'; did you mean 'observation.state'",
+    ),
+    "truncated video": (dataset(cut_video), rf"{VIDEO}.*cut short.*episode"),
+    "missing video": (
+        dataset(lambda folder: (folder / VIDEO).unlink()),
+        r"cam_left' is declared in info.json but has no files",
+    ),
+    "nan": (dataset(not_a_number), r"file-000.parquet: episode 1, frame 7: action\[2\] is nan"),
+    "no episodes": (dataset(no_episodes), r"harmed: no episodes"),
+    "no dataset": (override("data.root=./nothing_here"), r"data.root: no folder .*nothing_here"),
+    "no generated dataset": (override("data.root=tabletopp"), r"no folder 'tabletopp'.*did you mean 'tabletop'"),
+    "unwritable folder": (
+        lambda exp: exp.overrides.append(f"train.save_dir={exp.file}/run"),
+        r"train.save_dir: .*train.yaml/run cannot be written: Not a directory",
+    ),
+    "python object": (execute, r"train.yaml:\d+: plugins: .*python/object/apply:os.system is refused"),
+    "pickle": (pickled, r"weights.pt: expected a .safetensors file; pickles"),
+    "missing plugin": (override("plugins=[no_such_lab.blocks]"), r"cannot import plugin 'no_such_lab.blocks'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_nothing_is_begun(experiment, mistake, capsys, monkeypatch):
+    exp = experiment()
+    monkeypatch.chdir(exp.folder)
+    exp.overrides = []
+    change, message = MISTAKES[mistake]
+    change(exp)
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda: exp.main(*exp.overrides))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") or "\nerror: " in error
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert not [path for path in exp.save_dir.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not list(exp.folder.rglob("executed"))
+
+
+def test_an_unknown_block_is_a_key_error_as_well(experiment):
+    exp = experiment()
+    edit("backbone", "tiny_cnn", "my_cnn")(exp)
+    with pytest.raises(UnknownBlock, match=r"`plugins` in train.yaml names the modules of blocks of your own"):
+        exp.main()
+
+
+def test_evaluate_says_what_is_wrong(experiment, capsys):
+    exp = experiment()
+    with pytest.raises(UserError, match="no checkpoint here"):
+        evaluate.main(argv(exp))
+    exp.main("train.total_steps=2", "data.val_episodes=0.0")
+    with pytest.raises(UserError, match="held no episodes out"):
+        evaluate.main(argv(exp))
+    with pytest.raises(UserError, match=r"--env: no environment 'tabletob'; did you mean 'tabletop'"):
+        evaluate.main(argv(exp, "--env", "tabletob"))
+    with pytest.raises(UserError, match="runs at 20 Hz, the policy at 10"):
+        evaluate.main(argv(exp, "--env", "tabletop"))
+    (exp.save_dir / "step_2/backbone.safetensors").unlink()
+    with pytest.raises(UserError, match=r"backbone.safetensors is missing; take another checkpoint"):
+        evaluate.main(["--checkpoint", str(exp.save_dir / "step_2")])
+
+
+@pytest.mark.parametrize("script", ["train_flow_matching", "train_vfp"])
+def test_help_lists_every_key(script, capsys):
+    module = sys.modules.get(script) or __import__(script)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for key in (
+        "train.optim.peak_lr",
+        "data.augment.hue",
+        "model.component_build_args.NAME.freeze",
+        "loss.camera_dropout",
+    ):
+        assert key in out
+    assert ("loss.sinkhorn.blur" in out) == (script == "train_vfp")
+
+
+def test_dry_run_prints_components_and_writes_nothing(experiment, capsys):
+    exp = experiment("train_vfp")
+    before = sorted(exp.folder.rglob("*"))
+    assert exp.main("--dry_run", FREEZE) == 0
+    out = capsys.readouterr().out
+    assert sorted(exp.folder.rglob("*")) == before
+    assert [line.split()[0] for line in out.splitlines()[1:6]] == [
+        "backbone", "info_embedder", "action_decoder", "vae_posterior", "vae_prior",
+    ]  # fmt: skip
+    count = sum(p.numel() for p in TinyCNN(8, 4).parameters())
+    assert out.splitlines()[1].split()[:3] == ["backbone", f"{count:,}", "no"]
+    assert "sample (1, 6, 4); 20 steps of 10 per epoch" in out
+    config = yaml.safe_load(out[out.index("\nmodel:") :])
+    assert config["train"]["save_dir"] == str(exp.save_dir)
+
+
+def test_a_tracker_that_cannot_start_costs_a_warning(experiment, capsys):
+    exp = experiment()
+    for tracker, reason in (("wandb", "not installed"), ("wanbd", "Unsupported logging capability")):
+        assert (
+            exp.main(f"train.tracker={tracker}", "train.total_steps=2", f"train.save_dir={exp.folder / tracker}") == 0
+        )
+        out = capsys.readouterr().out
+        assert out.count("warning: tracker") == 1
+        assert f"tracker {tracker} is off: " in out
+        assert reason in out
+
+
+def test_a_tracker_gets_the_config_and_what_is_logged(experiment, monkeypatch):
+    from accelerate.tracking import GeneralTracker
+
+    seen = []
+
+    class Memory(GeneralTracker):
+        name, requires_logging_directory, tracker, main_process_only = "memory", False, None, True
+
+        def __init__(self):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            seen.append(yaml.safe_load(values["config"])["train"]["project_name"])
+
+        def log(self, values, step, **kwargs):
+            seen.append((step, "loss" in values))
+
+    monkeypatch.setattr(run, "filter_trackers", lambda name, folder: [Memory()])
+    experiment().main("train.tracker=memory", "train.total_steps=2", "data.val_episodes=0.0")
+    assert seen == ["tiny", (1, True), (2, True)]
+
+
+def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(experiment, tmp_path, monkeypatch):
+    exp = experiment("train_vfp")
+    text = Path(train_vfp.__file__).read_text()
+    for old, new in (
+        ("from dataclasses", "from __future__ import annotations\n\nfrom dataclasses"),
+        ("kl: float = key(1.0", "my_kl: float = key(1.0"),
+        ("loss.kl *", "loss.my_kl *"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "train_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(exp.folder, tmp_path / "copied")
+    fork = Experiment.__new__(Experiment)
+    fork.__dict__ |= {**exp.__dict__, "script": "train_mine", "folder": tmp_path / "copied"}
+    fork.file, fork.save_dir = fork.folder / "train.yaml", fork.folder / "run"
+    overrides = [f"train.save_dir={fork.save_dir}", "loss={my_kl: 0.5}"]
+    assert fork.stop_at(12, *overrides) == 0
+    assert fork.main(*overrides) == 0
+    assert fork.meta("epoch_2")["script"] == str(tmp_path / "train_mine.py")
+    exp.main("loss={kl: 0.5}")
+    assert fork.meta("epoch_2")["files"] == exp.meta("epoch_2")["files"]
+    del sys.modules["train_mine"]
+    assert evaluate.main(argv(fork)) == 0
+    results = json.loads((fork.folder / "results/results.json").read_text())
+    assert len(results["mae"]) == 4
+    assert np.isfinite(results["mae"]).all()
+    (tmp_path / "train_mine.py").unlink()
+    with pytest.raises(UserError, match=r"train_mine.py: the script that trained this checkpoint is gone"):
+        evaluate.main(argv(fork))
+
+
+def test_a_constant_dimension_is_named_and_trains(tmp_path, capsys):
+    def hold(episode, arrays):
+        arrays["observation.state"][:, 3] = 0.5
+
+    exp = Experiment(tmp_path / "exp", write_demos(tmp_path / "demos", edit=hold))
+    exp.main("train.total_steps=2")
+    forget_accelerator()
+    assert "warning: state dimensions [3] are constant" in capsys.readouterr().out
+    assert all(np.isfinite(loss) for loss in exp.log().values())
+
+
+def test_episodes_shorter_than_a_chunk_train(tmp_path):
+    exp = Experiment(tmp_path / "exp", write_demos(tmp_path / "demos", lengths=(3, 5, 2, 4, 3, 2)))
+    exp.main("data.action_horizon=8", "data.obs_proprio_history=9", "train.total_steps=2")
+    forget_accelerator()
+    assert all(np.isfinite(loss) for loss in exp.log().values())

@@ -1,0 +1,151 @@
+"""Real processes: the launchers' commands, and two processes that must train what one trains."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import assert_same_run, steps_of, wait_for_step
+
+from common import checkpoint
+
+ROOT = Path(__file__).parents[1]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def no_dropout(exp):
+    for file in exp.folder.glob("*.yaml"):
+        file.write_text(file.read_text().replace("dropout: 0.1", "dropout: 0.0"))
+
+
+# Several runs in two processes: each main() finds the process group of the one before.
+WORKER = """
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import conftest
+import train_flow_matching
+from common import run
+
+PartialState.destroy_process_group = lambda self, group=None: None
+
+
+def keep_the_group():
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+conftest.forget_accelerator = keep_the_group
+folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+even, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in ("even", "dropout"))
+
+assert even.main("train.total_steps=10") == 0
+for p in even.job.policy.parameters():
+    both = [torch.empty_like(p), torch.empty_like(p)]
+    torch.distributed.all_gather(both, p.detach())
+    assert torch.equal(*both)
+
+assert dropout.main(f"train.save_dir={folder}/straight") == 0
+seeds = [None, None]
+torch.distributed.all_gather_object(seeds, torch.initial_seed())
+assert seeds[0] != seeds[1]  # dropout
+assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0  # the signal reaches one process only
+assert dropout.job.step == 12
+assert dropout.main() == 0
+
+mse, calls = train_flow_matching.masked_mse, []
+def broken(*args):
+    calls.append(1)
+    return mse(*args) * (float("nan") if rank == 1 and len(calls) == 2 * 4 else 1)
+train_flow_matching.masked_mse = broken
+nan = conftest.Experiment(folder / "nan", demos, write=False)
+with pytest.raises(SystemExit, match="step 4: not finite"):
+    nan.main("train.save_every_steps=1")
+assert nan.job.step == 3
+print(f"rank {rank} done")
+"""
+
+
+def test_two_processes_train_what_one_trains(experiment, demos, capsys):
+    even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
+    no_dropout(even)
+    folder = even.folder.parent
+    (folder / "worker.py").write_text(WORKER)
+    command = [*TWO, str(folder / "worker.py"), str(folder), str(demos)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done") == 2
+
+    one = folder / "one"
+    even.main("train.total_steps=10", f"train.save_dir={one}")
+    for key in ("loss", "flow", "kl", "lr", "norm/vae_prior"):
+        ours, theirs = even.log(key, one), even.log(key)
+        assert list(ours) == list(theirs) == list(range(1, 11))
+        torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5)
+    for file in (one / "epoch_1").glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(even.save_dir / "epoch_1" / file.name)
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=0)
+
+    assert_same_run(folder / "straight", dropout.save_dir, "epoch_2")
+    assert dropout.meta("epoch_2")["processes"] == 2
+    assert list(checkpoint.steps(nan.save_dir).values()) == [2, 3]
+
+    capsys.readouterr()
+    dropout.main("train.epoch=3")  # and one process can go on where two stopped
+    assert "processes was 2, now 1" in capsys.readouterr().out
+    assert list(dropout.log()) == list(range(1, 31))
+
+
+def test_torchrun_and_sigterm(experiment):
+    """The launcher passes the signal to the process group of each process: workers must not die before the save."""
+    exp = experiment("train_vfp")
+    argv = exp.argv("train.epoch=100000", "data.num_workers=1", "train.keep_last=1")
+    with (exp.folder / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*TWO, "train_vfp.py", *argv], cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+        wait_for_step(exp, 3, 120)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    out = (exp.folder / "out").read_text()
+    assert "RuntimeError" not in out
+    assert f"stopped at step {max(exp.log())}" in out
+    assert exp.meta(checkpoint.newest(exp.save_dir).name)["step"] == max(exp.log())
+    assert len(checkpoint.steps(exp.save_dir)) == 1
+
+
+def test_the_command_of_the_readme(experiment):
+    exp = experiment()
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "train_flow_matching.py"]
+    done = subprocess.run(
+        [*command, *exp.argv("train.total_steps=3")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"finished at step 3: {exp.save_dir}" in done.stdout
+    launched = exp.save_dir.rename(exp.folder / "launched")
+    exp.main("train.total_steps=3")
+    keys = ("step", "loss", "norm/backbone")
+    ours, theirs = (
+        [[line[key] for key in keys] for line in steps_of(f / "log.jsonl")] for f in (exp.save_dir, launched)
+    )
+    assert ours == [pytest.approx(line) for line in theirs]
+    assert exp.meta("step_3", launched)["script"] == "train_flow_matching.py"
