@@ -73,14 +73,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
 
 
 def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypatch):
-    exp, seeds, forward = experiment(), [], train_flow_matching.Policy.forward
+    exp, seeds, losses, forward = experiment(), [], [], train_flow_matching.Policy.forward
 
     def watched(policy, batch):
         seeds.extend([batch["noise"].generator.initial_seed(), torch.initial_seed()])
-        return forward(policy, batch)
+        loss, scalars = forward(policy, batch)
+        losses.append(loss.item())
+        return loss, scalars
 
     monkeypatch.setattr(train_flow_matching.Policy, "forward", watched)
     exp.main("train.total_steps=5", "seed=3")
+    assert list(exp.log().values()) == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 10, 2)])
     exp.main("train.total_steps=5", "seed=4", f"train.save_dir={exp.folder / 'other'}")
     assert len(set(seeds)) == len(seeds) == 2 * 2 * 5 * 2
 
