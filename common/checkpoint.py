@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from common.build import import_plugins
 from common.config import Optim, Part, UserError, Yaml, from_dict
 from common.data.loader import Normalizer
 from common.parts import build_parts, load_component, read_tensors
@@ -202,7 +203,7 @@ def prune(save_dir: Path, keep_last: int, step: int):
     found = steps(save_dir)
     kept = [folder for folder, at in found.items() if at <= step][-keep_last:]
     for folder in found.keys() - set(kept):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # half deleted, it would look damaged
 
 
 def load(folder: Path, policy, optimizers=None, average=None) -> dict:
@@ -278,6 +279,7 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None):
         raise UserError(f"--weights: {unknown} not among the frozen components: {sorted(meta['frozen']) or 'none'}")
     script = load_script(meta["script"])
     cfg = from_dict(script.Config, meta["config"])
+    import_plugins(cfg.plugins)
     files = {name: _frozen_file(folder, name, record, weights.get(name)) for name, record in meta["frozen"].items()}
     cfg.model.component_build_args = {
         name: Part(init=files.get(name, "scratch"), freeze=name in files, same_as=meta["aliases"].get(name))

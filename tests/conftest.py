@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from tqdm import tqdm
 
 from common import run
 from common.data.writer import DatasetWriter
@@ -156,6 +158,9 @@ class Experiment:
         pid = os.fork()
         if pid:
             return pid
+        signal.alarm(120)  # a child that hangs fails its test
+        # tqdm's own lock is one for all children, and a killed one may have held it.
+        tqdm.set_lock(threading.RLock())
         try:
             with open(output, "w") as f:
                 os.dup2(f.fileno(), 1)

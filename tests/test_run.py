@@ -230,7 +230,7 @@ def test_kill_9_at_random_moments(experiment, series):
         time.sleep(rng.random() * 0.2)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert "Traceback" not in output.read_text()
+        assert "Traceback" not in output.read_text(), output.read_text()[-3000:]
         logged = max(exp.log())
         checkpoint.repair(exp.save_dir)
         reached = max(checkpoint.steps(exp.save_dir).values(), default=0)
@@ -242,8 +242,8 @@ def test_kill_9_at_random_moments(experiment, series):
     assert_same_run(straight, exp.save_dir, "epoch_3")
 
 
-@pytest.mark.parametrize("left", ["step_4.tmp", "step_4.old", "step_3.old"])
-def test_leftovers_of_an_interrupted_save(experiment, left):
+@pytest.mark.parametrize("left", ["step_9.tmp", "step_4.old", "step_3.old"])
+def test_leftovers_of_an_interrupted_save(experiment, left, capsys):
     exp = experiment()
     exp.stop_at(3)
     if left == "step_3.old":
@@ -252,8 +252,9 @@ def test_leftovers_of_an_interrupted_save(experiment, left):
         (exp.save_dir / left).mkdir()
     if left == "step_4.old":
         (exp.save_dir / "step_3").rename(exp.save_dir / "step_4")
-    exp.stop_at(4)
-    assert exp.job.step == 4
+    exp.stop_at(5)
+    assert exp.job.step == 5
+    assert "at step 3 of" in capsys.readouterr().out
     assert not list(exp.save_dir.glob("*.tmp")) + list(exp.save_dir.glob("*.old"))
 
 
