@@ -245,7 +245,8 @@ class Run:
         file = self.folder / "log.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        file.write_text("".join(line + "\n" for line in kept))
+        file.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+        file.with_suffix(".tmp").replace(file)
 
     @torch.no_grad()
     def _validate(self, model):
