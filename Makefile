@@ -7,7 +7,7 @@ RUN = $(HOME)/runs/vfp_tabletop
 
 demo: .venv/runtime
 	$(BIN)/accelerate launch -q train_vfp.py --config configs/vfp_single_expert/tabletop/train.yaml
-	$(BIN)/python evaluate.py --checkpoint $(RUN) --env tabletop --episodes 100 --nfe 1 2 4 10 --out $(RUN)/evaluation
+	$(BIN)/python evaluate.py --checkpoint $(RUN) --env tabletop --episodes 100 --nfe 1 2 4 10
 
 test: .venv/dev
 	$(BIN)/python -m pytest

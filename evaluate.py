@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: closed loop in an environment, or open loop on the held-out episodes of its dataset.
 
-    python evaluate.py --checkpoint ~/runs/vfp_tabletop --env tabletop --episodes 100 --nfe 1 2 4 10 --out results
-    python evaluate.py --checkpoint ~/runs/my_robot --out results
+    python evaluate.py --checkpoint ~/runs/vfp_tabletop --env tabletop --episodes 100 --nfe 1 2 4 10
+    python evaluate.py --checkpoint ~/runs/my_robot
 
 Writes results.json, a plot, and in closed loop a video of the first episodes. Repeats bit for bit for a seed.
 """
@@ -32,21 +32,27 @@ ENVIRONMENTS = {"tabletop": ("common.envs.tabletop", "Tabletop-v0")}
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 
 
+def positive(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its newest) or one checkpoint")
     parser.add_argument("--env", help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id; left out: open loop")
     parser.add_argument("--data", help="open loop: the dataset, if it is no longer where it was for training")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes per NFE (100)")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
+    parser.add_argument("--episodes", type=positive, default=100, help="episodes per NFE (100)")
+    parser.add_argument("--nfe", type=positive, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
     parser.add_argument(
-        "--execute", type=int, default=8, help="steps of a chunk that are carried out before replanning"
+        "--execute", type=positive, default=8, help="steps of a chunk that are carried out before replanning"
     )
-    parser.add_argument("--batch", type=int, default=50, help="episodes that run side by side")
+    parser.add_argument("--batch", type=positive, default=50, help="episodes that run side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
-    parser.add_argument("--videos", type=int, default=4, help="episodes in the video; 0: none")
+    parser.add_argument("--videos", type=int, default=6, help="episodes in the video; 0: none")
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of what is written")
+    parser.add_argument("--out", type=Path, help="folder of what is written (evaluation/ in the run folder)")
     return parser.parse_args(argv)
 
 
@@ -81,8 +87,17 @@ class Looker:
 
 
 @torch.no_grad()
+def act(policy, cfg, looker, observations, rows, keys, nfe):
+    """Chunks (B, T, A) for the environments `rows`, with noise of their keys, and the seconds it took."""
+    started = time.perf_counter()
+    memory, noise = policy.encode(looker.batch(observations, rows)), RowNoise(keys, looker.device)
+    z = policy.latent(memory, noise)
+    x0 = noise.normal(len(rows), cfg.data.action_horizon, len(policy.stats.action_mean))
+    return policy.sample(memory, x0, nfe, z).cpu().numpy(), time.perf_counter() - started
+
+
 def rollout(policy, cfg, make, seeds, nfe, execute, seed, film=0, bar=None):
-    """Episodes side by side -> their last infos, seconds per chunk, and the pictures of the first `film` episodes."""
+    """Episodes side by side -> their last infos, seconds of single chunks, pictures of the first `film` episodes."""
     envs = [make() for _ in seeds]
     observations = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
     looker = Looker(cfg, next(policy.parameters()).device)
@@ -91,14 +106,10 @@ def rollout(policy, cfg, make, seeds, nfe, execute, seed, film=0, bar=None):
     while active:
         looker.remember(observations)
         if tick % execute == 0:
-            started = time.perf_counter()
-            memory = policy.encode(looker.batch(observations, active))
-            noise = RowNoise([("episode", seed, seeds[i], tick) for i in active], looker.device)
-            z = policy.latent(memory, noise)
-            x0 = noise.normal(len(active), cfg.data.action_horizon, policy.stats.action_mean.shape[0])
-            made = policy.sample(memory, x0, nfe, z).cpu().numpy()
-            latency.append((time.perf_counter() - started) / len(active))
+            keys = [("episode", seed, seeds[i], tick) for i in active]
+            made, _ = act(policy, cfg, looker, observations, active, keys, nfe)
             chunks = dict(zip(active, made, strict=True))
+            latency.append(act(policy, cfg, looker, observations, active[:1], keys[:1], nfe)[1])  # as a robot would
         tick += 1
         for i in list(active):
             if i < film:
@@ -126,9 +137,16 @@ def closed_loop(policy, cfg, args):
     def make():
         return gymnasium.make(name, disable_env_checker=True)
 
-    if make().metadata.get("render_fps") != cfg.data.HZ:
-        raise UserError(f"--env: {name} runs at {make().metadata.get('render_fps')} Hz, the policy at {cfg.data.HZ}")
-    if not 1 <= args.execute <= cfg.data.action_horizon:
+    trial = make()
+    given, wanted = (
+        list(getattr(trial.observation_space, "spaces", {})),
+        [*cfg.data.state_keys, *cfg.data.cameras.values()],
+    )
+    if missing := [key for key in wanted if key not in given]:
+        raise UserError(f"--env: {name} does not give {missing}, which the policy was trained on; it gives {given}")
+    if trial.metadata.get("render_fps") != cfg.data.HZ:
+        raise UserError(f"--env: {name} runs at {trial.metadata.get('render_fps')} Hz, the policy at {cfg.data.HZ}")
+    if args.execute > cfg.data.action_horizon:
         raise UserError(f"--execute: {args.execute} steps of a chunk of {cfg.data.action_horizon}")
     rows, reel = [], None
     seeds = list(range(FIRST_SEED, FIRST_SEED + args.episodes))
@@ -253,10 +271,15 @@ def plot_chunks(episode, predicted, recorded, valid, file):
 
 def main(argv=None):
     args = arguments(argv)
-    weights = dict(item.partition("=")[::2] for item in args.weights)
-    policy, cfg = open_policy(args.checkpoint.expanduser(), weights)
+    checkpoint = args.checkpoint.expanduser()
+    policy, cfg = open_policy(checkpoint, dict(item.partition("=")[::2] for item in args.weights))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
+    run_folder = checkpoint.parent if (checkpoint / "meta.json").is_file() else checkpoint
+    args.out = (args.out or run_folder / "evaluation").expanduser()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
     results = (closed_loop if args.env else open_loop)(policy, cfg, args)
     (args.out / "results.json").write_text(json.dumps({"checkpoint": str(args.checkpoint), **results}, indent=1))
     print(f"\nwritten to {args.out}")

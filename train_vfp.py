@@ -128,6 +128,7 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
+    job.try_out(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)

@@ -255,6 +255,9 @@ def load_script(path: str):
     file = ROOT / path
     if not file.is_file():
         raise UserError(f"{file}: the script that trained this checkpoint is gone")
+    loaded = sys.modules.get(file.stem)
+    if getattr(loaded, "__file__", None) == str(file):
+        return loaded
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -285,7 +285,7 @@ class Augment:
 
 @dataclass
 class Data:
-    root: str = key(..., "a LeRobot folder, a Hub id org/name, or tabletop / avoid: generated on first use")
+    root: str = key(..., "a LeRobot folder, a Hub id org/name, or tabletop: generated on first use")
     cameras: dict[str, str] = key({}, "name of a camera here -> its key in the dataset; the order counts")
     state_keys: list[str] = key(["observation.state"], "low-dimensional columns, concatenated in this order")
     hold_keys: list[str] = key([], "columns taken nearest, not interpolated, when resampling")

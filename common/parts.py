@@ -46,7 +46,7 @@ class Parts(nn.ModuleDict):
         for name, cameras in shared.items():
             batch = torch.cat([images[camera] for camera in cameras])
             frames = (len(batch), batch.shape[1] if batch.ndim == 5 else 1)
-            features, summary = self[name](batch.flatten(0, -4))
+            features, summary = self[name](image=batch.flatten(0, -4))
             features = features.unflatten(0, frames).permute(0, 1, 3, 4, 2).flatten(1, 2)
             summary = summary.unflatten(0, frames).mean(1, keepdim=True)
             grids |= zip(cameras, features.chunk(len(cameras)), strict=True)

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import accelerate
@@ -58,11 +60,14 @@ class Run:
             raise ConfigError(
                 f"{kind.value} shards the weights, which per-component files do not support: use plain DDP"
             )
-        self.rank, self.world, self.main = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.accelerator.is_main_process,
-        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        launched = int(os.environ.get("WORLD_SIZE", self.world))
+        if self.world != launched:
+            raise ConfigError(
+                f"{launched} processes were launched that do not see each other: no GPU here? On CPU: "
+                f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} {path.name} ..."
+            )
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             # The launcher leaves one thread per process; results repeat bit for bit for the same number.
@@ -106,6 +111,25 @@ class Run:
         parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
+    def try_out(self, policy):
+        """Two samples through everything, forward and backward, so that what does not fit is an error now."""
+        policy.to(self.device).eval()
+        batch = to_device(self.data.windows[self.data.train_rows[:2]], self.device)
+        batch |= {"noise": Noise("try out", device=self.device), "progress": 1.0}
+        try:
+            policy(batch)[0].backward()
+        except (RuntimeError, ValueError, TypeError, KeyError) as e:
+            owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
+            at = [name for owner in owners for name, part in policy.parts.items() if owner in [*part.modules()]]
+            where = f"component '{at[-1]}' ({self.cfg.model.component_config_paths[at[-1]]})" if at else self.script
+            problem = f"no component {e} is listed" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
+            shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items() if isinstance(x, torch.Tensor))
+            raise ConfigError(f"{where}: {problem}\n    the first batch is {shapes}") from e
+        for name in policy.parts.trainable():
+            if all(p.grad is None for p in policy.parts[name].parameters()):
+                raise ConfigError(f"component '{name}' is listed, but {self.script} does not use it: leave it out")
+        policy.zero_grad()
+
     def resume(self, policy, optimizers, average):
         """Take up the newest checkpoint of the run folder, if there is one, and get ready to be stopped."""
         self.policy, self.optimizers, self.average = policy, optimizers, average
@@ -116,6 +140,10 @@ class Run:
         folder = broadcast_object_list(found)[0]
         if folder:
             meta = checkpoint.load(folder, policy, optimizers, average)
+            if meta["script"] != self.script:
+                raise UserError(f"{folder}: of {meta['script']}, not of {self.script}: set another train.save_dir")
+            for key, was, now in changes(meta["config"], to_dict(self.cfg)) if self.main else ():
+                print(f"warning: {key} was {was}, now {now}")
             self.step, self.epoch, self.offset = meta["step"], meta["epoch"], meta["offset"]
             for what, now in self._circumstances().items():
                 if meta[what] != now and self.main:
@@ -302,7 +330,6 @@ class Run:
     @torch.no_grad()
     def dry_run(self, policy) -> int:
         """Print what would be trained: components, one batch, one loss, one sample, the config. Nothing is written."""
-        policy.to(self.device)
         print(f"{'component':<24}{'parameters':>14}{'trainable':>12}{'memory':>12}")
         for name, part in policy.parts.items():
             count = sum(p.numel() for p in part.parameters())
@@ -326,6 +353,20 @@ class Run:
         print(f"sample {tuple(chunk.shape)}; {self.total} steps of {self.steps_per_epoch} per epoch")
         print(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
         return 0
+
+
+HARMLESS = (
+    r"train\.(project_name|save|keep|load|tracker|log)|data\.(num_workers|cache|root|val_samples|batch_size)"
+    r"|model\.component_config_paths"
+)
+
+
+def changes(was, now, path=""):
+    """(key, old, new) of every key that matters to training and differs between two configs."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [(path, was, now)] if was != now and not re.match(HARMLESS, path) else []
+    keys = [*was, *(key for key in now if key not in was)]
+    return [one for key in keys for one in changes(was.get(key), now.get(key), f"{path}.{key}" if path else key)]
 
 
 def draw_curves(folder: Path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from common.config import ConfigError, DataError, nearest
+from common.config import ConfigError, DataError, suggest
 from common.data.frames import FrameCache, VideoFrames
 from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
 from common.losses import seed_of
@@ -23,7 +23,7 @@ def locate(root: str):
     if root not in GENERATED:
         if "/" not in root:
             raise DataError(
-                f"data.root: no folder '{root}', and no generated set of that name{nearest(root, GENERATED)}"
+                f"data.root: no folder '{root}', and no generated set of that name{suggest(root, GENERATED)}"
             )
         return fetch(root)
     folder = cache_folder() / root
