@@ -16,6 +16,7 @@ from conftest import CAMERAS, Experiment, forget_accelerator, write_demos
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import train_flow_matching
 import train_vfp
 from common import build, checkpoint, run
 from common.blocks.vision import TinyCNN
@@ -158,11 +159,10 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
     exp = experiment()
     cameras_of_their_own(exp)
     sizes, forward = [], TinyCNN.forward
-    monkeypatch.setattr(TinyCNN, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1])
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
-    assert sorted(sizes) == sorted(
-        [8, 4] * 4
-    )  # two steps of two micro-batches of 4: head and left together, right alone
+    # Two samples tried out, then two steps of two micro-batches of 4: head and left together, right alone.
+    assert sorted(sizes) == sorted([4, 2] + [8, 4] * 4)
     assert list(exp.job.policy.parts) == ["head_backbone", "right_backbone", "info_embedder", "action_decoder"]
     files = {file.stem for file in (exp.save_dir / "step_2").glob("*.safetensors")}
     assert files == {*exp.job.policy.parts, "dataset_stats"}
@@ -182,6 +182,69 @@ def test_a_shared_component_is_set_up_by_its_own_entry_wherever_it_stands(experi
     exp.main("train.total_steps=1")
     assert exp.job.policy.parts.frozen == {"head_backbone"}
     assert exp.job.policy.parts.aliases == {"left_backbone": "head_backbone"}
+
+
+def test_the_long_form_of_the_readme_is_a_backbone(experiment):
+    exp = experiment()
+    text = (checkpoint.ROOT / "README.md").read_text()
+    block = next(part for part in text.split("```") if "backbone.yaml" in part and "nn.Conv2d" in part)
+    (exp.folder / "backbone.yaml").write_text(block.removeprefix("yaml\n").replace("dim: 64", "dim: 16"))
+    info = exp.folder / "info_embedder.yaml"
+    info.write_text(info.read_text().replace("visual_dim: 8", "visual_dim: 16"))
+    assert exp.main("train.total_steps=1") == 0
+    assert set(exp.job.policy.parts["backbone"].state_dict()) == {"stem.weight", "stem.bias"}
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "message"),
+    [
+        (
+            "train_flow_matching",
+            {"visual_dim: 8": "visual_dim: 9"},
+            r"component 'info_embedder' \(.*yaml\): .*the first",
+        ),
+        (
+            "train_vfp",
+            {"latent_dim: 4": "latent_dim: 5"},
+            r"component 'action_decoder' .*observation.state \(2, 3, 5\)",
+        ),
+    ],
+)
+def test_components_that_do_not_fit_together(experiment, script, change, message):
+    exp = experiment(script)
+    file = exp.folder / ("info_embedder.yaml" if script == "train_flow_matching" else "action_decoder.yaml")
+    for old, new in change.items():
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        exp.main()
+    assert not list(exp.save_dir.glob("*_*"))
+
+
+def test_components_of_another_script(experiment):
+    exp = experiment("train_vfp")
+    paths = {name: str(exp.folder / f"{name}.yaml") for name in ("backbone", "info_embedder", "action_decoder")}
+    with pytest.raises(UserError, match=r"train_vfp.py: no component 'vae_posterior' is listed"):
+        exp.main(f"model.component_config_paths={json.dumps(paths)}")
+    forget_accelerator()
+    with pytest.raises(UserError, match=r"'vae_posterior' is listed, but train_flow_matching.py does not use it"):
+        train_flow_matching.main(["--config", str(exp.folder / "train.yaml"), "loss={}"])
+
+
+def test_a_run_is_not_resumed_by_another_script_and_tells_what_changed(experiment, capsys):
+    exp = experiment()
+    exp.main("train.total_steps=1")
+    assert exp.main("train.total_steps=2", "loss.target=velocity", "train.log_every=1") == 0
+    out = capsys.readouterr().out
+    assert "warning: train.total_steps was 1, now 2" in out
+    assert "log_every" not in out
+    meta = exp.meta("step_2")
+    checkpoint_meta = exp.save_dir / "step_2" / "meta.json"
+    meta["script"] = "train_other.py"
+    del meta["sha256"]
+    checkpoint_meta.write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
+    with pytest.raises(UserError, match=r"step_2: of train_other.py, not of train_flow_matching.py"):
+        exp.main("train.total_steps=3")
 
 
 def test_components_of_an_absent_camera_are_left_out(experiment, capsys):
