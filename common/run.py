@@ -279,7 +279,7 @@ class Run:
     @torch.no_grad()
     def _validate(self, model):
         """Loss on held-out episodes with the weights to run and the same noise every time."""
-        sums, count, size = {}, 0, self.cfg.data.batch_size // self.world
+        sums, count, size = {}, 0, self.cfg.data.batch_size // (self.world * self.train.micro_steps)
         model.eval()
         with self.average.applied():
             for i, batch in enumerate(self.data.held_out(self.rank, self.world, self.device, size)):

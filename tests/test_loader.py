@@ -328,3 +328,13 @@ def test_statistics_are_those_of_the_training_rows_as_resampled(demos):
     state = data.windows.state[data.train_rows]
     np.testing.assert_allclose(data.stats["state_mean"], state.mean(0), atol=1e-5)
     assert len(state) == sum(2 * n - 1 for n in LENGTHS[1:5])
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "quantile"])
+def test_rare_values_survive_the_clip(mode):
+    values = np.zeros((1000, 1), np.float32)
+    values[:5] = 1  # a gripper that is almost always open
+    stats = Normalizer(mode, statistics(values, values))
+    back = stats.denormalize("action", stats.normalize("action", torch.tensor([[0.0], [1.0]])))
+    assert back.flatten().tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert stats.denormalize("action", torch.tensor([[1e6], [-1e6]])).abs().max() <= 1.01

@@ -320,6 +320,7 @@ class Normalizer(nn.Module):
         return (x - offset) / scale
 
     def denormalize(self, name: str, x: Tensor) -> Tensor:
-        """The inverse, after a clip to +-5."""
+        """The inverse, after a clip to +-5 or, where that is wider, to the range of the training data."""
         offset, scale = self.affine(name)
-        return x.clamp(-5, 5) * scale + offset
+        low, high = (self.normalize(name, getattr(self, f"{name}_{end}")) for end in ("min", "max"))
+        return torch.clamp(x, low.clamp(max=-5), high.clamp(min=5)) * scale + offset
