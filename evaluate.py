@@ -3,285 +3,294 @@
     python evaluate.py --checkpoint ~/runs/vfp_tabletop --env tabletop --episodes 100 --nfe 1 2 4 10
     python evaluate.py --checkpoint ~/runs/my_robot
 
-Writes results.json, a plot, and in closed loop a video of the first episodes. Repeats bit for bit for a seed.
+Writes results.json, plots, and in closed loop a video of the first episodes. But for the times it repeats bit for bit,
+for a seed and a batch size.
 """
 
 import argparse
-import importlib
 import json
-import math
-import time
-from collections import Counter
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import av
 import gymnasium
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import run
-from common.checkpoint import open_policy
+from common import metrics, plots, run
+from common.checkpoint import newest, open_policy, read_meta
 from common.config import UserError, nearest
 from common.data.frames import resize
-from common.data.loader import IMAGE, Data, to_device
+from common.data.loader import IMAGE, Data, locate, to_device
+from common.flow import Execution
 from common.losses import RowNoise
 
-ENVIRONMENTS = {"tabletop": ("common.envs.tabletop", "Tabletop-v0")}
+ENVIRONMENTS = {  # a module that registers it, and its id: so does gymnasium name any other
+    "tabletop": "common.envs.tabletop:Tabletop-v0",
+    "tabletop-hard": "common.envs.tabletop_hard:TabletopHard-v0",
+    "avoid": "common.envs.avoid:Avoid-v0",
+    "avoid-skewed": "common.envs.avoid:AvoidSkewed-v0",
+}
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 
 
-def positive(text):
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+def at_least(low, text):
+    if (number := int(text)) < low:
+        raise argparse.ArgumentTypeError(f"{text} is not at least {low}")
     return number
 
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder (its newest) or one checkpoint")
-    parser.add_argument("--env", help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id; left out: open loop")
-    parser.add_argument("--data", help="open loop: the dataset, if it is no longer where it was for training")
-    parser.add_argument("--episodes", type=positive, default=100, help="episodes per NFE (100)")
-    parser.add_argument("--nfe", type=positive, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
-    parser.add_argument(
-        "--execute", type=positive, default=8, help="steps of a chunk that are carried out before replanning"
-    )
-    parser.add_argument("--batch", type=positive, default=50, help="episodes that run side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
-    parser.add_argument("--videos", type=int, default=6, help="episodes in the video; 0: none")
-    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now")
-    parser.add_argument("--out", type=Path, help="folder of what is written (evaluation/ in the run folder)")
+    add, natural, count = parser.add_argument, partial(at_least, 0), partial(at_least, 1)
+    add("--checkpoint", type=Path, required=True, help="a run folder (its newest) or one checkpoint")
+    add("--env", help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id, module:Id; left out: open loop")
+    add("--data", help="open loop: the dataset, if it is no longer where it was for training")
+    add("--samples", type=count, default=1, help="open loop: chunks drawn per look; the best one is reported too (1)")
+    add("--episodes", type=count, default=100, help="episodes per NFE (100)")
+    add("--nfe", type=count, nargs="+", default=[1, 2, 4, 10], help="evaluations per chunk; open loop: the last one")
+    add("--execute", type=count, default=8, help="steps from one look, and one chunk, to the next (8)")
+    add("--delay", type=natural, default=0, help="steps from a look until its chunk acts: real-time chunking (0)")
+    add("--ensemble", type=float, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
+    add("--latent", choices=["fresh", "hold"], default="fresh", help="new noise for it at each look, or per episode")
+    add("--batch", type=count, default=50, help="episodes that run side by side (50)")
+    add("--seed", type=int, default=0, help="of the policy's noise (0)")
+    add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
+    add("--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now")
+    add("--out", type=Path, help="folder of what is written (evaluation/ in the run folder)")
     return parser.parse_args(argv)
 
 
-def wilson(successes: int, n: int, z=1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    p, spread = successes / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return (p + spread / 2 - half) / (1 + spread), (p + spread / 2 + half) / (1 + spread)
+@dataclass
+class Episode:
+    """What is kept of one: how it ended, where the robot was at each tick, the obstacles (n, 3), pictures if filmed."""
+
+    success: bool = False
+    mode: str | None = None
+    failure: str | None = None
+    path: list = field(default_factory=list)
+    obstacles: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    pictures: list = field(default_factory=list)
 
 
 class Looker:
-    """What the policy sees of a batch of environments: resized pictures and a history of states."""
+    """What the policy sees of n environments: histories of states and, resized, of pictures, oldest first."""
 
-    def __init__(self, cfg, device):
-        self.cfg, self.device, self.states = cfg.data, device, None
+    def __init__(self, cfg, n, device):
+        self.cfg, self.device = cfg, device
+        self.states = [deque(maxlen=cfg.obs_proprio_history) for _ in range(n)]
+        self.pictures = [{name: deque(maxlen=cfg.obs_images_history) for name in cfg.cameras} for _ in range(n)]
 
-    def remember(self, observations):
-        """Append the states of one tick; the first is repeated to fill the history, as in training."""
-        now = np.stack([np.concatenate([obs[key] for key in self.cfg.state_keys]) for obs in observations])
-        if self.states is None:
-            self.states = np.repeat(now[:, None], self.cfg.obs_proprio_history, 1)
-        else:
-            self.states = np.concatenate([self.states[:, 1:], now[:, None]], 1)
+    def remember(self, i, observation):
+        """One tick of environment i; its first fills the history, as in training. Pictures may be absent."""
+        state = np.concatenate([np.ravel(observation[key]) for key in self.cfg.state_keys], dtype=np.float32)
+        self.states[i].extend([state] * (1 if self.states[i] else self.cfg.obs_proprio_history))
+        for name, frames in self.pictures[i].items():
+            if (image := observation.get(self.cfg.cameras[name])) is not None:
+                image = resize(image, tuple(self.cfg.image_size)).transpose(2, 0, 1)
+                frames.extend([image] * (1 if frames else self.cfg.obs_images_history))
 
-    def batch(self, observations, rows):
-        """Device batch of the environments `rows`, of which `observations` have pictures."""
-        batch = {"observation.state": torch.from_numpy(self.states[rows]).float()}
-        for name, key in self.cfg.cameras.items():
-            images = np.stack([resize(observations[i][key], tuple(self.cfg.image_size)) for i in rows])
-            batch[IMAGE + name] = torch.from_numpy(images).permute(0, 3, 1, 2)
+    def batch(self, rows):
+        """Device batch of the environments `rows`."""
+        batch = {"observation.state": torch.from_numpy(np.array([self.states[i] for i in rows]))}
+        for name in self.cfg.cameras:
+            images = torch.from_numpy(np.array([self.pictures[i][name] for i in rows]))
+            batch[IMAGE + name] = images[:, 0] if self.cfg.obs_images_history == 1 else images
         return to_device(batch, self.device)
 
 
 @torch.no_grad()
-def act(policy, cfg, looker, observations, rows, keys, nfe):
-    """Chunks (B, T, A) for the environments `rows`, with noise of their keys, and the seconds it took."""
-    started = time.perf_counter()
-    memory, noise = policy.encode(looker.batch(observations, rows)), RowNoise(keys, looker.device)
-    z = policy.latent(memory, noise)
-    x0 = noise.normal(len(rows), cfg.data.action_horizon, len(policy.stats.action_mean))
-    return policy.sample(memory, x0, nfe, z).cpu().numpy(), time.perf_counter() - started
+def act(policy, args, looker, rows, keys, nfe, prefix):
+    """Chunks (B, T, A) for the environments `rows`, with noise of their keys, continuing `prefix` (B, d, A) or None."""
+    memory, noise = policy.encode(looker.batch(rows)), RowNoise(keys, looker.device)
+    # A held latent has noise without the tick, the last item of a key: it changes with what is seen, and only so.
+    z = policy.latent(memory, noise if args.latent == "fresh" else RowNoise([key[:-1] for key in keys], looker.device))
+    x0 = noise.normal(len(rows), looker.cfg.action_horizon, len(policy.stats.action_mean))
+    known = {} if prefix is None else {"prefix": torch.from_numpy(prefix).to(x0)}
+    return policy.sample(memory, x0, nfe, z, **known).cpu().numpy()
 
 
-def rollout(policy, cfg, make, seeds, nfe, execute, seed, film=0, bar=None):
-    """Episodes side by side -> their last infos, seconds of single chunks, pictures of the first `film` episodes."""
-    envs = [make() for _ in seeds]
-    observations = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
-    looker = Looker(cfg, next(policy.parameters()).device)
-    infos, active, reel, latency = [None] * len(envs), list(range(len(envs))), [[] for _ in range(film)], []
-    chunks, tick = None, 0
+def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
+    """Environments side by side in one clock -> their Episodes, and the times of single chunks if `timed`."""
+    envs, episodes = [make() for _ in seeds], [Episode() for _ in seeds]
+    looker = Looker(cfg.data, len(seeds), next(policy.parameters()).device)
+    robots = Execution(len(seeds), args.execute, args.ensemble, args.delay)
+
+    def note(i, observation, info):
+        looker.remember(i, observation)
+        if (position := info.get("position")) is not None:
+            episodes[i].path.append(np.array(position, float))
+        if i < film and (picture := envs[i].render()) is not None:
+            episodes[i].pictures.append(picture)
+
+    for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
+        note(i, *env.reset(seed=seed))
+        if hasattr(env.unwrapped, "obstacles"):
+            episodes[i].obstacles = env.unwrapped.obstacles()
+    active, times = list(range(len(seeds))), []
     while active:
-        looker.remember(observations)
-        if tick % execute == 0:
-            keys = [("episode", seed, seeds[i], tick) for i in active]
-            made, _ = act(policy, cfg, looker, observations, active, keys, nfe)
-            chunks = dict(zip(active, made, strict=True))
-            latency.append(act(policy, cfg, looker, observations, active[:1], keys[:1], nfe)[1])  # as a robot would
-        tick += 1
-        for i in list(active):
-            if i < film:
-                reel[i].append(envs[i].render())
-            envs[i].unwrapped.look = tick % execute == 0
-            observations[i], _, terminated, truncated, info = envs[i].step(chunks[i][(tick - 1) % execute])
+        if robots.due():
+            keys = [("episode", args.seed, seeds[i], robots.tick) for i in active]
+            prefix = robots.prefix(active) if args.conditioned else None
+            if timed and robots.tick == 0:
+                times = metrics.times(partial(act, policy, args, looker, active[:1], keys[:1], nfe, None))
+            robots.add(active, act(policy, args, looker, active, keys, nfe, prefix))
+        actions = robots.next(active)
+        look = -robots.tick % args.execute < cfg.data.obs_images_history
+        for i, action in zip(list(active), actions, strict=True):
+            envs[i].unwrapped.look = look
+            observation, _, terminated, truncated, info = envs[i].step(action)
+            note(i, observation, info)
             if terminated or truncated:
-                infos[i] = info
+                end = episodes[i]
+                if "success" not in info and "is_success" not in info:
+                    raise UserError(f"--env: {args.env} must tell info['success'] when it ends; it tells {list(info)}")
+                end.success, end.mode = bool(info.get("success", info.get("is_success"))), info.get("mode")
+                end.failure = info.get("failure") or ("timeout" if truncated else "unnamed")
+                envs[i].close()
                 active.remove(i)
-                if bar is not None:
-                    bar.update()
-    return infos, latency, reel
+                bar.update()
+    return episodes, times
+
+
+def environment(policy, cfg, args):
+    """(function that makes one, one of them), checked against what the policy needs."""
+    make = partial(gymnasium.make, ENVIRONMENTS.get(args.env, args.env), disable_env_checker=True)
+    try:
+        trial = make()
+        if "rgb_array" in trial.metadata.get("render_modes", []) and trial.render_mode is None:
+            make.keywords["render_mode"] = "rgb_array"
+    except (gymnasium.error.Error, ImportError) as e:
+        hint = nearest(args.env, [*ENVIRONMENTS, *gymnasium.registry])
+        raise UserError(f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})") from e
+    name, given = trial.spec.id, dict(getattr(trial.observation_space, "spaces", {}))
+    wanted = [*cfg.data.state_keys, *cfg.data.cameras.values()]
+    if missing := [key for key in wanted if key not in given]:
+        raise UserError(f"--env: {name} does not give {missing}, which the policy was trained on; it gives {[*given]}")
+    if (hz := trial.metadata.get("render_fps")) != cfg.data.HZ:
+        raise UserError(f"--env: {name} runs at {hz} Hz, the policy at {cfg.data.HZ:g} (its render_fps, and data.HZ)")
+    dims = sum(int(np.prod(given[key].shape)) for key in cfg.data.state_keys), *(trial.action_space.shape or ())
+    if dims != (trained := (len(policy.stats.state_mean), len(policy.stats.action_mean))):
+        raise UserError(f"--env: {name} has (state, action) of {dims} numbers, the policy was trained on {trained}")
+    if args.execute + args.delay > (horizon := cfg.data.action_horizon):
+        late = f" + --delay {args.delay}" if args.delay else ""
+        raise UserError(f"--execute {args.execute}{late}: more than the {horizon} steps of a chunk")
+    return make, trial.unwrapped
 
 
 def closed_loop(policy, cfg, args):
-    """Success per NFE over the same episodes; results.json, success.png, episodes.mp4."""
-    if args.env in ENVIRONMENTS:
-        module, name = ENVIRONMENTS[args.env]
-        importlib.import_module(module)
-    elif args.env in gymnasium.registry:
-        name = args.env
-    else:
-        raise UserError(f"--env: no environment '{args.env}'{nearest(args.env, [*ENVIRONMENTS, *gymnasium.registry])}")
-
-    def make():
-        return gymnasium.make(name, disable_env_checker=True)
-
-    trial = make()
-    given, wanted = (
-        list(getattr(trial.observation_space, "spaces", {})),
-        [*cfg.data.state_keys, *cfg.data.cameras.values()],
-    )
-    if missing := [key for key in wanted if key not in given]:
-        raise UserError(f"--env: {name} does not give {missing}, which the policy was trained on; it gives {given}")
-    if trial.metadata.get("render_fps") != cfg.data.HZ:
-        raise UserError(f"--env: {name} runs at {trial.metadata.get('render_fps')} Hz, the policy at {cfg.data.HZ}")
-    if args.execute > cfg.data.action_horizon:
-        raise UserError(f"--execute: {args.execute} steps of a chunk of {cfg.data.action_horizon}")
-    rows, reel = [], None
-    seeds = list(range(FIRST_SEED, FIRST_SEED + args.episodes))
+    """Success per NFE over the same episodes; success.png, and where the environment tells, tracks.png, modes.png."""
+    make, world = environment(policy, cfg, args)
+    names, shares = getattr(world, "MODES", None), getattr(world, "MODE_SHARES", None)
+    trained = getattr(cfg.loss, "prefix", 0)
+    args.conditioned = 0 < args.delay <= trained
+    seeds, rows, panels = range(FIRST_SEED, FIRST_SEED + args.episodes), [], {}
     for nfe in args.nfe:
-        infos, latency = [], []
+        episodes, times = [], []
         with tqdm(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
             for start in range(0, args.episodes, args.batch):
                 film = args.videos if start == 0 and nfe == args.nfe[-1] else 0
                 part = seeds[start : start + args.batch]
-                made = rollout(policy, cfg, make, part, nfe, args.execute, args.seed, min(film, len(part)), bar)
-                infos, latency, reel = infos + made[0], latency + made[1], made[2] or reel
-        successes = [info for info in infos if info["success"]]
-        rows.append(
-            {
-                "nfe": nfe,
-                "episodes": args.episodes,
-                "success": len(successes) / args.episodes,
-                "interval": wilson(len(successes), args.episodes),
-                "modes": dict(sorted(Counter(info["mode"] for info in successes).items())),
-                "failures": dict(Counter(info["failure"] for info in infos if not info["success"])),
-                "ms_per_chunk": 1000 * float(np.median(latency)),
-            }
-        )
-    print(
-        "\n| NFE | success | 95 % interval | modes of successes | failures | ms per chunk |\n|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        modes, failures = (", ".join(f"{k} {v}" for k, v in row[key].items()) or "-" for key in ("modes", "failures"))
-        low, high = row["interval"]
-        success, ms = f"{row['success']:.3f} | {low:.3f}-{high:.3f}", f"{row['ms_per_chunk']:.1f}"
-        print(f"| {row['nfe']} | {success} | {modes} | {failures} | {ms} |")
-    plot_success(rows, args.out / "success.png")
-    if reel:
-        write_video([np.stack(frames) for frames in reel], cfg.data.HZ, args.out / "episodes.mp4")
-    return {"env": args.env, "execute": args.execute, "seed": args.seed, "results": rows}
-
-
-def plot_success(rows, file):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axis = figure.subplots()
-    success = np.array([row["success"] for row in rows])
-    reach = np.abs(np.array([row["interval"] for row in rows]).T - success)
-    axis.errorbar(range(len(rows)), success, reach, marker="o", capsize=4)
-    axis.set(xticks=range(len(rows)), xticklabels=[row["nfe"] for row in rows], ylim=(0, 1.05))
-    axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=f"success over {rows[0]['episodes']} episodes, 95 %")
-    axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
-
-
-def write_video(episodes, fps, file):
-    """Episodes (n, h, w, 3) uint8 one above the other, each holding its last picture until the longest ends."""
-    longest = max(len(frames) for frames in episodes)
-    rows = [np.concatenate([frames, np.repeat(frames[-1:], longest - len(frames), 0)]) for frames in episodes]
-    with av.open(str(file), "w") as container:
-        video = np.concatenate(rows, 1)
-        stream = container.add_stream("libx264", rate=round(fps))
-        stream.height, stream.width = (size - size % 2 for size in video.shape[1:3])
-        stream.pix_fmt = "yuv420p"
-        for image in video:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[: stream.height, : stream.width]), "rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+                played = rollout(policy, cfg, args, make, part, nfe, film, start == 0, bar)
+                episodes, times = episodes + played[0], times + played[1]
+        panels[f"NFE {nfe}"] = episodes
+        rows.append({"nfe": nfe, **metrics.summary(episodes, names, shares, times)})
+    late = "acts at once"
+    if args.delay:
+        how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
+        late = f"acts {args.delay} steps late, {how} (loss.prefix {trained})"
+    averaged = "" if args.ensemble is None else f"; averaged with m = {args.ensemble:g}"
+    print(f"\na chunk of {cfg.data.action_horizon} every {args.execute} steps {late}{averaged}; latent {args.latent}")
+    print(metrics.table(rows, names))
+    plots.success(rows, args.out / "success.png")
+    if all(episode.path for episode in panels[f"NFE {args.nfe[0]}"]):
+        plots.tracks(panels, names or (), args.out / "tracks.png")
+    if names:
+        plots.modes(rows, names, shares, args.out / "modes.png")
+    if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
+        plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
+    settings = {key: getattr(args, key) for key in ("execute", "seed", "latent", "ensemble", "delay", "conditioned")}
+    return {"env": args.env, **settings, "results": rows}
 
 
 @torch.no_grad()
 def open_loop(policy, cfg, args):
-    """Predicted against recorded chunks of held-out episodes: error per joint and step; results.json, chunks_*.png."""
-    data = Data(replace(cfg.data, root=args.data or cfg.data.root))
+    """Predicted against recorded chunks of held-out episodes; chunks_*.png, error_by_step.png, velocity_loss.png."""
+    folder = locate(args.data or cfg.data.root)
+    data = Data(replace(cfg.data, root=str(folder), val_samples=max(cfg.data.val_samples, 512)))
     if not data.val_episodes:
         raise UserError("this run held no episodes out (data.val_episodes): nothing to compare with; or give --env")
-    device, every, nfe = next(policy.parameters()).device, cfg.data.action_horizon, args.nfe[-1]
+    features = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))["features"]
+    names = joint_names(features, cfg.data.action_key, data.facts["action_dim"])
+    device, horizon, nfe = next(policy.parameters()).device, cfg.data.action_horizon, args.nfe[-1]
     errors, drawn = [], []
     for episode in tqdm(data.val_episodes, desc="held-out episodes", unit="episode"):
-        rows = data.windows.rows([episode])[::every]
-        batch = to_device(data.windows[rows], device)
-        memory = policy.encode(batch)
-        noise = RowNoise([("open loop", args.seed, episode, int(i)) for i in batch["frame_index"]], device)
-        z = policy.latent(memory, noise)
-        predicted = policy.sample(memory, noise.normal(*batch["action"].shape), nfe, z)
-        error = (predicted - batch["action"]).abs().masked_fill(batch["action_is_pad"][..., None], float("nan"))
-        errors.append(error.cpu().numpy())
-        drawn.append(
-            (episode, predicted.cpu().numpy(), batch["action"].cpu().numpy(), ~batch["action_is_pad"].cpu().numpy())
-        )
-    errors = np.concatenate(errors)
-    per_joint = np.nanmean(errors, (0, 1))
-    _, scale = policy.stats.affine("action")
-    print(f"\nmean absolute error of {len(errors)} held-out chunks, NFE {nfe}, in the action's units (and normalised):")
-    for joint, value in enumerate(per_joint):
-        print(f"  action[{joint}]  {value:.4g}  ({value / scale[joint].item():.2f})")
+        batch = to_device(data.windows[data.windows.rows([episode])[::horizon]], device)
+        memory, recorded, padded = policy.encode(batch), batch["action"], batch["action_is_pad"]
+        draws = []
+        for draw in range(args.samples):
+            key = ("open loop", args.seed, episode, *([draw] if draw else []))
+            noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
+            z = policy.latent(memory, noise)
+            draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z))
+        error = (torch.stack(draws) - recorded).abs().cpu().numpy()
+        errors.append(np.ma.array(error, mask=np.broadcast_to(padded[..., None].cpu().numpy(), error.shape)))
+        drawn.append((episode, *(x.cpu().numpy() for x in (draws[0], recorded, ~padded))))
+    errors = np.ma.concatenate(errors, 1)  # (draws, chunks, T, A), without what is padded
+    scale = policy.stats.affine("action")[1].cpu().numpy()
+    per_joint, by_step = errors.mean((0, 1, 2)), errors.mean((0, 1))
+    of_chunks = (errors / scale).mean((2, 3))
+    best, mean = float(of_chunks.min(0).mean()), float(of_chunks.mean())
+    print(f"\nmean absolute error of {errors.shape[1]} held-out chunks, NFE {nfe}, in the action's units (normalised):")
+    for name, value, normalised in zip(names, per_joint, per_joint / scale, strict=True):
+        print(f"  {name}  {value:.4g}  ({normalised:.2f})")
+    print(f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}")
+    loss = metrics.velocity_loss(policy, data, args.seed)
+    levels = (f"{arm} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}" for arm, values in loss.items())
+    print(f"velocity loss, normalised, by source of the latent: {'; '.join(levels)}")
     for episode in drawn[:4]:
-        plot_chunks(*episode, args.out / f"chunks_{episode[0]}.png")
+        plots.chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
+    plots.error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
+    plots.velocity_loss(loss, args.out / "velocity_loss.png")
     return {
         "nfe": nfe,
+        "seed": args.seed,
         "episodes": data.val_episodes,
+        "joints": names,
         "mae": per_joint.tolist(),
-        "mae_by_step": np.nanmean(errors, (0, 2)).tolist(),
+        "mae_by_step": by_step.tolist(),
+        "chunk_error": {"samples": args.samples, "mean": mean, "best": best},
+        "velocity_loss": loss,
     }
 
 
-def plot_chunks(episode, predicted, recorded, valid, file):
-    from matplotlib.figure import Figure
-
-    joints, horizon = predicted.shape[2], predicted.shape[1]
-    columns = min(4, joints)
-    figure = Figure(figsize=(3.2 * columns, 1.9 * math.ceil(joints / columns)), layout="constrained")
-    for joint, axis in enumerate(figure.subplots(math.ceil(joints / columns), columns, squeeze=False).flat):
-        if joint >= joints:
-            axis.set_axis_off()
-            continue
-        for k in range(len(predicted)):
-            at = k * horizon + np.flatnonzero(valid[k])
-            axis.plot(at, recorded[k, valid[k], joint], color="black", lw=1)
-            axis.plot(at, predicted[k, valid[k], joint], lw=1.2)
-        axis.set_title(f"action[{joint}]", fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.suptitle(f"held-out episode {episode}: recorded (black), predicted chunks (coloured)", fontsize=9)
-    figure.savefig(file, dpi=110)
+def joint_names(features, key, count):
+    """The dataset's names of a column's `count` numbers, which datasets nest or key variously; key[i] without any."""
+    names = features.get(key, {}).get("names") or []
+    inner = names
+    while isinstance(inner, list | dict) and inner:  # the innermost list, or mapping, along the first entries
+        names, inner = inner, next(iter(inner.values() if isinstance(inner, dict) else inner))
+    return [str(name) for name in names] if len(names) == count else [f"{key}[{i}]" for i in range(count)]
 
 
 def main(argv=None):
     args = arguments(argv)
-    checkpoint = args.checkpoint.expanduser()
-    policy, cfg = open_policy(checkpoint, dict(item.partition("=")[::2] for item in args.weights))
+    given = args.checkpoint.expanduser()
+    folder = given if (given / "meta.json").is_file() else newest(given) or given
+    policy, cfg = open_policy(folder, dict(item.partition("=")[::2] for item in args.weights))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    run_folder = checkpoint.parent if (checkpoint / "meta.json").is_file() else checkpoint
-    args.out = (args.out or run_folder / "evaluation").expanduser()
+    args.out = (args.out or folder.parent / "evaluation").expanduser()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
+    meta = read_meta(folder)
+    about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
+    about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
     results = (closed_loop if args.env else open_loop)(policy, cfg, args)
-    (args.out / "results.json").write_text(json.dumps({"checkpoint": str(args.checkpoint), **results}, indent=1))
+    (args.out / "results.json").write_text(json.dumps({**about, **results}, indent=1))
     print(f"\nwritten to {args.out}")
     return 0
 

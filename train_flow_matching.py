@@ -6,7 +6,6 @@ The same command again resumes. To fork an experiment, copy its config folder; t
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from common import config, flow, optim, run
 from common.config import key
-from common.losses import camera_drop, linear_path, masked_mse, sample_time
+from common.losses import camera_drop, given_prefix, linear_path, masked_mse, sample_time
 
 
 @dataclass
@@ -22,6 +21,7 @@ class Loss:
     target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
     draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
     camera_dropout: float = key(0.0, "probability that one camera of a sample is hidden behind learned mask tokens")
+    prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
 
 
 @dataclass
@@ -50,8 +50,12 @@ class Policy(nn.Module):
         x1 = x1[:, None].expand(-1, self.loss.draws, -1, -1)
         x0, t = noise.normal(*x1.shape), sample_time(noise.uniform(*x1.shape[:2]))
         xt, velocity = linear_path(x0, x1, t)
-        predicted = self.parts["action_decoder"](x_t=xt, t=t, memory=memory)
-        loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, batch["action_is_pad"])
+        ignored, known = batch["action_is_pad"][:, None].expand(x1.shape[:3]), {}
+        if self.loss.prefix:
+            fixed = given_prefix(noise.uniform(*t.shape), x1.shape[2], self.loss.prefix)
+            xt, ignored, known = torch.where(fixed[..., None], x1, xt), ignored | fixed, {"fixed": fixed}
+        predicted = self.parts["action_decoder"](x_t=xt, t=t, memory=memory, **known)
+        loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, ignored)
         return loss, {"loss": loss.detach()}
 
     def encode(self, obs, drop=None):
@@ -64,13 +68,13 @@ class Policy(nn.Module):
         """No latent."""
 
     @torch.no_grad()
-    def sample(self, memory, x0, steps=10, z=None, solver=flow.euler):
-        """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units."""
+    def sample(self, memory, x0, steps=10, z=None, solver=flow.euler, prefix=None):
+        """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units, which continues prefix (B, d, A)."""
         decode = self.parts["action_decoder"].bind(memory=memory)
-        x1 = solver(partial(flow.velocity, decode, self.loss.target), x0, steps)
-        return self.stats.denormalize("action", x1)
+        prefix = None if prefix is None else self.stats.normalize("action", prefix)
+        return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
 
-    def after_step(self, step):
+    def after_step(self, step, progress, optimizers):
         """After each optimizer step; nothing here."""
 
 
@@ -100,7 +104,7 @@ def main(argv=None):
         if job.accelerator.sync_gradients:
             job.step += 1
             average.update(job.step)
-            policy.after_step(job.step)
+            policy.after_step(job.step, job.step / job.total, optimizers)
             job.end_step(model)  # log, held-out loss, checkpoint
     return job.finish()
 

@@ -50,8 +50,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, in which 1e-4 is a number."""
 
 
-_UNIONS = (typing.Union, types.UnionType)
-_TAG = "tag:yaml.org,2002:"
+_UNIONS, _TAG = (typing.Union, types.UnionType), "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 
@@ -285,7 +284,7 @@ class Augment:
 
 @dataclass
 class Data:
-    root: str = key(..., "a LeRobot folder, a Hub id org/name, or tabletop: generated on first use")
+    root: str = key(..., "a LeRobot folder, a Hub id org/name, or a generated set such as tabletop")
     cameras: dict[str, str] = key({}, "name of a camera here -> its key in the dataset; the order counts")
     state_keys: list[str] = key(["observation.state"], "low-dimensional columns, concatenated in this order")
     hold_keys: list[str] = key([], "columns taken nearest, not interpolated, when resampling")
@@ -298,6 +297,8 @@ class Data:
     image_size: list[int] = key([240, 320], "[height, width] that images are resized to", low=1, size=2)
     augment: Augment | None = key(None, "of the images, in training; null: none")
     normalize: Literal["mean_std", "quantile"] = key("mean_std", "how states and actions are scaled")
+    first_frames: int | None = key(None, "samples start at the first frames of an episode only; null: at all", low=1)
+    neighbours: int = key(1, "samples of similar state that share a batch, for K-OT; 1: a plain shuffle", low=1)
     episodes: list[int] | None = key(None, "null: all", low=0)
     val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
     val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
@@ -310,10 +311,9 @@ class Data:
         root = reader.path(self.root, (*keys, "root"))
         if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
             self.root = str(root)
-        if isinstance(self.val_episodes, float) and self.val_episodes >= 1:
-            raise reader.error(
-                (*keys, "val_episodes"), f"expected a share below 1, or a list; found {self.val_episodes}"
-            )
+        held = self.val_episodes
+        if isinstance(held, float) and held >= 1:
+            raise reader.error((*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}")
         for k in self.hold_keys:
             if k not in (known := [*self.state_keys, self.action_key]):
                 raise reader.error((*keys, "hold_keys"), f"'{k}' is no state or action key{suggest(k, known)}")
@@ -341,6 +341,7 @@ class Train:
     total_steps: int | None = key(None, "optimizer steps to train, if that is fewer; null: all of epoch's", low=1)
     micro_steps: int = key(1, "gradient accumulation: batches per optimizer step", low=1)
     clip: float = key(1.0, "largest norm of a component's gradient", low=0)
+    val_every: int = key(1, "epochs between held-out losses", low=1)
     ema: float | None = key(0.999, "decay of the average of the weights that is evaluated and saved; null: none", low=0)
     save_every: int = key(3, "epochs between checkpoints", low=1)
     save_every_steps: int | None = key(None, "optimizer steps between further checkpoints; null: none", low=1)

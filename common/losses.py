@@ -73,12 +73,30 @@ def linear_path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * x0 + t * x1, x1 - x0
 
 
-def masked_mse(prediction: Tensor, target: Tensor, is_pad: Tensor) -> Tensor:
-    """prediction, target (B, R, T, A), is_pad (B, T) -> squared error summed over valid entries, divided by B R T A.
+def given_prefix(u: Tensor, horizon: int, longest: int) -> Tensor:
+    """Uniform u (B, R) -> (B, R, T): true for the first d actions, d uniform in 0 .. longest.
+
+    Chunks that continue given actions (Black et al. 2025, arXiv:2512.05964: training-time real-time chunking).
+    """
+    return torch.arange(horizon, device=u.device) < (u * (longest + 1)).floor()[..., None]
+
+
+def masked_mse(prediction: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
+    """prediction, target (B, R, T, A), ignored (B, T) or (B, R, T) -> squared error of the others, divided by B R T A.
 
     The denominator is constant, so micro-steps and processes of equal size add up to the loss of the whole batch.
     """
-    return (prediction - target).square().masked_fill(is_pad[:, None, :, None], 0).mean()
+    ignored = ignored[:, None] if ignored.ndim == 2 else ignored
+    return (prediction - target).square().masked_fill(ignored[..., None], 0).mean()
+
+
+def nsvq(z_e: Tensor, zq: Tensor, eps: Tensor) -> Tensor:
+    """z_e and its codes zq (B, n, D), Gaussian eps -> z_e plus noise as long as z_e - zq.
+
+    The gradient reaches z_e directly, and the code through the length alone (Vali & Backstrom 2022, DOI
+    10.1109/ACCESS.2022.3147670, eq. 3).
+    """
+    return z_e + (z_e - zq).norm(dim=-1, keepdim=True) * eps / eps.norm(dim=-1, keepdim=True)
 
 
 def gaussian_kl(q, p, balance=0.8, free_nats=0.25) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,14 @@ def set_learning_rate(optimizers, step: int, total: int) -> float:
     return max(group["lr"] for group in groups)
 
 
+def forget(optimizers, parameter: nn.Parameter, rows: torch.Tensor):
+    """Start these rows of a parameter afresh: no moments; the schedule-free iterate is where the row is now."""
+    for optimizer in optimizers:
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value[rows] = parameter.detach()[rows] if name == "z" else 0
+
+
 class Average:
     """The weights to run: an exponential moving average, the schedule-free average, or the weights themselves.
 

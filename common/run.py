@@ -241,7 +241,7 @@ class Run:
         if self.step % self.train.log_every == 0 or last:
             self._log_step()
         self.scalars = {}
-        if ended and len(self.data.val_rows):
+        if ended and len(self.data.val_rows) and self.epoch % self.train.val_every == 0:
             self._validate(model)
         due = self.train.save_every_steps and self.step % self.train.save_every_steps == 0
         if last or due or (ended and self.epoch % self.train.save_every == 0):

@@ -1,11 +1,12 @@
-"""Integrators against closed forms: straight paths, their order on a linear equation, targets, direction of time."""
+"""Integrators against closed forms: straight paths, order, targets, direction of time; which actions robots get."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from common.flow import euler, heun, velocity
+from common.flow import Execution, euler, heun, velocity
 
 torch.set_num_threads(1)
 
@@ -72,3 +73,89 @@ def test_both_targets_of_a_perfect_decoder_give_the_data(solver):
     for target, end in ends.items():
         result = solver(lambda x, t: velocity(lambda x_t, t: end[:, None], target, x, t), x0, 5)  # noqa: B023
         torch.testing.assert_close(result, x1)
+
+
+def run_robots(execute, delay=0, ensemble=None, horizon=8, ticks=23, robots=3):
+    """(actions (ticks, robots, 2), chunks by tick, prefixes by tick) of an Execution fed with random chunks."""
+    rng, rows = np.random.default_rng(0), list(range(robots))
+    execution, carried, chunks, prefixes = Execution(robots, execute, ensemble, delay), [], {}, {}
+    for tick in range(ticks):
+        if execution.due():
+            prefixes[tick] = execution.prefix(rows)
+            chunks[tick] = rng.normal(size=(robots, horizon, 2)).astype(np.float32)
+            execution.add(rows, chunks[tick])
+        carried.append(execution.next(rows))
+    return np.array(carried), chunks, prefixes
+
+
+def test_chunks_one_after_the_other():
+    carried, chunks, _ = run_robots(execute=3)
+    assert list(chunks) == [0, 3, 6, 9, 12, 15, 18, 21]
+    for tick, actions in enumerate(carried):
+        np.testing.assert_array_equal(actions, chunks[tick // 3 * 3][:, tick % 3])
+
+
+@pytest.mark.parametrize(("execute", "delay"), [(3, 2), (3, 5), (4, 4), (1, 7), (2, 5)])
+def test_late_chunks_act_where_they_were_meant_to(execute, delay):
+    """Chunk k acts at ticks k + delay to k + delay + execute - 1; until the second one acts, the first goes on."""
+    carried, chunks, _ = run_robots(execute, delay)
+    for tick, actions in enumerate(carried):
+        start = max((tick - delay) // execute * execute, 0)
+        np.testing.assert_array_equal(actions, chunks[start][:, tick - start])
+
+
+@pytest.mark.parametrize("execute", [1, 3])
+@pytest.mark.parametrize("m", [0.0, 0.01, 0.7])
+def test_ensembling_as_in_act(execute, m):
+    """The table of Zhao et al.: row k holds the chunk of tick k at columns k to k + T - 1; a column is averaged."""
+    carried, chunks, _ = run_robots(execute, ensemble=m)
+    for robot in range(3):
+        table = np.full((23, 23 + 8, 2), np.nan)
+        for tick, chunk in chunks.items():
+            table[tick, tick : tick + 8] = chunk[robot]
+        for tick in range(23):
+            present = table[: tick + 1, tick]
+            present = present[~np.isnan(present[:, 0])]
+            weights = np.exp(-m * np.arange(len(present)))
+            np.testing.assert_allclose(carried[tick, robot], weights @ present / weights.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_ensembling_leaves_out_chunks_that_are_not_there_yet():
+    carried, chunks, _ = run_robots(execute=2, delay=3, ensemble=0.4)
+    for tick in range(23):
+        there = [k for k in chunks if k + (3 if k else 0) <= tick < k + 8]
+        weights = np.exp(-0.4 * np.arange(len(there)))
+        mean = sum(w * chunks[k][:, tick - k] for w, k in zip(weights / weights.sum(), there, strict=True))
+        np.testing.assert_allclose(carried[tick], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ensemble", [None, 0.2])
+@pytest.mark.parametrize(("execute", "delay"), [(5, 1), (4, 4), (2, 5), (1, 7)])
+def test_prefix_is_what_is_carried_out_next(execute, delay, ensemble):
+    carried, _, prefixes = run_robots(execute, delay, ensemble)
+    assert prefixes.pop(0) is None
+    for tick, prefix in prefixes.items():
+        following = carried[tick : tick + delay]
+        assert prefix.shape == (3, delay, 2)
+        np.testing.assert_array_equal(prefix[:, : len(following)], following.swapaxes(0, 1))
+    assert all(prefix is None for prefix in run_robots(execute, 0, ensemble)[2].values())
+
+
+@pytest.mark.parametrize("ensemble", [None, 0.2])
+def test_robots_that_stop_change_nothing_for_the_others(ensemble):
+    rng = np.random.default_rng(1)
+    chunks = rng.normal(size=(6, 4, 5, 1)).astype(np.float32)
+    together, alone = Execution(4, 2, ensemble, 1), Execution(1, 2, ensemble, 1)
+    for tick in range(12):
+        rows = [0, 1, 2, 3] if tick < 5 else [2]
+        if together.due():
+            together.add(rows, chunks[tick // 2, rows])
+            alone.add([0], chunks[tick // 2, [2]])
+        np.testing.assert_array_equal(together.next(rows)[rows.index(2)], alone.next([0])[0])
+
+
+def test_a_chunk_lasts_until_the_next_one_acts():
+    execution = Execution(1, 4, delay=2)
+    with pytest.raises(ValueError, match="chunks of 5 for execute 4 and delay 2"):
+        execution.add([0], np.zeros((1, 5, 2)))
+    execution.add([0], np.zeros((1, 6, 2)))

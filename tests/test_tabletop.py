@@ -208,6 +208,14 @@ def test_mode_is_the_side_of_the_last_passage():
     assert carry(env, (-0.22, -0.2), (0.22, -0.2))[4]["mode"] == "left"
     info = carry(env, (0.22, 0.2))[4]
     assert (info["mode"], info["failure"]) == ("right", None)
+    np.testing.assert_allclose(info["position"], [0.22, 0.2])
+
+
+def test_what_plots_and_metrics_ask_for():
+    env = arranged(pillar=(0.01, -0.02))
+    np.testing.assert_allclose(env.obstacles(), [(0.01, -0.02, 0.06)])
+    np.testing.assert_allclose(env.reset(seed=1)[1]["position"], env.bar.mean(0))
+    assert dict(zip(env.MODES, env.MODE_SHARES, strict=True)) == {"left": 0.5, "right": 0.5}
 
 
 def test_expert_succeeds_on_both_sides():

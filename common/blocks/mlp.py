@@ -6,7 +6,8 @@ They take the same inputs as those of transformer.py, and may be mixed with them
 import torch
 from torch import Tensor, nn
 
-from common.blocks.transformer import Gaussian, sincos
+from common.blocks.embed import known_prefix, sincos
+from common.blocks.latent import latent_head
 from common.build import block
 
 
@@ -56,16 +57,17 @@ def residual(dim, hidden):
 
 
 class MLPLatent(nn.Module):
-    """The summed sources of the first camera -> a Gaussian of `tokens` latent tokens of `latent_dim`."""
+    """The summed sources of the first camera -> one latent token; a head of latent.py makes a distribution of it."""
 
     def __init__(
         self,
         dim,
         layers,
-        latent_dim,
         state_dim,
         proprio_history,
-        tokens=1,
+        latent_dim=None,
+        num_codes=None,
+        head="gaussian",
         visual_size=0,
         semantic_dim=0,
         action_dim=0,
@@ -75,30 +77,32 @@ class MLPLatent(nn.Module):
         cameras, chunk = int(visual_size > 0), action_dim * action_horizon
         self.sum = Sum(dim, state_dim, proprio_history, cameras, visual_size, semantic_dim, chunk)
         self.layers = nn.ModuleList(residual(dim, dim) for _ in range(layers))
-        self.head, self.tokens = nn.Linear(dim, tokens * 2 * latent_dim), tokens
+        self.head = latent_head(head, dim, 1, latent_dim, num_codes)
 
-    def gaussian(self, *sources) -> Gaussian:
+    def distribution(self, *sources):
         x = self.sum(*sources)
         for layer in self.layers:
             x = x + layer(x)
-        mu, logvar = self.head(x).float().unflatten(1, (self.tokens, -1)).chunk(2, -1)
-        return Gaussian(mu, logvar.clamp(-6, 2))
+        return self.head(x[:, None])
 
 
 @block("mlp_posterior")
 class MLPPosterior(MLPLatent):
-    """q(z | first camera, proprio, action): training only; takes action_dim and action_horizon."""
+    """q(z | first camera, proprio, action): training only; takes action_dim and action_horizon.
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None) -> Gaussian:
-        return self.gaussian(cond_proprio, cond_visual, cond_semantic, drop, action)
+    With head `point` its token is for a codebook.
+    """
+
+    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None):
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop, action)
 
 
 @block("mlp_prior")
 class MLPPrior(MLPLatent):
-    """p(z | first camera, proprio)."""
+    """p(z | first camera, proprio): what z, or with head `codes` which code, is drawn from when acting."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None) -> Gaussian:
-        return self.gaussian(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None):
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop)
 
 
 @block("mlp_action_decoder")
@@ -106,14 +110,16 @@ class MLPActionDecoder(nn.Module):
     """Velocity (or x1) of R noisy chunks as flat vectors: residual layers, scaled and shifted by memory, z and time.
 
     x_t (B, R, T, A), t (B, R), memory (B, 1, memory_dim), z (B, n, D) with n D = latent_size. What memory and z
-    contribute to the modulation is computed once by `bind`.
+    contribute to the modulation is computed once by `bind`. With `prefix`, fixed (B, R, T) marks the actions of x_t
+    that are given and clean.
     """
 
-    def __init__(self, dim, layers, memory_dim, action_dim, action_horizon, latent_size=0):
+    def __init__(self, dim, layers, memory_dim, action_dim, action_horizon, latent_size=0, prefix=False):
         super().__init__()
         self.embed = nn.Linear(action_horizon * action_dim, dim)
         self.memory = nn.Linear(memory_dim, dim)
         self.latent = nn.Linear(latent_size, dim) if latent_size else None
+        self.prefix = nn.Linear(action_horizon, dim, bias=False) if prefix else None
         self.time = nn.Linear(32, dim, bias=False)
         self.modulation = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
         self.layers = nn.ModuleList(
@@ -122,15 +128,17 @@ class MLPActionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, action_horizon * action_dim)
 
-    def forward(self, x_t, t, memory, z=None) -> Tensor:
-        return self.bind(memory, z)(x_t, t)
+    def forward(self, x_t, t, memory, z=None, fixed=None) -> Tensor:
+        return self.bind(memory, z)(x_t, t, fixed=fixed)
 
     def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z])."""
+        """memory, z -> callable(x_t, t[, z, fixed])."""
         return BoundMLP(self, self.memory(memory).mean(1, keepdim=True), z)
 
-    def run(self, x_t, t, known):
+    def run(self, x_t, t, known, fixed):
         x = self.embed(x_t.flatten(2))
+        if fixed is not None:
+            x = x + known_prefix(self.prefix)(fixed.to(x.dtype))
         c = nn.functional.silu(known + self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype)))
         for layer, modulation in zip(self.layers, self.modulation, strict=True):
             scale, shift = modulation(c).chunk(2, -1)
@@ -152,5 +160,5 @@ class BoundMLP:
         """The same without gradient to the memory and its projection."""
         return BoundMLP(self.decoder, self.memory.detach(), self.z)
 
-    def __call__(self, x_t, t, z=None) -> Tensor:
-        return self.decoder.run(x_t, t, self.known if z is None else self._join(z))
+    def __call__(self, x_t, t, z=None, fixed=None) -> Tensor:
+        return self.decoder.run(x_t, t, self.known if z is None else self._join(z), fixed)

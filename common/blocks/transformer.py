@@ -4,30 +4,14 @@ All pre-norm with SDPA attention. Attention has no biases but the output's: a ke
 bias is absorbed by the output's, and the norm in front already shifts queries.
 """
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from common.blocks.embed import known_prefix, sincos, with_positions
+from common.blocks.latent import latent_head
 from common.build import block
-
-
-def sincos(positions: Tensor, dim: int, longest=10_000.0, shortest=2 * math.pi) -> Tensor:
-    """positions (...) -> (..., dim): sines and cosines with `dim / 2` periods, geometric from shortest to longest."""
-    exponent = torch.linspace(0, 1, dim // 2, device=positions.device)
-    angle = positions[..., None] * (2 * math.pi / (shortest * (longest / shortest) ** exponent))
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def with_positions(tokens: Tensor) -> Tensor:
-    """Grid (B, h, w, d) or sequence (B, N, d) -> (B, N, d) with fixed 2-D or 1-D sine positions added."""
-    *axes, dim = tokens.shape[1:]
-    at = [torch.arange(n, device=tokens.device, dtype=torch.float32) for n in axes]
-    parts = [sincos(p, dim // len(axes)) for p in torch.meshgrid(*at, indexing="ij")]
-    return (tokens + torch.cat(parts, -1).to(tokens.dtype)).flatten(1, -2)
 
 
 def projector(size: int, dim: int) -> nn.Sequential:
@@ -147,18 +131,8 @@ class InfoEncoder(nn.Module):
         return self.norm(x)
 
 
-class Gaussian(NamedTuple):
-    """Diagonal Gaussian over n latent tokens: mu, logvar (B, n, D)."""
-
-    mu: Tensor
-    logvar: Tensor
-
-    def sample(self, eps: Tensor) -> Tensor:
-        return self.mu + (0.5 * self.logvar).exp() * eps
-
-
 class LatentEncoder(nn.Module):
-    """Learned query tokens read the sources; each gives a Gaussian of `latent_dim` dimensions, logvar in [-6, 2]."""
+    """Learned query tokens read the sources; a head of latent.py makes a distribution of them."""
 
     def __init__(
         self,
@@ -166,10 +140,12 @@ class LatentEncoder(nn.Module):
         heads,
         ff,
         layers,
-        latent_dim,
         state_dim,
         visual_dim,
         semantic_dim,
+        latent_dim=None,
+        num_codes=None,
+        head="gaussian",
         action_dim=None,
         tokens=5,
         dropout=0.0,
@@ -179,31 +155,30 @@ class LatentEncoder(nn.Module):
         self.cls = nn.Parameter(torch.empty(tokens, dim).normal_(std=0.02))
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ff, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 2 * latent_dim)
+        self.head = latent_head(head, dim, tokens, latent_dim, num_codes)
 
-    def gaussian(self, *sources) -> Gaussian:
+    def distribution(self, *sources):
         x = self.bridge(*sources)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
             x = layer(x)
-        mu, logvar = self.head(self.norm(x[:, : len(self.cls)])).float().chunk(2, -1)
-        return Gaussian(mu, logvar.clamp(-6, 2))
+        return self.head(self.norm(x[:, : len(self.cls)]))
 
 
 @block("vae_posterior")
 class VAEPosterior(LatentEncoder):
-    """q(z | first camera, proprio, action): training only."""
+    """q(z | first camera, proprio, action): training only. With head `point` its tokens are for a codebook."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None) -> Gaussian:
-        return self.gaussian(cond_proprio, cond_visual, cond_semantic, drop, action)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None):
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop, action)
 
 
 @block("vae_prior")
 class VAEPrior(LatentEncoder):
-    """p(z | first camera, proprio): what z is drawn from when acting."""
+    """p(z | first camera, proprio): what z, or with head `codes` which codes, are drawn from when acting."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None) -> Gaussian:
-        return self.gaussian(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None):
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop)
 
 
 class DecoderLayer(nn.Module):
@@ -234,13 +209,15 @@ class ActionDecoder(nn.Module):
 
     Time, and the mean of z, enter by AdaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748) with one modulation shared by
     all layers plus a table per layer (Chen et al. 2023, arXiv:2310.00426), so that keys and values of the memory do
-    not depend on t: `bind` computes them once per observation. z also joins the memory as tokens.
+    not depend on t: `bind` computes them once per observation. z also joins the memory as tokens. With `prefix`, fixed
+    (B, R, T) marks the actions of x_t that are given and clean.
     """
 
-    def __init__(self, dim, heads, ff, layers, action_dim, latent_dim=None, dropout=0.0, causal=False):
+    def __init__(self, dim, heads, ff, layers, action_dim, latent_dim=None, dropout=0.0, causal=False, prefix=False):
         super().__init__()
         self.causal = causal
         self.embed = nn.Linear(action_dim, dim)
+        self.prefix = nn.Parameter(torch.zeros(dim)) if prefix else None
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.latent = nn.Linear(latent_dim, dim) if latent_dim else None
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 9 * dim))
@@ -251,15 +228,17 @@ class ActionDecoder(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, x_t, t, memory, z=None) -> Tensor:
-        return self.bind(memory, z)(x_t, t)
+    def forward(self, x_t, t, memory, z=None, fixed=None) -> Tensor:
+        return self.bind(memory, z)(x_t, t, fixed=fixed)
 
     def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z]) with every layer's keys and values computed."""
+        """memory, z -> callable(x_t, t[, z, fixed]) with every layer's keys and values computed."""
         return BoundDecoder(self, [layer.cross.keys_values(memory) for layer in self.layers], z)
 
-    def run(self, x_t, t, keys_values, latent):
+    def run(self, x_t, t, keys_values, latent, fixed):
         x = self.embed(x_t)
+        if fixed is not None:
+            x = x + fixed[..., None] * known_prefix(self.prefix)
         x = x + sincos(torch.arange(x.shape[2], device=x.device, dtype=torch.float32), x.shape[-1]).to(x.dtype)
         c = self.time(sincos(t, x.shape[-1], longest=4.0, shortest=4e-3).to(x.dtype))
         if latent is not None:
@@ -287,6 +266,6 @@ class BoundDecoder:
         """The same without gradient to the memory and to its key and value projections."""
         return BoundDecoder(self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z)
 
-    def __call__(self, x_t, t, z=None) -> Tensor:
+    def __call__(self, x_t, t, z=None, fixed=None) -> Tensor:
         latent, keys_values = self.known if z is None else self._join(z)
-        return self.decoder.run(x_t, t, keys_values, latent)
+        return self.decoder.run(x_t, t, keys_values, latent, fixed)

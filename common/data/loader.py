@@ -14,7 +14,12 @@ from common.data.frames import FrameCache, VideoFrames
 from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
 from common.losses import seed_of
 
-GENERATED = {"tabletop": "common.envs.tabletop"}  # data.root -> module whose generate(folder) writes it on first use
+GENERATED = {  # data.root -> what writes it on first use: module, and function of a folder
+    "tabletop": ("common.envs.tabletop", "generate"),
+    "tabletop-hard": ("common.envs.tabletop_hard", "generate"),
+    "avoid": ("common.envs.avoid", "generate"),
+    "avoid-skewed": ("common.envs.avoid", "generate_skewed"),
+}
 IMAGE = "observation.images."
 
 
@@ -32,7 +37,8 @@ def locate(root: str):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             print(f"writing the demonstrations of {root} to {folder}, once")
-            importlib.import_module(GENERATED[root]).generate(folder)
+            module, write = GENERATED[root]
+            getattr(importlib.import_module(module), write)(folder)
     return folder
 
 
@@ -73,9 +79,11 @@ class Windows(Dataset):
         self.state = np.concatenate([resample(key) for key in cfg.state_keys], 1)
         self.action = resample(cfg.action_key)
 
-    def rows(self, episodes) -> np.ndarray:
-        """The rows of some episodes, by their index in the dataset."""
-        return np.flatnonzero(np.isin(self.episode_index[self.episode], list(episodes)))
+    def rows(self, episodes, first_frames=None) -> np.ndarray:
+        """The rows of some episodes, by their index in the dataset; of each only the first so many."""
+        step = np.arange(len(self)) - self.first[self.episode]
+        chosen = np.isin(self.episode_index[self.episode], list(episodes)) & (step < (first_frames or len(self)))
+        return np.flatnonzero(chosen)
 
     def __len__(self):
         return len(self.state)
@@ -104,10 +112,11 @@ class Order:
     """(epoch, offset after the step, rows) of each micro-batch of one process, from a position on and without end.
 
     Epoch e is a permutation drawn from (seed, e); every `batch_size` rows of it are one optimizer step, an incomplete
-    rest is dropped; micro-steps and then processes take equal consecutive shares.
+    rest is dropped; micro-steps and then processes take equal consecutive shares. With `groups` (state of each row,
+    size) it is a permutation of groups of rows with similar states.
     """
 
-    def __init__(self, rows, batch_size, micro_steps, rank, world, seed, epoch, offset):
+    def __init__(self, rows, batch_size, micro_steps, rank, world, seed, epoch, offset, groups=None):
         if batch_size % (micro_steps * world):
             raise ConfigError(
                 f"data.batch_size {batch_size} must be a multiple of micro_steps x processes = {micro_steps} x {world}"
@@ -115,18 +124,41 @@ class Order:
         if len(rows) < batch_size:
             raise ConfigError(f"data.batch_size {batch_size} is more than the {len(rows)} training samples")
         self.rows, self.batch_size, self.micro_steps, self.seed = rows, batch_size, micro_steps, seed
-        self.rank, self.world, self.epoch, self.offset = rank, world, epoch, offset
+        self.rank, self.world, self.epoch, self.offset, self.groups = rank, world, epoch, offset, groups
 
     def __iter__(self):
         epoch, offset, share = self.epoch, self.offset, self.batch_size // (self.micro_steps * self.world)
         while True:
-            order = np.random.default_rng(seed_of("order", self.seed, epoch)).permutation(self.rows)
+            random = np.random.default_rng(seed_of("order", self.seed, epoch))
+            order = random.permutation(self.rows)
+            if self.groups:
+                state, size = self.groups
+                order = order[similar(state[order], size, random)]
             while offset + self.batch_size <= len(order):
                 for micro in range(self.micro_steps):
                     start = offset + (micro * self.world + self.rank) * share
                     yield epoch, offset + self.batch_size, order[start : start + share]
                 offset += self.batch_size
             epoch, offset = epoch + 1, 0
+
+
+def similar(x: np.ndarray, size: int, random) -> np.ndarray:
+    """Permutation of the rows of x (N, D) in which each `size` in a row are close to each other.
+
+    Halves of a half of a half along the axis of largest (randomly scaled) spread, then shuffled; each draw differs.
+    """
+    parts, groups, rest = [np.arange(len(x))], [], []
+    while parts:
+        part = parts.pop()
+        if len(part) < 2 * size:
+            groups.append(part[:size])
+            rest.append(part[size:])
+            continue
+        axis = np.argmax(np.ptp(x[part], axis=0) * random.uniform(0.5, 1, x.shape[1]))
+        part = part[np.argsort(x[part, axis])]
+        middle = len(part) // size // 2 * size
+        parts += [part[:middle], part[middle:]]
+    return np.concatenate([groups[i] for i in random.permutation(len(groups))] + rest)
 
 
 class TrainingSet(Dataset):
@@ -169,11 +201,12 @@ class Data:
             folder = cache_folder() / "frames"
             frames = FrameCache.open(dataset, cfg.cameras, tuple(cfg.image_size), episodes, folder, cfg.cache_max_gb)
         self.windows = Windows(cfg, dataset, episodes, frames)
-        self.train_rows = self.windows.rows(set(episodes) - held_out)
-        rows = self.windows.rows(held_out)
+        self.train_rows = self.windows.rows(set(episodes) - held_out, cfg.first_frames)
+        rows = self.windows.rows(held_out, cfg.first_frames)
         self.val_rows = rows[np.linspace(0, len(rows) - 1, min(cfg.val_samples, len(rows))).astype(int)]
         self.val_episodes = sorted(held_out)
-        self.stats = statistics(self.windows.state[self.train_rows], self.windows.action[self.train_rows])
+        seen = self.windows.rows(set(episodes) - held_out)  # chunks go on to the end of an episode
+        self.stats = statistics(self.windows.state[seen], self.windows.action[seen])
         self.facts = {
             "action_dim": self.windows.action.shape[1],
             "state_dim": self.windows.state.shape[1],
@@ -194,7 +227,9 @@ class Data:
     def batches(self, seed, micro_steps, rank, world, pin, epoch=0, offset=0) -> DataLoader:
         """Micro-batches of this process, from a position on, without end; not yet on a device (see to_device)."""
         cfg = self.cfg
-        order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset)
+        spread = self.windows.state[self.train_rows].std(0) + 1e-2
+        groups = (self.windows.state / spread, cfg.neighbours) if cfg.neighbours > 1 else None
+        order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset, groups)
         workers = {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
         samples = TrainingSet(self.windows, seed)
         return DataLoader(

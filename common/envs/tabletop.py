@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 CAMERAS = ("cam_head", "cam_left", "cam_right")
-TASK = "Carry the bar around the pillar and set it down in the green zone."
 BAR_RADIUS, GRIPPER_RADIUS = 0.015, 0.02  # m; neither may touch a pillar
 BASES = np.array([[-0.4, -0.62], [0.4, -0.62]])  # a gripper points away from the base of its arm
 FOCAL = {"cam_head": 1.22, "cam_left": 0.72, "cam_right": 0.72}  # in picture heights
@@ -65,18 +64,21 @@ class Tabletop(gymnasium.Env):
     5 cm of its own end of the bar, the left one of the left end, holds it until it opens. Success, reward 1: the bar
     lies in the goal zone, let go after both had held it. Failures: "pillar" (bar or gripper touches one), "dropped"
     (both hold it, their distance 8 cm off its length), "timeout", or "no_grasp": a timeout before both ever held it.
-    With `look = False` reset() and step() give the state only; observe() draws the pictures whenever it is called.
+    With `look = False` reset() and step() give no pictures; observe() draws them whenever it is called.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 (gymnasium's own declaration)
-    MODES = ("left", "right")
+    name, task = "tabletop", "Carry the bar around the pillar and set it down in the green zone."
+    MODES, MODE_SHARES = ("left", "right"), (0.5, 0.5)
     STATE_NAMES = ("left_x", "left_y", "left_grip", "right_x", "right_y", "right_grip")
-    fps = 20
+    ENVIRONMENT_NAMES = ()  # of observation.environment_state; none: no such observation
+    fps, ticks = 20, 1  # control rate, Hz; ticks of the physics per step
     speed_limit, grip_speed = 0.7, 5.0  # m/s, 1/s
     grasp_distance, stretch_limit = 0.05, 0.08  # m
     table = (0.5, 0.4)  # half extents, m
     bar_length, pillar_radius = 0.24, 0.06  # m
     goal_half, goal_tolerance = (0.17, 0.06), 0.01  # m
+    head_view = (0.0, -0.5, 1.0), (0.0, 0.0, 0.0)  # m: where the head camera is, what it looks at
 
     def __init__(self, image_size=(96, 96), render_mode="rgb_array", max_steps=150):
         self.image_size, self.render_mode, self.max_steps, self.look = tuple(image_size), render_mode, max_steps, True
@@ -88,16 +90,28 @@ class Tabletop(gymnasium.Env):
             | {f"observation.images.{name}": picture for name in CAMERAS}
         )
 
+    def expert(self, mode, rng):
+        """A demonstrator of the episode that reset() began, in `mode` or, if None, one drawn from `rng`."""
+        return Expert(self, mode, rng)
+
+    @classmethod
+    def demonstrated(cls, seed):
+        """The mode of the demonstration that is reset with `seed`. Here None: its expert draws one."""
+
     def layout(self):
         """Draw from np_random: grippers and bar ends (2, 2), pillars (n, 2), goal centre (2,), table tint (3,)."""
         random = self.np_random
         self.grippers = np.array([[-0.28, -0.33], [0.28, -0.33]]) + random.uniform(-0.03, 0.03, (2, 2))
         middle, angle = random.uniform([-0.1, -0.24], [0.1, -0.2]), random.uniform(-0.35, 0.35)
-        half = self.bar_length / 2 * np.array([np.cos(angle), np.sin(angle)])
-        self.bar = np.array([middle - half, middle + half])
+        self.bar = self.ends(middle, angle)
         self.pillars = random.uniform([-0.03, -0.02], [0.03, 0.02])[None]
         self.goal = random.uniform([-0.1, 0.28], [0.1, 0.31])
         self.tint = random.uniform(0.85, 1.1) * random.uniform(0.94, 1.06, 3)
+
+    def ends(self, middle, angle):
+        """The ends (2, 2), left one first, of a bar with its middle at `middle` (2,)."""
+        half = self.bar_length / 2 * np.array([np.cos(angle), np.sin(angle)])
+        return np.array([middle - half, middle + half])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -112,24 +126,32 @@ class Tabletop(gymnasium.Env):
         if target.shape != (6,) or not np.isfinite(target).all():
             raise ValueError(f"action must be six finite numbers (see action_space), got {action}")
         target = np.clip(target, self.action_space.low, self.action_space.high).reshape(2, 3)
-        move = target[:, :2] - self.grippers
-        distance = np.hypot(move[:, 0], move[:, 1])
-        self.grippers = self.grippers + move * np.minimum(1, self.speed_limit / self.fps / (distance + 1e-12))[:, None]
-        change = self.grip_speed / self.fps
-        grips = self.grips + np.clip(target[:, 2] - self.grips, -change, change)
-        near = np.hypot(*(self.grippers - self.bar).T) <= self.grasp_distance
-        self.held = (grips >= 0.5) & (self.held | (near & (self.grips < 0.5)))
-        self.grips = grips
-        self.grasped |= bool(self.held.all())
         self.steps += 1
-        self.failure = self._carry()
-        in_goal = (np.abs(self.bar - self.goal) <= np.add(self.goal_half, self.goal_tolerance)).all()
-        self.success = bool(self.failure is None and self.grasped and in_goal and not self.held.any())
+        for left in range(self.ticks, 0, -1):
+            if self.failure is None and not self.success:
+                self._tick(target, left)
         terminated = self.success or self.failure is not None
         truncated = not terminated and self.steps >= self.max_steps
         if truncated:
             self.failure = "timeout" if self.grasped else "no_grasp"
         return self.observe(self.look), float(self.success), terminated, truncated, self._info()
+
+    def _tick(self, target, left):
+        """One tick of the physics towards `target` (2, 3), to be reached in `left` ticks."""
+        rate = self.fps * self.ticks
+        move = target[:, :2] - self.grippers
+        distance = np.hypot(move[:, 0], move[:, 1])
+        share = np.minimum(1 / left, self.speed_limit / rate / (distance + 1e-12))
+        self.grippers = self.grippers + move * share[:, None]
+        change = self.grip_speed / rate
+        grips = self.grips + np.clip(target[:, 2] - self.grips, -change, change)
+        near = np.hypot(*(self.grippers - self.bar).T) <= self.grasp_distance
+        self.held = (grips >= 0.5) & (self.held | (near & (self.grips < 0.5)))
+        self.grips = grips
+        self.grasped |= bool(self.held.all())
+        self.failure = self._carry()
+        in_goal = (np.abs(self.bar - self.goal) <= np.add(self.goal_half, self.goal_tolerance)).all()
+        self.success = bool(self.failure is None and self.grasped and in_goal and not self.held.any())
 
     def _carry(self):
         """Move the bar with what holds it; the failure this causes, or None."""
@@ -164,10 +186,15 @@ class Tabletop(gymnasium.Env):
         return self.MODES[(self.sides[0] + 1) // 2] if self.sides.all() else None
 
     def _info(self):
-        return {"success": self.success, "mode": self.mode(), "failure": self.failure}
+        info = {"success": self.success, "mode": self.mode(), "failure": self.failure}
+        return info | {"position": self.bar.mean(0)}
+
+    def obstacles(self):
+        """The pillars (n, 3): x, y and radius in metres."""
+        return np.column_stack([self.pillars, np.full(len(self.pillars), self.pillar_radius)])
 
     def observe(self, look=True):
-        """The observation of this moment, with pictures or the state alone."""
+        """The observation of this moment, with or without pictures."""
         state = np.column_stack([self.grippers, self.grips]).ravel().astype(np.float32)
         return {"observation.state": state} | (self._pictures() if look else {})
 
@@ -177,7 +204,7 @@ class Tabletop(gymnasium.Env):
 
     def cameras(self):
         """Projections (3, 4) of CAMERAS to pixels of the pictures; a wrist camera looks forward over its gripper."""
-        views = {"cam_head": ((0.0, -0.5, 1.0), (0.0, 0.0, 0.0))}
+        views = {"cam_head": self.head_view}
         for name, at, heading in zip(CAMERAS[1:], self.grippers, self._headings(), strict=True):
             views[name] = (*(at - 0.08 * heading), 0.2), (*(at + 0.1 * heading), 0.0)
         return {name: camera(*view, FOCAL[name], self.image_size) for name, view in views.items()}
@@ -237,9 +264,11 @@ class Tabletop(gymnasium.Env):
 class Expert:
     """Scripted demonstrator: reads the simulator's state, plays one episode from reset() on in `mode` (None: drawn)."""
 
+    speed, smooth = (0.3, 0.36), 9  # m/s, drawn between; steps over which corners are rounded
+
     def __init__(self, env, mode, rng):
         self.env, self.rng = env, rng
-        self.mode = mode or env.MODES[rng.integers(2)]
+        self.mode = mode or env.MODES[rng.integers(len(env.MODES))]
         self.script = self._script()
 
     def __call__(self):
@@ -249,7 +278,7 @@ class Expert:
     def _script(self):
         """Yield the actions of approach, grasp, carry and release."""
         env, rng = self.env, self.rng
-        speed = rng.uniform(0.3, 0.36) / env.fps
+        speed = rng.uniform(*self.speed) / env.fps
         ends = env.bar + rng.normal(0, 0.006, (2, 2))
         travel = [np.hypot(*(ends - env.grippers).T).max()]
         for x in self._path(np.stack([env.grippers.ravel(), ends.ravel()]), travel, speed):
@@ -259,10 +288,10 @@ class Expert:
         poses = self._poses()
         travel = np.hypot(*np.diff(poses[:, :2], axis=0).T) + env.bar_length / 2 * np.abs(np.diff(poses[:, 2]))
         for x, y, angle in self._path(poses, travel, speed):
-            dx, dy = env.bar_length / 2 * np.cos(angle), env.bar_length / 2 * np.sin(angle)
-            yield x - dx, y - dy, 1, x + dx, y + dy, 1
+            ends = env.ends((x, y), angle)
+            yield *ends[0], 1, *ends[1], 1
         while True:
-            yield x - dx, y - dy, 0, x + dx, y + dy, 0
+            yield *ends[0], 0, *ends[1], 0
 
     def _poses(self):
         """Bar poses (knots, 3) x, y, angle: as grasped, beside the pillar (outer end first), past it, in the goal."""
@@ -278,20 +307,20 @@ class Expert:
         ]
         return np.array(knots)
 
-    @staticmethod
-    def _path(knots, travel, step, smooth=9):
+    def _path(self, knots, travel, step):
         """Points (n, d) through `knots` (k, d), `step` apart by their distances `travel` (k - 1,); corners rounded."""
         time = np.concatenate([[0], np.cumsum(travel)]) / step
-        at = np.clip(np.arange(-(smooth // 2), np.ceil(time[-1]) + 2 * (smooth // 2) + 1), 0, time[-1])
-        kernel = np.full(smooth, 1 / smooth)
+        reach = self.smooth // 2
+        at = np.clip(np.arange(-reach, np.ceil(time[-1]) + 2 * reach + 1), 0, time[-1])
+        kernel = np.full(self.smooth, 1 / self.smooth)
         return np.stack([np.convolve(np.interp(at, time, column), kernel, "valid") for column in knots.T], 1)
 
 
-def demonstrate(seed, image_size):
+def demonstrate(seed, world, image_size):
     """One expert episode as dataset columns {key: (n, ...)}, None where the expert failed. The seed decides it all."""
-    env = Tabletop(image_size)
+    env = world(image_size)
     observation, info = env.reset(seed=seed)
-    expert, rows, done = Expert(env, None, np.random.default_rng([seed, 1])), [], False
+    expert, rows, done = env.expert(world.demonstrated(seed), np.random.default_rng([seed, 1])), [], False
     while not done:
         rows.append(observation | {"action": expert()})
         observation, _, terminated, truncated, info = env.step(rows[-1]["action"])
@@ -299,26 +328,31 @@ def demonstrate(seed, image_size):
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if info["success"] else None
 
 
-def generate(root, episodes=300, seed=0, image_size=(96, 96)):
-    """Write `episodes` successful expert episodes to `root` as a LeRobot v3.0 dataset.
+def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop):
+    """Write `episodes` successful expert episodes of `world` to `root` as a LeRobot v3.0 dataset.
 
     Reset seeds count up from seed * 100000; the result does not depend on the number of processes. Evaluation resets
     with 50000 and up.
     """
     from common.data.writer import DatasetWriter  # here: acting in the environment needs neither pyarrow nor av
 
-    vector = {"dtype": "float32", "shape": [6], "names": list(Tabletop.STATE_NAMES)}
+    def vector(names):
+        return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
+
     picture = {"dtype": "video", "shape": [*image_size, 3], "names": ["height", "width", "channel"]}
-    features = {"observation.state": vector, **{f"observation.images.{name}": picture for name in CAMERAS}}
-    writer = DatasetWriter(root, Tabletop.fps, features | {"action": vector}, "tabletop")
-    run, reset_seed = partial(demonstrate, image_size=tuple(image_size)), seed * 100_000
+    features = {"observation.state": vector(world.STATE_NAMES)}
+    if world.ENVIRONMENT_NAMES:
+        features["observation.environment_state"] = vector(world.ENVIRONMENT_NAMES)
+    features |= {f"observation.images.{name}": picture for name in CAMERAS}
+    writer = DatasetWriter(root, world.fps, features | {"action": vector(world.STATE_NAMES)}, world.name)
+    run, reset_seed = partial(demonstrate, world=world, image_size=tuple(image_size)), seed * 100_000
     workers = min(os.cpu_count(), 16, episodes)
     with get_context("spawn").Pool(workers) as pool, tqdm(total=episodes, desc="demonstrations") as bar:
         while bar.n < episodes:
             wave = min(episodes - bar.n, 32)  # bounds the episodes that wait for the writer in memory
             for episode in pool.imap(run, range(reset_seed, reset_seed + wave)):
                 if episode is not None:
-                    writer.add_episode(episode, task=TASK)
+                    writer.add_episode(episode, task=world.task)
                     bar.update()
             reset_seed += wave
     writer.finish()

@@ -1,0 +1,203 @@
+"""Train and evaluate policies x seeds, and print what the README's results tables hold.
+
+    python benchmarks/evidence.py avoid avoid_closed --seeds 0 1 2 3 4
+
+Each job (one policy, one seed) runs on one core, as many at a time as there are cores. Typed again it goes on where it
+stopped; what is finished is not repeated. Runs, results and figures are left in ~/runs/evidence.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+NAIVE, VFP = "naive_flow_matching_policy", "vfp_single_expert"
+SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py"}
+FLOW_PRIOR = f"model.component_config_paths.vae_prior=./configs/{VFP}/avoid/vae_prior_flow.yaml"
+POINT_PRIOR = f"model.component_config_paths.vqvae_prior=./configs/{VFP}/avoid/vqvae_prior_point.yaml"
+
+
+class Row(NamedTuple):
+    """One line of a table: what is trained, and how it is evaluated."""
+
+    label: str
+    policy: str
+    config: str  # in configs/<policy>/
+    overrides: tuple = ()
+    evaluate: tuple = ()
+
+    def folder(self, out, seed):
+        """Rows that train the same share a run."""
+        changes = "".join(f",{change.rpartition('/')[2].removesuffix('.yaml')}" for change in self.overrides)
+        return out / f"{self.policy},{self.config.replace('/', ',').removesuffix('.yaml')}{changes}" / f"seed_{seed}"
+
+
+def kot(weight, neighbours):
+    """One line of the K-OT ablation."""
+    settings = "null" if weight is None else f"{{weight: {weight}}}"
+    changes = (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}")
+    label = "no K-OT" if weight is None else f"K-OT {weight}"
+    return Row(f"{label}, {'grouped' if neighbours > 1 else 'shuffled'}", VFP, "avoid/train.yaml", changes, ONE_SHOT)
+
+
+ONE_SHOT = ("--env", "avoid", "--execute", "25", "--episodes", "960", "--batch", "960")
+CLOSED = ("--env", "avoid", "--execute", "8", "--episodes", "960", "--batch", "960")
+TABLES = {
+    "avoid": [
+        Row("naive", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
+        Row("vfp, Gaussian prior", VFP, "avoid/train_gaussian.yaml", (), ONE_SHOT),
+        Row("vfp, flow prior", VFP, "avoid/train_gaussian.yaml", (FLOW_PRIOR,), ONE_SHOT),
+        Row("vfp, categorical prior", VFP, "avoid/train.yaml", (), ONE_SHOT),
+        Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR,), ONE_SHOT),
+    ],
+    "avoid_closed": [
+        Row("naive", NAIVE, "avoid/train_closed.yaml", (), CLOSED),
+        Row("vfp, fresh z", VFP, "avoid/train_closed.yaml", (), (*CLOSED, "--latent", "fresh")),
+        Row("vfp, held z", VFP, "avoid/train_closed.yaml", (), (*CLOSED, "--latent", "hold")),
+    ],
+    "kot": [kot(weight, neighbours) for neighbours in (1, 8) for weight in (None, 0.05, 0.2)],
+}
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=[], metavar="TABLE", help=f"of {', '.join(TABLES)}; all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and evaluation (0 1 2)")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="side by side, a core each")
+    parser.add_argument("--out", type=Path, default=Path("~/runs/evidence"), help="where runs and results go")
+    args = parser.parse_args(argv)
+    args.tables = args.tables or list(TABLES)
+    if unknown := [name for name in args.tables if name not in TABLES]:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    return args
+
+
+def call(command, log, core):
+    """Run a script on one core, its output to `log`; CPU seconds. Raises with the last lines where it fails."""
+    with log.open("a") as output:
+        child = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+        _, status, used = os.wait4(child.pid, 0)
+    if status:
+        lines = log.read_text().replace("\r", "\n").splitlines()[-5:]
+        raise RuntimeError("\n    ".join([f"{log}: {' '.join(map(str, command))} failed:", *lines]))
+    return used.ru_utime + used.ru_stime
+
+
+def run(row, seed, args, core):
+    """Train and evaluate one row with one seed, unless that was done; the evaluation's results and training's CPU s."""
+    folder, name = row.folder(args.out, seed), "evaluation" + "".join(row.evaluate).replace("--", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    spent = folder / "cpu_seconds.json"
+    if not spent.exists():
+        train = [SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *row.overrides]
+        used = call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
+        spent.write_text(json.dumps(used))
+    results = folder / name / "results.json"
+    if not results.exists():
+        nfe = [str(n) for n in args.nfe]
+        options = [*row.evaluate, "--nfe", *nfe, "--seed", str(seed), "--out", folder / name, "--videos", "0"]
+        call(["evaluate.py", "--checkpoint", folder, *options], folder / "evaluate.log", core)
+    return json.loads(results.read_text()), json.loads(spent.read_text())
+
+
+def measure(rows, args):
+    """All rows with all seeds -> {(row, seed): (results, CPU seconds)}. A failure stops nothing but itself."""
+    cores, done = Queue(), {}
+    for core in (sorted(os.sched_getaffinity(0)) * args.jobs)[: args.jobs]:
+        cores.put(core)
+    shared = {}  # rows that share a run follow each other: they must not train it twice
+    for row in dict.fromkeys(rows):
+        for seed in args.seeds:
+            shared.setdefault(row.folder(args.out, seed), []).append((row, seed))
+
+    def work(jobs):
+        core = cores.get()
+        try:
+            return {job: run(*job, args, core) for job in jobs}
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(shared), desc="runs", unit="run") as bar:
+        for future in as_completed([pool.submit(work, jobs) for jobs in shared.values()]):
+            try:
+                done |= future.result()
+            except RuntimeError as e:
+                bar.write(str(e))
+            bar.update()
+    return done
+
+
+def table(rows, done, args):
+    """Markdown: mean (lowest-highest seed) of success / entropy per NFE."""
+    lines = [f"| | seeds | parameters | training, CPU s | {' | '.join(f'NFE {nfe}' for nfe in args.nfe)} |"]
+    lines += ["|---" * (4 + len(args.nfe)) + "|"]
+    for row in rows:
+        found = [done[row, seed] for seed in args.seeds if (row, seed) in done]
+        if not found:
+            continue
+        cells = []
+        for i in range(len(args.nfe)):
+            success = [results["results"][i]["success"] for results, _ in found]
+            entropy = [results["results"][i]["entropy"] for results, _ in found]
+            cells.append(f"{spread(success)} / {spread(entropy)}")
+        size, seconds = found[0][0]["parameters"], np.mean([seconds for _, seconds in found])
+        lines.append(f"| {row.label} | {len(found)} | {size:,} | {seconds:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values):
+    values = np.array([np.nan if value is None else value for value in values], float)
+    return f"{values.mean():.3f} ({values.min():.2f}-{values.max():.2f})"
+
+
+def draw(rows, done, args, file):
+    """Success and entropy against NFE, a line per row, a band from lowest to highest seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for row in rows:
+        found = [done[row, seed][0]["results"] for seed in args.seeds if (row, seed) in done]
+        for axis, quantity in zip(axes, ("success", "entropy"), strict=True):
+            if found:
+                values = np.array([[point[quantity] for point in points] for points in found], float)
+                line = axis.plot(range(len(args.nfe)), values.mean(0), marker="o", ms=4, label=row.label)[0]
+                axis.fill_between(range(len(args.nfe)), values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+            axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, 1.03))
+            axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=quantity)
+            axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    args.out = args.out.expanduser().resolve()
+    done = measure([row for name in args.tables for row in TABLES[name]], args)
+    for name in args.tables:
+        print(f"\n{name}: success / mode entropy, mean over seeds (lowest-highest)\n")
+        print(table(TABLES[name], done, args))
+        draw(TABLES[name], done, args, args.out / f"{name}.png")
+    print(f"\nfigures in {args.out}")
+    wanted = {(row, seed) for name in args.tables for row in TABLES[name] for seed in args.seeds}
+    return int(bool(wanted - done.keys()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

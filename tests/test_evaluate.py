@@ -1,0 +1,491 @@
+"""evaluate.py with scripted policies and worlds whose outcome is known: what robots carry out, counts, errors."""
+
+import json
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import av
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import CAMERAS, write_demos
+from scipy import stats
+from torch import nn
+
+import evaluate
+from common import config, metrics, plots
+from common.config import UserError
+from common.data.loader import IMAGE, Normalizer
+
+torch.set_num_threads(1)
+TOLD = defaultdict(list)  # reset seed -> actions that its robot was told
+
+
+class World(gymnasium.Env):
+    """State: seed, tick. Ends after 7 + seed % 3 ticks; succeeds unless seed % 5 == 0, in the mode of the actions' sum.
+
+    A picture is uniformly as bright as the tick.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    MODES, MODE_SHARES = ("even", "odd", "never"), (0.5, 0.25, 0.25)
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "observation.state": gymnasium.spaces.Box(-np.inf, np.inf, (2,)),
+            "top": gymnasium.spaces.Box(0, 255, (8, 8, 3)),
+        }
+    )
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    render_mode, look = "rgb_array", True
+
+    def reset(self, *, seed=None, options=None):
+        self.seed, self.tick, TOLD[seed] = seed, 0, []
+        return self.observe(), self.info()
+
+    def step(self, action):
+        TOLD[self.seed].append(action)
+        self.tick += 1
+        done = self.tick == 7 + self.seed % 3
+        return self.observe(), 0.0, done, False, self.info(done)
+
+    def observe(self):
+        picture = {"top": np.full((8, 8, 3), self.tick, np.uint8)} if self.look else {}
+        return {"observation.state": np.float32([self.seed, self.tick]), **picture}
+
+    def info(self, done=False):
+        good = done and self.seed % 5 > 0
+        mode = self.MODES[int(np.floor(np.sum(TOLD[self.seed]))) % 2] if done else None
+        position = np.array([self.seed % 4, self.tick], float)
+        return {"success": good, "mode": mode, "failure": "five" if done and not good else None, "position": position}
+
+    def obstacles(self):
+        return np.array([[1.5, 3.0, 0.3]])
+
+    def render(self):
+        return np.full((12, 20, 3), 10 * self.tick, np.uint8)
+
+
+class Foreign(World):
+    """Knows nothing of ours but the observation: no modes, no positions, no obstacles, another name of success."""
+
+    MODES = MODE_SHARES = obstacles = property()
+
+    def info(self, done=False):
+        return {"is_success": self.seed % 5 > 0} if done else {}
+
+
+class Mute(World):
+    def info(self, done=False):
+        return {}
+
+
+class Renamed(World):
+    observation_space = gymnasium.spaces.Dict({"agent_pos": gymnasium.spaces.Box(-1, 1, (2,))})
+
+
+class Wide(World):
+    action_space = gymnasium.spaces.Box(-1, 1, (3,))
+
+
+for kind in (World, Foreign, Mute, Renamed, Wide):
+    gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
+
+
+class Scripted(nn.Module):
+    """Action j of the chunk of tick k: (100 k + j, a number drawn for it). Keeps what it was given."""
+
+    def __init__(self, latent=True):
+        super().__init__()
+        self.parts = nn.ModuleDict({"decoder": nn.Linear(2, 3), "frozen": nn.Linear(2, 2).requires_grad_(False)})
+        flat = {"mean": 0.0, "std": 1.0, "min": -1e6, "max": 1e6, "q01": -1.0, "q99": 1.0}
+        values = {f"{name}_{key}": torch.full((2,), x) for name in ("state", "action") for key, x in flat.items()}
+        self.stats, self.has_latent, self.seen = Normalizer("mean_std", values), latent, []
+
+    def encode(self, obs):
+        return obs
+
+    def latent(self, memory, noise):
+        return noise.normal(len(memory["observation.state"]), 1) if self.has_latent else None
+
+    def sample(self, memory, x0, steps, z=None, solver=None, prefix=None):
+        state = memory["observation.state"][:, -1]
+        first = 100 * state[:, 1, None] + torch.arange(x0.shape[1])
+        chunk = torch.stack([first, x0[..., 1]], -1)
+        for row in range(len(x0)):
+            about = {"seed": int(state[row, 0]), "tick": int(state[row, 1]), "x0": x0[row].numpy().copy()}
+            pictures = {key: value[row] * 255 for key, value in memory.items() if key.startswith(IMAGE)}
+            about |= {"states": memory["observation.state"][row], "nfe": steps, **pictures}
+            about["z"] = None if z is None else z[row].item()
+            about["prefix"] = None if prefix is None else prefix[row].numpy().copy()
+            self.seen.append(about)
+        if prefix is not None:
+            chunk[:, : prefix.shape[1]] = prefix
+        return chunk
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """play(*options, policy=None, prefix=0, **data) -> (results.json, the policy): evaluate.py on a scripted policy."""
+
+    def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
+        policy = policy or Scripted()
+        settings = {"root": "nowhere", "HZ": 10, "action_horizon": 6, "obs_proprio_history": 2, "image_size": [8, 8]}
+        cfg = SimpleNamespace(data=config.from_dict(config.Data, settings | data), loss=SimpleNamespace(prefix=prefix))
+        monkeypatch.setattr(evaluate, "newest", lambda folder: None)
+        monkeypatch.setattr(evaluate, "open_policy", lambda folder, weights: (policy, cfg))
+        monkeypatch.setattr(evaluate, "read_meta", lambda folder: {"script": "/home/me/train_mine.py", "step": 5})
+        if not draw:
+            monkeypatch.setattr(evaluate, "plots", MagicMock())
+        argv = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), *map(str, options)]
+        argv += ["--env", env] if env else []
+        TOLD.clear()
+        assert evaluate.main(argv) == 0
+        return json.loads((tmp_path / "out/results.json").read_text()), policy
+
+    return run
+
+
+def first_numbers(seed):
+    return [int(action[0]) for action in TOLD[seed]]
+
+
+SHORT = ("--episodes", 3, "--nfe", 1, "--videos", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--execute", 1], [0, 100, 200, 300, 400, 500, 600]),
+        (["--execute", 4], [0, 1, 2, 3, 400, 401, 402]),
+        (["--execute", 6], [0, 1, 2, 3, 4, 5, 600]),
+        (["--execute", 2, "--delay", 1], [0, 1, 2, 201, 202, 401, 402]),
+        (["--execute", 3, "--delay", 3], [0, 1, 2, 3, 4, 5, 303]),
+        (["--execute", 1, "--delay", 3], [0, 1, 2, 3, 103, 203, 303]),
+    ],
+)
+def test_what_robots_carry_out(play, options, told):
+    play(*SHORT, *options)
+    assert first_numbers(50_001) == told  # 50001 % 3 == 0: seven ticks
+    assert first_numbers(50_000)[:7] == told
+
+
+def test_ensembled_actions_are_weighted_means(play):
+    play(*SHORT, "--execute", 2, "--ensemble", 0.5)
+    # Tick 4 is covered by the chunks of ticks 0, 2 and 4, tick 6 by those of 2, 4 and 6, the oldest weighing most.
+    for tick, covering in ((1, [1]), (3, [3, 201]), (4, [4, 202, 400]), (6, [204, 402, 600])):
+        weights = np.exp(-0.5 * np.arange(len(covering)))
+        assert TOLD[50_001][tick][0] == pytest.approx(weights @ covering / weights.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [(), ("--ensemble", 0.3)])
+def test_the_prefix_is_what_robots_then_do(play, capsys, options):
+    results, policy = play(*SHORT, "--execute", 2, "--delay", 3, *options, prefix=3)
+    looks = [look for look in policy.seen if look["tick"] > 0]
+    assert {look["tick"] for look in looks} == {2, 4, 6, 8}
+    for look in looks:
+        done = np.array(TOLD[look["seed"]][look["tick"] : look["tick"] + 3])
+        np.testing.assert_array_equal(look["prefix"][: len(done)], done)
+    assert all(look["prefix"] is None for look in policy.seen if look["tick"] == 0)
+    assert results["conditioned"]
+    assert "3 steps late, conditioned on what runs meanwhile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("prefix", "delay"), [(2, 3), (0, 1), (4, 0)])
+def test_no_prefix_where_the_policy_did_not_learn_it_or_nothing_is_late(play, capsys, prefix, delay):
+    results, policy = play(*SHORT, "--execute", 2, "--delay", delay, prefix=prefix)
+    assert all(look["prefix"] is None for look in policy.seen)
+    assert not results["conditioned"]
+    assert ("is skipped" in capsys.readouterr().out) == (delay > 0)
+
+
+def test_repeats_bit_for_bit_and_batched_as_one_by_one(play):
+    def everything(*options):
+        results, policy = play("--episodes", 11, "--nfe", 1, 3, "--execute", 2, "--delay", 1, "--videos", 2, *options)
+        for row in results["results"]:
+            assert row.pop("ms_per_chunk") <= row.pop("ms_p95")
+        looks = {(s["nfe"], s["seed"], s["tick"]): (s["z"], s["x0"].tobytes()) for s in policy.seen}
+        return results, {seed: np.array(told).tobytes() for seed, told in TOLD.items()}, looks
+
+    alone = everything("--batch", 1)
+    for options in (["--batch", 1], ["--batch", 4], ["--batch", 960]):
+        assert everything(*options) == alone
+    other = everything("--batch", 4, "--seed", 1)
+    assert all(other[1][seed] != told for seed, told in alone[1].items())
+
+
+@pytest.mark.parametrize("latent", ["fresh", "hold"])
+def test_a_held_latent_has_one_noise_per_episode(play, latent):
+    results, policy = play(*SHORT, "--execute", 2, "--latent", latent)
+    assert results["latent"] == latent
+    drawn = defaultdict(dict)
+    for look in policy.seen:
+        drawn[look["seed"]][look["tick"]] = look
+    for looks in drawn.values():
+        assert len({look["z"] for look in looks.values()}) == (1 if latent == "hold" else len(looks))
+        assert len({look["x0"].tobytes() for look in looks.values()}) == len(looks)  # noise of the chunk is always new
+    assert len({looks[0]["z"] for looks in drawn.values()}) == 3
+
+
+def test_histories_are_oldest_first_and_pictures_come_only_where_needed(play):
+    camera = {"cameras": {"up": "top"}, "obs_images_history": 3, "obs_proprio_history": 5}
+    _, policy = play(*SHORT, "--execute", 4, policy=Scripted(latent=False), **camera)
+    for look in policy.seen:
+        k = look["tick"]
+        assert look[IMAGE + "up"].shape == (3, 3, 8, 8)
+        assert look[IMAGE + "up"][:, 0, 0, 0].round().tolist() == [max(k - 2, 0), max(k - 1, 0), k]
+        assert look["states"][:, 1].tolist() == [max(k - i, 0) for i in (4, 3, 2, 1, 0)]
+    _, policy = play(*SHORT, "--execute", 4, **camera | {"obs_images_history": 1})
+    assert all(look[IMAGE + "up"][0, 0, 0].round() == look["tick"] for look in policy.seen)
+    assert policy.seen[0][IMAGE + "up"].shape == (3, 8, 8)
+
+
+def test_pictures_are_not_drawn_in_vain(play, monkeypatch):
+    drawn = []
+    observe = World.observe
+    monkeypatch.setattr(World, "observe", lambda self: drawn.append((self.seed, self.tick, self.look)) or observe(self))
+    play(*SHORT, "--execute", 4, cameras={"up": "top"}, obs_images_history=2)
+    assert {tick for seed, tick, look in drawn if seed >= 50_000 and look} == {0, 3, 4, 7, 8}
+
+
+def test_results_say_what_happened(play, tmp_path):
+    results, _ = play("--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, draw=True)
+    about = {"policy": "train_mine", "step": 5, "parameters": 9, "env": "World-v0", "execute": 3, "seed": 0}
+    about |= {"latent": "fresh", "ensemble": None, "delay": 0, "conditioned": False, "checkpoint": str(tmp_path)}
+    assert {key: results[key] for key in about} == about
+    assert [row["nfe"] for row in results["results"]] == [1, 2]
+    row = results["results"][1]
+    good = [seed for seed in range(50_000, 50_010) if seed % 5]
+    counts = np.bincount([int(np.floor(np.sum(TOLD[seed]))) % 2 for seed in good], minlength=3)
+    assert (row["episodes"], row["success"], row["failures"]) == (10, 0.8, {"five": 2})
+    assert row["modes"] == dict(zip(World.MODES, counts.tolist(), strict=True))
+    assert row["entropy"] == pytest.approx(stats.entropy(counts) / math.log(3))
+    assert row["coverage"] == pytest.approx(np.mean(counts > 0))
+    assert row["kl"] == pytest.approx(stats.entropy(counts, World.MODE_SHARES))
+    interval = stats.binomtest(8, 10).proportion_ci(method="wilson")
+    assert row["interval"] == pytest.approx(list(interval))
+    for picture in ("success", "tracks", "modes"):
+        assert (tmp_path / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
+    with av.open(str(tmp_path / "out/episodes.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    assert len(frames) == 10  # at most nine ticks, and the picture before the first
+    assert frames[0].shape == (24, 40, 3)  # three of 12 x 20, in two columns
+    assert np.abs(frames[3][6, 10] - 30).max() < 12
+    assert frames[-1][0, 10, 0] > frames[-1][0, 10, 1] + 60  # the first fails: red
+    assert frames[-1][0, 30, 1] > frames[-1][0, 30, 0] + 60  # the second succeeds: green
+
+
+def test_a_world_that_tells_little(play, tmp_path):
+    results, _ = play("--episodes", 4, "--nfe", 1, "--execute", 6, env="Foreign-v0", draw=True)
+    row = results["results"][0]
+    assert [row[key] for key in ("success", "entropy", "coverage", "kl", "modes")] == [0.75, None, None, None, {}]
+    assert row["failures"] == {"unnamed": 1}
+    assert not (tmp_path / "out/tracks.png").exists()
+    assert not (tmp_path / "out/modes.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({"env": "avoids"}, {}, r"no environment 'avoids'; did you mean 'avoid'\?"),
+        ({"env": "World-v7"}, {}, r"no environment 'World-v7'; did you mean 'World-v0'\?"),
+        ({"env": "no_such_module:World-v0"}, {}, "no environment 'no_such_module:World-v0'"),
+        ({"env": "Renamed-v0"}, {}, r"does not give \['observation.state'\].*gives \['agent_pos'\]"),
+        ({}, {"cameras": {"head": "front"}}, r"does not give \['front'\].*\['observation.state', 'top'\]"),
+        ({}, {"HZ": 25}, r"runs at 10 Hz, the policy at 25 \(its render_fps"),
+        ({"env": "Wide-v0"}, {}, r"\(2, 3\) numbers, the policy was trained on \(2, 2\)"),
+        ({"env": "Mute-v0"}, {}, r"must tell info\['success'\]"),
+        ({}, {"action_horizon": 3}, "--execute 8: more than the 3 steps of a chunk"),
+    ],
+)
+def test_what_does_not_fit_is_said(play, options, data, message):
+    with pytest.raises(UserError, match=message):
+        play("--episodes", 2, "--nfe", 1, **options, **{"action_horizon": 8} | data)
+
+
+def test_execute_and_delay_fit_the_chunk(play):
+    play(*SHORT, "--execute", 4, "--delay", 2)
+    with pytest.raises(UserError, match=r"--execute 4 \+ --delay 3: more than the 6 steps of a chunk"):
+        play(*SHORT, "--execute", 4, "--delay", 3)
+
+
+@pytest.mark.parametrize("name", evaluate.ENVIRONMENTS)
+def test_our_environments_tell_what_is_reported(name):
+    env = gymnasium.make(evaluate.ENVIRONMENTS[name], disable_env_checker=True)
+    world, (_, info) = env.unwrapped, env.reset(seed=evaluate.FIRST_SEED)
+    assert len(set(world.MODES)) == len(world.MODES) == len(world.MODE_SHARES) > 1
+    assert sum(world.MODE_SHARES) == pytest.approx(1)
+    assert info.keys() >= {"success", "mode", "failure"}
+    assert np.shape(info["position"]) == (2,)
+    assert world.obstacles().shape[1] == 3
+    world.look = False
+    assert not any(key.startswith(IMAGE) for key in env.step(env.action_space.sample() * 0)[0])
+
+
+def test_intervals_and_divergences_against_scipy():
+    for successes, n in ((0, 7), (7, 7), (1, 1), (13, 40), (499, 500)):
+        expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        assert metrics.wilson(successes, n) == pytest.approx(tuple(expected), abs=1e-12)
+    rng = np.random.default_rng(0)
+    for counts in rng.integers(0, 9, (20, 5)).tolist():
+        shares = rng.dirichlet(np.ones(5)).tolist()
+        assert metrics.entropy(counts) == pytest.approx(stats.entropy(counts) / np.log(5))
+        assert metrics.kl(counts, shares) == pytest.approx(stats.entropy(counts, shares))
+        assert metrics.coverage(counts) == pytest.approx(np.count_nonzero(counts) / 5)
+    assert metrics.entropy([4, 4, 4]) == pytest.approx(1)
+    assert metrics.entropy([0, 9]) == 0
+    assert metrics.entropy([5]) is None  # a single mode: log 1 = 0
+    assert metrics.kl([3, 3], [0.5, 0.5]) == pytest.approx(0)
+    assert metrics.kl([1, 3], [1.0, 0.0]) == math.inf
+    assert metrics.entropy([0, 0]) is metrics.kl([0, 0], [0.5, 0.5]) is None
+    assert metrics.coverage([0, 0]) == 0
+
+
+def test_times_leave_out_the_first_call():
+    calls = []
+    assert len(metrics.times(lambda: calls.append(1), calls=20)) == 20
+    assert len(metrics.times(lambda: calls.append(1), seconds=0.0)) == 3
+    assert len(calls) == 21 + 4
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_pictures_of_one_sided_results(tmp_path, good):
+    path = [np.array([0.0, i]) for i in range(3)]
+    episodes = [evaluate.Episode(good, "a" if good else None, None if good else "disc", path) for _ in range(3)]
+    names = [f"{i}-{j}" for i in range(4) for j in range(6)]
+    rows = [{"nfe": 1, **metrics.summary(episodes, names, None, [0.1])}]
+    plots.success(rows, tmp_path / "success.png")
+    plots.tracks({"NFE 1": episodes}, names, tmp_path / "tracks.png")
+    plots.modes(rows, names, None, tmp_path / "modes.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_table_counts_where_modes_are_many():
+    names = [f"{i}" for i in range(12)]
+    episodes = [evaluate.Episode(True, name) for name in names[:9]] + [evaluate.Episode(failure="disc")]
+    row = {"nfe": 1, **metrics.summary(episodes, names, [1 / 12] * 12, [0.02, 0.02])}
+    last = metrics.table([row], names).splitlines()[-1]
+    assert last == "| 1 | 0.900 | 0.596-0.982 | 0.884 | 0.288 | 9 of 12 | disc 1 | 20.0 (20.0) |"
+
+
+class Knowing(Scripted):
+    """Open loop: predicts what was recorded, off by 0.1 (joint + 1), or by what it drew; padded steps far off."""
+
+    def __init__(self, target="velocity", latent=True, drawn=0.0):
+        super().__init__(latent)
+        self.target, self.drawn, self.arms = target, drawn, []
+        values = {key: value.repeat(2) for key, value in self.stats.state_dict().items()}
+        values["action_std"] = torch.tensor([1.0, 2, 4, 8])
+        self.stats = Normalizer("mean_std", values)
+
+    def latent(self, memory, noise):
+        noise.normal(len(memory["action"]), 3)
+        return torch.full((len(memory["action"]), 1), 1.5) if self.has_latent else None
+
+    def sample(self, memory, x0, steps, z=None, solver=None, prefix=None):
+        far = memory["action_is_pad"][..., None] * 1e3
+        if solver is None:
+            off = self.drawn * x0[:, :1, :1] if self.drawn else 0.1 * torch.arange(1, 5)
+            return memory["action"] + off + far
+        x1, times = self.stats.normalize("action", memory["action"]), []
+        off = (0.5 if z is None else z[:, :, None]) + far
+
+        def velocity(x, t):
+            torch.testing.assert_close(x, (1 - t) * x0 + t * x1)
+            times.append(t)
+            return x1 - x0 + off if self.target == "velocity" else (x1 + off - x) / (1 - t)
+
+        solver(velocity, x0, steps)
+        self.arms.append((x0, times))
+        return x0
+
+
+class Posterior(Knowing):
+    def infer(self, memory, x1, noise):
+        torch.testing.assert_close(x1, self.stats.normalize("action", memory["action"]))
+        noise.normal(len(x1), 3)
+        return torch.full((len(x1), 1), 0.25), torch.zeros(()), {}
+
+
+@pytest.fixture
+def off_line(play, demos):
+    data = {"root": str(demos), "cameras": CAMERAS, "image_size": [32, 32], "val_episodes": [3, 5]}
+    return lambda *options, **more: play(*options, env=None, **data | more)
+
+
+def test_open_loop_errors_are_of_recorded_steps_only(off_line, tmp_path):
+    results, _ = off_line(policy=Posterior(), draw=True)
+    np.testing.assert_allclose(results["mae"], [0.1, 0.2, 0.3, 0.4], rtol=1e-4)
+    np.testing.assert_allclose(results["mae_by_step"], [results["mae"]] * 6, rtol=1e-4)
+    assert results["episodes"] == [3, 5]
+    assert results["joints"] == [f"action[{i}]" for i in range(4)]
+    assert results["chunk_error"]["mean"] == pytest.approx(np.mean([0.1, 0.1, 0.075, 0.05]), rel=1e-4)
+    assert results["chunk_error"]["best"] == results["chunk_error"]["mean"]
+    for picture in ("chunks_3", "chunks_5", "error_by_step", "velocity_loss"):
+        assert (tmp_path / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_best_of_n_draws(off_line):
+    """The error of a draw is the size of a normal number: its mean is sqrt(2 / pi), that of the least of 8 smaller."""
+    many, _ = off_line("--samples", 8, policy=Knowing(drawn=1.0))
+    again, _ = off_line("--samples", 8, policy=Knowing(drawn=1.0))
+    assert many == again
+    error, scale = many["chunk_error"], np.mean([1, 1 / 2, 1 / 4, 1 / 8])
+    assert error["samples"] == 8
+    assert 0.5 * scale < error["mean"] < 1.1 * scale
+    assert error["best"] < 0.4 * error["mean"]
+
+
+@pytest.mark.parametrize("target", ["velocity", "x1"])
+def test_velocity_loss_by_source_of_the_latent(off_line, target):
+    results, policy = off_line(policy=Posterior(target))
+    loss = results["velocity_loss"]
+    t = np.arange(0.05, 1, 0.1)
+    np.testing.assert_allclose(loss["t"], t)
+    grow = 1 if target == "velocity" else 1 / (1 - t) ** 2
+    np.testing.assert_allclose(loss["posterior"], 0.25**2 * grow * np.ones(10), rtol=1e-3)
+    np.testing.assert_allclose(loss["prior"], 1.5**2 * grow * np.ones(10), rtol=1e-3)
+    for (x0, times), (same, _) in zip(policy.arms[::2], policy.arms[1::2], strict=True):
+        assert torch.equal(x0, same)
+        assert times == loss["t"]
+    x0 = torch.cat([x0 for x0, _ in policy.arms[::2]])
+    assert len(x0) == 20 + 17  # every window of both episodes
+    assert len({row.numpy().tobytes() for row in x0}) == len(x0)
+
+
+def test_velocity_loss_without_posterior_or_latent(off_line):
+    loss = off_line(policy=Knowing())[0]["velocity_loss"]
+    assert list(loss) == ["t", "prior"]
+    loss = off_line(policy=Knowing(latent=False))[0]["velocity_loss"]
+    assert list(loss) == ["t", "none"]
+    np.testing.assert_allclose(loss["none"], 0.25, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["x", "y", "grip"], ["x", "y", "grip"]),
+        ([["x", "y", "grip"]], ["x", "y", "grip"]),
+        ({"motors": ["x", "y", "grip"]}, ["x", "y", "grip"]),
+        ({"x": 0, "y": 1, "grip": 2}, ["x", "y", "grip"]),
+        ({"axes": {"x": 0, "y": 1, "grip": 2}}, ["x", "y", "grip"]),
+        (["x", "y"], None),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_names_of_joints(names, expected):
+    features = {"do": {"names": names}}
+    assert evaluate.joint_names(features, "do", 3) == (expected or ["do[0]", "do[1]", "do[2]"])
+    assert evaluate.joint_names({}, "do", 1) == ["do[0]"]
+
+
+def test_joint_names_reach_the_results(off_line, tmp_path):
+    root = write_demos(tmp_path / "named", lengths=(8, 9))
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = ["a", "b", "c", "d"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    results, _ = off_line("--data", root, policy=Posterior(), val_episodes=[1])
+    assert results["joints"] == ["a", "b", "c", "d"]
