@@ -39,7 +39,22 @@ LATENT_COMPONENTS = {
         "args": {**COMPONENTS["action_decoder"]["args"], "latent_dim": 4},
     },
 }
-POLICIES = {"train_flow_matching": COMPONENTS, "train_vfp": LATENT_COMPONENTS}
+POINT = {**LATENT["args"], "head": "point"}
+CODES = {key: value for key, value in LATENT_COMPONENTS.items() if not key.startswith("vae_")} | {
+    "vqvae_posterior": {"block": "vae_posterior", "args": {**POINT, "action_dim": None}},
+    "vqvae_codebook": {"block": "vq_codebook", "args": {"num_codes": 6, "latent_dim": 4}},
+    "vqvae_prior": {
+        "block": "vae_prior",
+        "args": {**LATENT["args"], "latent_dim": None, "head": "codes", "num_codes": 6},
+    },
+}
+POLICIES = {  # script, or script:variant -> its components
+    "train_flow_matching": COMPONENTS,
+    "train_vfp": LATENT_COMPONENTS,
+    "train_vfp:flow": LATENT_COMPONENTS | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
+    "train_vfp:codes": CODES,
+    "train_vfp:point": CODES | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,7 +102,7 @@ class Experiment:
     """A config folder of one policy, and ways to run its script. 83 training samples: 10 steps of 8 an epoch."""
 
     def __init__(self, folder: Path, demos: Path, script="train_flow_matching", write=True):
-        self.folder, self.script = folder, script
+        self.folder, self.script = folder, script.partition(":")[0]
         self.file, self.save_dir = folder / "train.yaml", folder / "run"
         if not write:
             return
@@ -119,6 +134,8 @@ class Experiment:
                 "log_every": 1,
             },
         }
+        if "vqvae_codebook" in POLICIES[script]:
+            self.config["loss"] = {"revive_every": 2}
         self.write()
 
     def write(self):

@@ -50,13 +50,15 @@ def keep_the_group():
 
 conftest.forget_accelerator = keep_the_group
 folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-even, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in ("even", "dropout"))
+names = ("even", "codes", "dropout")
+even, codes, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
 
-assert even.main("train.total_steps=10") == 0
-for p in even.job.policy.parameters():
-    both = [torch.empty_like(p), torch.empty_like(p)]
-    torch.distributed.all_gather(both, p.detach())
-    assert torch.equal(*both)
+for experiment in (even, codes):
+    assert experiment.main("train.total_steps=10") == 0
+    for value in experiment.job.policy.state_dict().values():
+        both = [torch.empty_like(value), torch.empty_like(value)]
+        torch.distributed.all_gather(both, value)
+        assert torch.equal(*both)
 
 assert dropout.main(f"train.save_dir={folder}/straight") == 0
 seeds = [None, None]
@@ -81,7 +83,9 @@ print(f"rank {rank} done")
 
 def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
+    codes = experiment("train_vfp:codes", "codes")
     no_dropout(even)
+    no_dropout(codes)
     folder = even.folder.parent
     (folder / "worker.py").write_text(WORKER)
     command = [*TWO, str(folder / "worker.py"), str(folder), str(demos)]
@@ -89,16 +93,18 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done") == 2
 
-    one = folder / "one"
-    even.main("train.total_steps=10", f"train.save_dir={one}")
-    for key in ("loss", "flow", "kl", "lr", "norm/vae_prior"):
-        ours, theirs = even.log(key, one), even.log(key)
-        assert list(ours) == list(theirs) == list(range(1, 11))
-        torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5)
-    for file in (one / "epoch_1").glob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(even.save_dir / "epoch_1" / file.name)
-        for name, value in ours.items():
-            torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=0)
+    kinds = (even, ("kl", "norm/vae_prior"), 1e-5), (codes, ("perplexity", "norm/vqvae_codebook"), 1e-4)
+    for exp, keys, atol in kinds:
+        one = exp.folder / "one"
+        exp.main("train.total_steps=10", f"train.save_dir={one}")
+        for key in ("loss", "flow", "lr", *keys):
+            ours, theirs = exp.log(key, one), exp.log(key)
+            assert list(ours) == list(theirs) == list(range(1, 11))
+            torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5)
+        for file in (one / "epoch_1").glob("*.safetensors"):
+            ours, theirs = load_file(file), load_file(exp.save_dir / "epoch_1" / file.name)
+            for name, value in ours.items():
+                torch.testing.assert_close(value, theirs[name], atol=atol, rtol=0)
 
     assert_same_run(folder / "straight", dropout.save_dir, "epoch_2")
     assert dropout.meta("epoch_2")["processes"] == 2

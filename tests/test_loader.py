@@ -9,7 +9,7 @@ from common.config import Augment, ConfigError, DataError
 from common.config import Data as Settings
 from common.data.frames import VideoFrames
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import Data, Normalizer, Order, augmented, statistics, to_device
+from common.data.loader import Data, Normalizer, Order, augmented, similar, statistics, to_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -134,6 +134,44 @@ def test_an_epoch_holds_every_row_once_however_often_it_is_stopped():
     assert all(np.array_equal(a[2], b[2]) for a, b in zip(straight, stopped, strict=True))
     other = take(Order(rows, 8, 2, 0, 1, 4, 0, 0), 1)
     assert not np.array_equal(other[0][2], straight[0][2])
+
+
+def test_samples_may_start_at_first_frames_only_but_statistics_are_of_all(demos):
+    data, usual = load(demos, first_frames=2), load(demos)
+    assert len(data.train_rows) == len(LENGTHS[:-1]) * 2
+    assert len(data.val_rows) == 2
+    assert data.windows[data.train_rows]["frame_index"].unique().tolist() == [0, 1]
+    assert all(torch.equal(data.stats[key], usual.stats[key]) for key in usual.stats)
+
+
+def test_grouped_rows_are_neighbours():
+    """Against distances: on a plane, rows in groups of 8 are much closer to each other than rows of a shuffle."""
+    x, random = np.random.default_rng(0).uniform(size=(1003, 2)), np.random.default_rng(1)
+    order = similar(x, 8, random)
+    assert sorted(order) == list(range(1003))
+
+    def spread(order):
+        groups = x[order[:1000]].reshape(125, 8, 2)
+        return np.linalg.norm(groups - groups.mean(1, keepdims=True), axis=2).mean()
+
+    assert spread(order) < 0.15 * spread(random.permutation(1003))
+    again = similar(x, 8, random)
+    sets = [{frozenset(group) for group in o[:1000].reshape(125, 8)} for o in (order, again)]
+    assert len(sets[0] & sets[1]) < 100  # each epoch groups anew, and in another order
+    assert len(similar(x[:5], 8, random)) == 5
+
+
+def test_batches_of_neighbours_hold_every_row_once_and_resume(demos):
+    data = load(demos, neighbours=4)
+    groups = iter(data.batches(0, 1, 0, 1, False))
+    batches = [next(groups) for _ in range(10)]
+    frames = torch.cat([torch.stack([b["episode_index"], b["frame_index"]], 1) for b in batches])
+    assert len(frames.unique(dim=0)) == 80
+    later = next(iter(data.batches(0, 1, 0, 1, False, epoch=0, offset=24)))
+    assert torch.equal(later["frame_index"], batches[3]["frame_index"])
+    state = torch.cat([b["observation.state"][:, -1] for b in batches]).unflatten(0, (-1, 4)) / data.stats["state_std"]
+    within = (state - state.mean(1, keepdim=True)).square().mean()
+    assert within < 0.35 * state.flatten(0, 1).var(0).mean()
 
 
 @pytest.mark.parametrize(("world", "micro_steps"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])

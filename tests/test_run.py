@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import train_flow_matching
 import train_vfp
 from common import checkpoint, run
 from common.config import UserError
+from common.data.loader import to_device
+from common.losses import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 TIMING = ("data_s", "updt_s", "samples_per_s")
@@ -56,8 +59,11 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("script", ["train_flow_matching", "train_vfp"])
-@pytest.mark.parametrize("setting", SETTINGS)
+RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
+RESUMED += [("train_vfp:codes", "adamw"), ("train_vfp:codes", "schedule_free"), ("train_vfp:point", "adamw")]
+
+
+@pytest.mark.parametrize(("script", "setting"), RESUMED)
 def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
     exp = experiment(script)
     straight = exp.folder / "straight"
@@ -88,6 +94,51 @@ def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypat
     assert list(exp.log().values()) == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 10, 2)])
     exp.main("train.total_steps=5", "seed=4", f"train.save_dir={exp.folder / 'other'}")
     assert len(set(seeds)) == len(seeds) == 2 * 2 * 5 * 2
+
+
+@pytest.mark.parametrize("script", ["train_vfp", "train_vfp:flow", "train_vfp:codes", "train_vfp:point"])
+def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experiment, script):
+    exp = experiment(script)
+    exp.main("train.total_steps=10", "loss.sinkhorn={}", "loss.camera_dropout=0.5")
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    trained = exp.job.policy.state_dict()
+    for name in policy.parts:
+        keys = [key for key, _ in exp.job.policy.named_parameters() if key.startswith(f"parts.{name}.")]
+        assert any(not torch.equal(trained[key], exp.start[key]) for key in keys), name
+    batch = to_device(exp.job.data.windows[[0, 1, 2]], "cpu")
+    memory, x0 = policy.encode(batch), torch.randn(3, 6, 4)
+    z = policy.latent(memory, Noise("a"))
+    assert torch.equal(z, policy.latent(memory, Noise("a")))
+    assert torch.equal(z, policy.latent(memory, Noise("b"))) == (script == "train_vfp:point")
+    chunk = policy.sample(memory, x0, 2, z)
+    assert chunk.isfinite().all()
+    assert not torch.equal(chunk, policy.sample(memory, x0, 2, z + 1))
+    if "codes" in script or "point" in script:
+        codes = policy.codebook.codes
+        assert (torch.cdist(z, codes).amin(-1) == 0).all()
+        assert policy.codebook.usage.sum() > 0
+
+
+@pytest.mark.parametrize("script", ["train_flow_matching", "train_vfp"])
+def test_chunks_continue_a_prefix(experiment, script):
+    exp = experiment(script)
+    decoder = exp.folder / "action_decoder.yaml"
+    decoder.write_text(decoder.read_text().replace("args:", "args:\n  prefix: true"))
+    exp.main("loss.prefix=3", "loss.target=x1", "train.total_steps=20")
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    windows = exp.job.data.windows[[0, 30, 60]]
+    memory, x0, prefix = policy.encode(to_device(windows, "cpu")), torch.randn(3, 6, 4), windows["action"][:, :2]
+    z = policy.latent(memory, Noise("a"))
+    free, given = policy.sample(memory, x0, 4, z), policy.sample(memory, x0, 4, z, prefix=prefix)
+    torch.testing.assert_close(given[:, :2], prefix)
+    assert (free[:, :2] - prefix).abs().max() > 0.1
+    assert not torch.allclose(free[:, 2:], given[:, 2:])
+    assert policy.parts["action_decoder"].block.prefix.any()  # it started at zero
+
+
+def test_a_prefix_needs_a_decoder_that_knows_of_it(experiment):
+    with pytest.raises(UserError, match=r"action_decoder.*prefix: true"):
+        experiment().main("loss.prefix=3")
 
 
 def test_a_run_may_stop_anywhere(experiment):
