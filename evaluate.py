@@ -54,7 +54,7 @@ def arguments(argv):
     add("--execute", type=count, default=8, help="steps from one look, and one chunk, to the next (8)")
     add("--delay", type=natural, default=0, help="steps from a look until its chunk acts: real-time chunking (0)")
     add("--ensemble", type=float, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
-    add("--latent", choices=["fresh", "hold"], default="fresh", help="new noise for it at each look, or per episode")
+    add("--hold", type=float, default=2.0, help="seconds for which the latent keeps its noise; 0: new at each look (2)")
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
     add("--seed", type=int, default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
@@ -105,8 +105,9 @@ class Looker:
 def act(policy, args, looker, rows, keys, nfe, prefix):
     """Chunks (B, T, A) for the environments `rows`, with noise of their keys, continuing `prefix` (B, d, A) or None."""
     memory, noise = policy.encode(looker.batch(rows)), RowNoise(keys, looker.device)
-    # A held latent has noise without the tick, the last item of a key: it changes with what is seen, and only so.
-    z = policy.latent(memory, noise if args.latent == "fresh" else RowNoise([key[:-1] for key in keys], looker.device))
+    # With its noise held, the latent changes with what is seen, and only so.
+    ticks = max(round(args.hold * looker.cfg.HZ), 1)
+    z = policy.latent(memory, RowNoise([("latent", *key[:-1], key[-1] // ticks) for key in keys], looker.device))
     x0 = noise.normal(len(rows), looker.cfg.action_horizon, len(policy.stats.action_mean))
     known = {} if prefix is None else {"prefix": torch.from_numpy(prefix).to(x0)}
     return policy.sample(memory, x0, nfe, z, **known).cpu().numpy()
@@ -202,7 +203,9 @@ def closed_loop(policy, cfg, args):
         how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
         late = f"acts {args.delay} steps late, {how} (loss.prefix {trained})"
     averaged = "" if args.ensemble is None else f"; averaged with m = {args.ensemble:g}"
-    print(f"\na chunk of {cfg.data.action_horizon} every {args.execute} steps {late}{averaged}; latent {args.latent}")
+    print(
+        f"\na chunk of {cfg.data.action_horizon} every {args.execute} steps {late}{averaged}; latent noise held {args.hold:g} s"
+    )
     print(metrics.table(rows, names))
     plots.success(rows, args.out / "success.png")
     if all(episode.path for episode in panels[f"NFE {args.nfe[0]}"]):
@@ -211,7 +214,7 @@ def closed_loop(policy, cfg, args):
         plots.modes(rows, names, shares, args.out / "modes.png")
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
         plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
-    settings = {key: getattr(args, key) for key in ("execute", "seed", "latent", "ensemble", "delay", "conditioned")}
+    settings = {key: getattr(args, key) for key in ("execute", "seed", "hold", "ensemble", "delay", "conditioned")}
     return {"env": args.env, **settings, "results": rows}
 
 

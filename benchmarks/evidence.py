@@ -41,16 +41,24 @@ class Row(NamedTuple):
         return out / f"{self.policy},{self.config.replace('/', ',').removesuffix('.yaml')}{changes}" / f"seed_{seed}"
 
 
+def episodes(env, count, execute, *more):
+    return ("--env", env, "--execute", str(execute), "--episodes", str(count), "--batch", str(min(count, 960)), *more)
+
+
 def kot(weight, neighbours):
     """One line of the K-OT ablation."""
-    settings = "null" if weight is None else f"{{weight: {weight}}}"
-    changes = (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}")
+    settings = "null" if weight is None else f"{{weight: {weight}, iterations: 30}}"
     label = "no K-OT" if weight is None else f"K-OT {weight}"
-    return Row(f"{label}, {'grouped' if neighbours > 1 else 'shuffled'}", VFP, "avoid/train.yaml", changes, ONE_SHOT)
+    label += ", batches of neighbours" if neighbours > 1 else ""
+    changes = (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}") if label != "no K-OT" else ()
+    return Row(label, VFP, "avoid/train_gaussian.yaml", changes, ONE_SHOT)
 
 
-ONE_SHOT = ("--env", "avoid", "--execute", "25", "--episodes", "960", "--batch", "960")
-CLOSED = ("--env", "avoid", "--execute", "8", "--episodes", "960", "--batch", "960")
+ONE_SHOT, SKEWED = episodes("avoid", 960, 25), episodes("avoid-skewed", 960, 25)
+HARD, TABLETOP = episodes("tabletop-hard", 200, 10), episodes("tabletop", 200, 8)
+CLOSED = {hold: episodes("avoid", 960, 8, "--hold", hold) for hold in ("0", "2")}
+HARD_STATE = episodes("tabletop-hard", 400, 44)
+SKEW = ("data.root=avoid-skewed",)
 TABLES = {
     "avoid": [
         Row("naive", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
@@ -60,12 +68,32 @@ TABLES = {
         Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR,), ONE_SHOT),
     ],
     "avoid_closed": [
-        Row("naive", NAIVE, "avoid/train_closed.yaml", (), CLOSED),
-        Row("vfp, fresh z", VFP, "avoid/train_closed.yaml", (), (*CLOSED, "--latent", "fresh")),
-        Row("vfp, held z", VFP, "avoid/train_closed.yaml", (), (*CLOSED, "--latent", "hold")),
+        Row("naive", NAIVE, "avoid/train_closed.yaml", (), CLOSED["2"]),
+        Row("vfp, categorical prior, z fresh", VFP, "avoid/train_closed.yaml", (), CLOSED["0"]),
+        Row("vfp, categorical prior, z held 2 s", VFP, "avoid/train_closed.yaml", (), CLOSED["2"]),
+        Row("vfp, Gaussian prior, z fresh", VFP, "avoid/train_closed_gaussian.yaml", (), CLOSED["0"]),
+        Row("vfp, Gaussian prior, z held 2 s", VFP, "avoid/train_closed_gaussian.yaml", (), CLOSED["2"]),
+    ],
+    "avoid_skewed": [
+        Row("naive", NAIVE, "avoid/train.yaml", SKEW, SKEWED),
+        Row("vfp, Gaussian prior", VFP, "avoid/train_gaussian.yaml", SKEW, SKEWED),
+        Row("vfp, categorical prior", VFP, "avoid/train.yaml", SKEW, SKEWED),
     ],
     "kot": [kot(weight, neighbours) for neighbours in (1, 8) for weight in (None, 0.05, 0.2)],
+    "tabletop": [
+        Row("naive", NAIVE, "tabletop/train.yaml", (), TABLETOP),
+        Row("vfp, Gaussian prior", VFP, "tabletop/train.yaml", (), TABLETOP),
+    ],
+    "tabletop_hard": [
+        Row("naive", NAIVE, "tabletop_hard/train.yaml", (), HARD),
+        Row("vfp, categorical prior", VFP, "tabletop_hard/train.yaml", (), HARD),
+    ],
+    "tabletop_hard_state": [
+        Row("naive", NAIVE, "tabletop_hard/train_state.yaml", (), HARD_STATE),
+        Row("vfp, categorical prior", VFP, "tabletop_hard/train_state.yaml", (), HARD_STATE),
+    ],
 }
+QUANTITIES = {"avoid_skewed": ("success", "kl")}  # what a table shows, if not success and entropy
 
 
 def arguments(argv):
@@ -143,8 +171,8 @@ def measure(rows, args):
     return done
 
 
-def table(rows, done, args):
-    """Markdown: mean (lowest-highest seed) of success / entropy per NFE."""
+def table(rows, quantities, done, args):
+    """Markdown: mean over seeds (lowest-highest) of both quantities, per NFE."""
     lines = [f"| | seeds | parameters | training, CPU s | {' | '.join(f'NFE {nfe}' for nfe in args.nfe)} |"]
     lines += ["|---" * (4 + len(args.nfe)) + "|"]
     for row in rows:
@@ -153,9 +181,8 @@ def table(rows, done, args):
             continue
         cells = []
         for i in range(len(args.nfe)):
-            success = [results["results"][i]["success"] for results, _ in found]
-            entropy = [results["results"][i]["entropy"] for results, _ in found]
-            cells.append(f"{spread(success)} / {spread(entropy)}")
+            both = ([results["results"][i][quantity] for results, _ in found] for quantity in quantities)
+            cells.append(" / ".join(map(spread, both)))
         size, seconds = found[0][0]["parameters"], np.mean([seconds for _, seconds in found])
         lines.append(f"| {row.label} | {len(found)} | {size:,} | {seconds:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -166,20 +193,20 @@ def spread(values):
     return f"{values.mean():.3f} ({values.min():.2f}-{values.max():.2f})"
 
 
-def draw(rows, done, args, file):
-    """Success and entropy against NFE, a line per row, a band from lowest to highest seed."""
+def draw(rows, quantities, done, args, file):
+    """Both quantities against NFE, a line per row, a band from lowest to highest seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for row in rows:
         found = [done[row, seed][0]["results"] for seed in args.seeds if (row, seed) in done]
-        for axis, quantity in zip(axes, ("success", "entropy"), strict=True):
+        for axis, quantity in zip(axes, quantities, strict=True):
             if found:
                 values = np.array([[point[quantity] for point in points] for points in found], float)
                 line = axis.plot(range(len(args.nfe)), values.mean(0), marker="o", ms=4, label=row.label)[0]
                 axis.fill_between(range(len(args.nfe)), values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-            axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, 1.03))
+            axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, None if quantity == "kl" else 1.03))
             axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=quantity)
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -191,9 +218,10 @@ def main(argv=None):
     args.out = args.out.expanduser().resolve()
     done = measure([row for name in args.tables for row in TABLES[name]], args)
     for name in args.tables:
-        print(f"\n{name}: success / mode entropy, mean over seeds (lowest-highest)\n")
-        print(table(TABLES[name], done, args))
-        draw(TABLES[name], done, args, args.out / f"{name}.png")
+        quantities = QUANTITIES.get(name, ("success", "entropy"))
+        print(f"\n{name}: {' / '.join(quantities)}, mean over seeds (lowest-highest)\n")
+        print(table(TABLES[name], quantities, done, args))
+        draw(TABLES[name], quantities, done, args, args.out / f"{name}.png")
     print(f"\nfigures in {args.out}")
     wanted = {(row, seed) for name in args.tables for row in TABLES[name] for seed in args.seeds}
     return int(bool(wanted - done.keys()))

@@ -152,7 +152,7 @@ def first_numbers(seed):
     return [int(action[0]) for action in TOLD[seed]]
 
 
-SHORT = ("--episodes", 3, "--nfe", 1, "--videos", 0)
+SHORT, HZ = ("--episodes", 3, "--nfe", 1, "--videos", 0), 10
 
 
 @pytest.mark.parametrize(
@@ -216,15 +216,17 @@ def test_repeats_bit_for_bit_and_batched_as_one_by_one(play):
     assert all(other[1][seed] != told for seed, told in alone[1].items())
 
 
-@pytest.mark.parametrize("latent", ["fresh", "hold"])
-def test_a_held_latent_has_one_noise_per_episode(play, latent):
-    results, policy = play(*SHORT, "--execute", 2, "--latent", latent)
-    assert results["latent"] == latent
+@pytest.mark.parametrize("ticks", [0, 3, 4, 100])
+def test_the_latent_keeps_its_noise_for_so_long(play, ticks):
+    results, policy = play(*SHORT, "--execute", 2, "--hold", ticks / HZ)
+    assert results["hold"] == ticks / HZ
     drawn = defaultdict(dict)
     for look in policy.seen:
         drawn[look["seed"]][look["tick"]] = look
     for looks in drawn.values():
-        assert len({look["z"] for look in looks.values()}) == (1 if latent == "hold" else len(looks))
+        periods = {tick // max(ticks, 1) for tick in looks}
+        assert len({look["z"] for look in looks.values()}) == len(periods)
+        assert len({(tick // max(ticks, 1), look["z"]) for tick, look in looks.items()}) == len(periods)
         assert len({look["x0"].tobytes() for look in looks.values()}) == len(looks)  # noise of the chunk is always new
     assert len({looks[0]["z"] for looks in drawn.values()}) == 3
 
@@ -253,7 +255,7 @@ def test_pictures_are_not_drawn_in_vain(play, monkeypatch):
 def test_results_say_what_happened(play, tmp_path):
     results, _ = play("--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, draw=True)
     about = {"policy": "train_mine", "step": 5, "parameters": 9, "env": "World-v0", "execute": 3, "seed": 0}
-    about |= {"latent": "fresh", "ensemble": None, "delay": 0, "conditioned": False, "checkpoint": str(tmp_path)}
+    about |= {"hold": 2.0, "ensemble": None, "delay": 0, "conditioned": False, "checkpoint": str(tmp_path)}
     assert {key: results[key] for key in about} == about
     assert [row["nfe"] for row in results["results"]] == [1, 2]
     row = results["results"][1]

@@ -48,18 +48,20 @@ class Codebook(nn.Module):
 
     def lookup(self, choice) -> Tensor:
         """z (B, n, D) of indices (B, n), or the codes nearest to tokens (B, n, D)."""
-        return self.codes[self.nearest(choice) if choice.is_floating_point() else choice]
+        return self.codes.detach()[self.nearest(choice) if choice.is_floating_point() else choice]
 
     @torch.no_grad()
     def after_step(self, step, revive, optimizers):
-        """Count which codes the step used; `revive`: those hardly used move to random z_e, their moments forgotten.
+        """Count which codes the step used; `revive`: those hardly used move to where the error is, moments forgotten.
 
-        Hardly: less than a tenth of an even share, averaged over about 100 steps. All processes do the same.
+        Hardly: less than a fifth of an even share, averaged over about 100 steps. They move to z_e of the step, drawn in
+        proportion to their squared distance from their codes, as k-means++ draws its centres (Arthur & Vassilvitskii
+        2007): a code that serves two ways of doing the task gets company. All processes do the same.
         """
         indices = torch.cat([gather(indices.flatten()) for _, indices in self.seen])
         counts = torch.bincount(indices, minlength=len(self.codes)) / len(indices)
         self.usage.lerp_(counts, 0.01)
-        if revive and (dead := (self.usage < 0.1 / len(self.codes)).nonzero()[:, 0]).numel():
+        if revive and (dead := (self.usage < 0.2 / len(self.codes)).nonzero()[:, 0]).numel():
             z_e = torch.cat([gather(z_e.flatten(0, 1)) for z_e, _ in self.seen])
             draw = Noise("revive", step, device=z_e.device)
             self.codes[dead] = z_e[(draw.uniform(len(dead)) * len(z_e)).long()] + 0.01 * draw.normal(
