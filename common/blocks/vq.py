@@ -54,8 +54,8 @@ class Codebook(nn.Module):
     def after_step(self, step, revive, optimizers):
         """Count which codes the step used; `revive`: those hardly used move to where the error is, moments forgotten.
 
-        Hardly: less than a fifth of an even share, averaged over about 100 steps. They move to z_e of the step, drawn in
-        proportion to their squared distance from their codes, as k-means++ draws its centres (Arthur & Vassilvitskii
+        Hardly: less than a fifth of an even share, averaged over about 100 steps. They move to z_e of the step, drawn
+        in proportion to their squared distance from their codes, as k-means++ draws its centres (Arthur & Vassilvitskii
         2007): a code that serves two ways of doing the task gets company. All processes do the same.
         """
         indices = torch.cat([gather(indices.flatten()) for _, indices in self.seen])
