@@ -203,9 +203,8 @@ def closed_loop(policy, cfg, args):
         how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
         late = f"acts {args.delay} steps late, {how} (loss.prefix {trained})"
     averaged = "" if args.ensemble is None else f"; averaged with m = {args.ensemble:g}"
-    print(
-        f"\na chunk of {cfg.data.action_horizon} every {args.execute} steps {late}{averaged}; latent noise held {args.hold:g} s"
-    )
+    every = f"a chunk of {cfg.data.action_horizon} every {args.execute} steps"
+    print(f"\n{every} {late}{averaged}; the latent's noise is held for {args.hold:g} s")
     print(metrics.table(rows, names))
     plots.success(rows, args.out / "success.png")
     if all(episode.path for episode in panels[f"NFE {args.nfe[0]}"]):

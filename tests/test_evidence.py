@@ -1,0 +1,65 @@
+"""benchmarks/evidence.py as a user runs it, on runs of five steps: what it trains, repeats, resumes and prints."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks/evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    short = ("train.total_steps=5", "data.batch_size=32")
+    again = module.episodes("avoid", 12, 25)
+    rows = [module.Row("five steps", module.NAIVE, "avoid/train.yaml", short, again)]
+    rows.append(module.Row("five steps, shorter chunks", module.NAIVE, "avoid/train.yaml", short, ("--env", "avoid")))
+    rows.append(module.Row("broken", module.NAIVE, "avoid/train.yaml", ("data.no_such_key=1",), again))
+    monkeypatch.setattr(module, "TABLES", {"tiny": rows})
+    return module
+
+
+def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypatch):
+    command = ["tiny", "--seeds", "0", "1", "--nfe", "1", "2", "--out", str(tmp_path), "--jobs", "1"]
+    assert evidence.main(command) == 1  # one row is broken, the others are done all the same
+    out, err = capsys.readouterr()
+    assert "no_such_key" in err + out
+    assert "broken" not in out
+    folders = sorted(tmp_path.glob("*/seed_*"))
+    assert len([folder for folder in folders if (folder / "cpu_seconds.json").exists()]) == 2  # rows share their runs
+    results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/seed_*/*/results.json")}
+    assert len(results) == 4
+    assert {json.loads((file.parents[1] / "step_5/meta.json").read_text())["config"]["seed"] for file in results} == {
+        0,
+        1,
+    }
+    assert {r["seed"] for r in results.values()} == {0, 1}
+    for label, episodes in (("five steps", 12), ("five steps, shorter chunks", 100)):
+        line = next(line for line in out.splitlines() if line.startswith(f"| {label} |"))
+        own = [r["results"] for r in results.values() if r["results"][0]["episodes"] == episodes]
+        cells = [cell.strip() for cell in line.split("|")[5:-1]]
+        for i, cell in enumerate(cells):
+            success = [r[i]["success"] for r in own]
+            assert float(re.match(r"[\d.]+", cell)[0]) == pytest.approx(np.mean(success), abs=6e-4)
+    assert (tmp_path / "tiny.png").stat().st_size > 5000
+
+    called = []
+    monkeypatch.setattr(evidence, "call", lambda *args: called.append(args) or 1.0)
+    (tmp_path / "again").mkdir()
+    next(iter(results)).unlink()  # one evaluation is missing: only that is done again
+    with pytest.raises(FileNotFoundError):
+        evidence.main(command)
+    assert [command[0] for command, _, _ in called if "no_such_key" not in str(command)] == ["evaluate.py"]
+
+
+def test_unknown_tables_are_named(evidence, capsys):
+    with pytest.raises(SystemExit):
+        evidence.main(["avoidance"])
+    assert "no table avoidance; there are tiny" in capsys.readouterr().err
