@@ -58,7 +58,12 @@ ONE_SHOT, SKEWED = episodes("avoid", 960, 25), episodes("avoid-skewed", 960, 25)
 HARD, TABLETOP = episodes("tabletop-hard", 200, 10), episodes("tabletop", 200, 8)
 CLOSED = {hold: episodes("avoid", 960, 8, "--hold", hold) for hold in ("0", "2")}
 HARD_STATE = episodes("tabletop-hard", 400, 44)
+LATE = episodes("tabletop", 200, 8, "--delay", "4")
 SKEW = ("data.root=avoid-skewed",)
+PREFIX = (
+    "loss.prefix=6",
+    f"model.component_config_paths.action_decoder=./configs/{VFP}/tabletop/action_decoder_prefix.yaml",
+)
 TABLES = {
     "avoid": [
         Row("naive", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
@@ -83,6 +88,11 @@ TABLES = {
     "tabletop": [
         Row("naive", NAIVE, "tabletop/train.yaml", (), TABLETOP),
         Row("vfp, Gaussian prior", VFP, "tabletop/train.yaml", (), TABLETOP),
+    ],
+    "tabletop_late": [
+        Row("on time", VFP, "tabletop/train.yaml", (), TABLETOP),
+        Row("4 steps late", VFP, "tabletop/train.yaml", (), LATE),
+        Row("4 steps late, trained to continue up to 6 given actions", VFP, "tabletop/train.yaml", PREFIX, LATE),
     ],
     "tabletop_hard": [
         Row("naive", NAIVE, "tabletop_hard/train.yaml", (), HARD),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.flow import Execution, euler, heun, velocity
+from common.flow import Execution, euler, generate, heun, velocity
 
 torch.set_num_threads(1)
 
@@ -64,6 +64,33 @@ def test_x1_prediction_moves_the_remaining_share_of_the_way():
 def test_velocity_prediction_is_used_as_it_is():
     x = torch.randn(3, 4, 2)
     torch.testing.assert_close(velocity(Decode(), "velocity", x, 0.25), torch.tanh(x) + 0.25)
+
+
+@pytest.mark.parametrize("solver", [euler, heun])
+@pytest.mark.parametrize("target", ["velocity", "x1"])
+def test_a_prefix_is_held_fixed_at_every_evaluation(solver, target):
+    """The decoder sees the given actions, clean and marked, each time it is asked; the rest is moved by it alone."""
+    seen = []
+
+    def decode(x_t, t, fixed):
+        seen.append((x_t[:, 0].clone(), fixed))
+        return x_t[:, :, :2].mean(2, keepdim=True) + x_t.sin()
+
+    x0, prefix = torch.randn(3, 5, 2), 10 * torch.randn(3, 2, 2)
+    chunk = generate(decode, target, x0, 4, solver, prefix)
+    assert torch.equal(chunk[:, :2], prefix)
+    for x, fixed in seen:
+        assert torch.equal(x[:, :2], prefix)
+        assert fixed.tolist() == [[[True, True, False, False, False]]] * 3
+    other = generate(decode, target, x0, 4, solver, prefix + 1)
+    assert not torch.allclose(other[:, 2:], chunk[:, 2:])
+    assert torch.equal(seen[0][0][:, 2:], x0[:, 2:])
+
+
+def test_without_a_prefix_the_decoder_is_not_told_of_one():
+    x0 = torch.randn(3, 5, 2)
+    chunk = generate(lambda x_t, t: x_t + 1, "velocity", x0, 2)
+    torch.testing.assert_close(chunk, (x0 * 1.5 + 0.5) * 1.5 + 0.5)
 
 
 @pytest.mark.parametrize("solver", [euler, heun])

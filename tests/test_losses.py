@@ -14,6 +14,7 @@ from common.losses import (
     RowNoise,
     camera_drop,
     gaussian_kl,
+    given_prefix,
     kot,
     linear_path,
     masked_mse,
@@ -82,6 +83,27 @@ def test_padding_never_changes_the_loss_and_gets_no_gradient():
     assert (prediction.grad[~padded] != 0).all()
     garbage = torch.where(padded, torch.full_like(target, float("nan")), target)
     assert torch.equal(masked_mse(prediction, garbage, is_pad), loss)
+
+
+def test_what_is_given_gets_no_loss_draw_by_draw():
+    prediction, target = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
+    ignored = torch.rand(2, 3, 4) < 0.5
+    loss = masked_mse(prediction, target, ignored)
+    by_hand = 0
+    for b, r, t in (~ignored).nonzero().tolist():
+        by_hand = by_hand + ((prediction[b, r, t] - target[b, r, t]) ** 2).sum()
+    torch.testing.assert_close(loss, by_hand / prediction.numel())
+    loss.backward()
+    assert not prediction.grad[ignored].any()
+
+
+def test_prefixes_of_every_length_up_to_the_longest_are_equally_frequent():
+    fixed = given_prefix(torch.rand(20_000, 3), 6, 4)
+    assert fixed.shape == (20_000, 3, 6)
+    assert (fixed[..., 1:] <= fixed[..., :-1]).all()  # the first ones, without a hole
+    counts = torch.bincount(fixed.sum(-1).flatten(), minlength=7) / 60_000
+    assert (counts[:5] - 0.2).abs().max() < 0.01
+    assert counts[5:].tolist() == [0, 0]
 
 
 def test_micro_batches_add_up_whatever_their_padding():
