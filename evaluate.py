@@ -42,6 +42,12 @@ def at_least(low, text):
     return number
 
 
+def amount(text):
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return number
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, natural, count = parser.add_argument, partial(at_least, 0), partial(at_least, 1)
@@ -53,8 +59,10 @@ def arguments(argv):
     add("--nfe", type=count, nargs="+", default=[1, 2, 4, 10], help="evaluations per chunk; open loop: the last one")
     add("--execute", type=count, default=8, help="steps from one look, and one chunk, to the next (8)")
     add("--delay", type=natural, default=0, help="steps from a look until its chunk acts: real-time chunking (0)")
-    add("--ensemble", type=float, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
-    add("--hold", type=float, default=2.0, help="seconds for which the latent keeps its noise; 0: new at each look (2)")
+    add("--ensemble", type=amount, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
+    add(
+        "--hold", type=amount, default=2.0, help="seconds for which the latent keeps its noise; 0: new at each look (2)"
+    )
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
     add("--seed", type=int, default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
@@ -121,7 +129,7 @@ def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
 
     def note(i, observation, info):
         looker.remember(i, observation)
-        if (position := info.get("position")) is not None:
+        if np.shape(position := info.get("position")) == (2,):
             episodes[i].path.append(np.array(position, float))
         if i < film and (picture := envs[i].render()) is not None:
             episodes[i].pictures.append(picture)
@@ -139,7 +147,7 @@ def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
                 times = metrics.times(partial(act, policy, args, looker, active[:1], keys[:1], nfe, None))
             robots.add(active, act(policy, args, looker, active, keys, nfe, prefix))
         actions = robots.next(active)
-        look = -robots.tick % args.execute < cfg.data.obs_images_history
+        look = bool(cfg.data.cameras) and -robots.tick % args.execute < cfg.data.obs_images_history
         for i, action in zip(list(active), actions, strict=True):
             envs[i].unwrapped.look = look
             observation, _, terminated, truncated, info = envs[i].step(action)
@@ -213,7 +221,9 @@ def closed_loop(policy, cfg, args):
         plots.modes(rows, names, shares, args.out / "modes.png")
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
         plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
-    settings = {key: getattr(args, key) for key in ("execute", "seed", "hold", "ensemble", "delay", "conditioned")}
+    settings = {
+        key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
+    }
     return {"env": args.env, **settings, "results": rows}
 
 
@@ -229,7 +239,7 @@ def open_loop(policy, cfg, args):
     device, horizon, nfe = next(policy.parameters()).device, cfg.data.action_horizon, args.nfe[-1]
     errors, drawn = [], []
     for episode in tqdm(data.val_episodes, desc="held-out episodes", unit="episode"):
-        batch = to_device(data.windows[data.windows.rows([episode])[::horizon]], device)
+        batch = to_device(data.windows[data.windows.rows([episode], cfg.data.first_frames)[::horizon]], device)
         memory, recorded, padded = policy.encode(batch), batch["action"], batch["action_is_pad"]
         draws = []
         for draw in range(args.samples):
@@ -292,7 +302,9 @@ def main(argv=None):
     about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
     about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
     results = (closed_loop if args.env else open_loop)(policy, cfg, args)
-    (args.out / "results.json").write_text(json.dumps({**about, **results}, indent=1))
+    unfinished = args.out / "results.json.tmp"
+    unfinished.write_text(json.dumps({**about, **results}, indent=1))
+    unfinished.replace(args.out / "results.json")
     print(f"\nwritten to {args.out}")
     return 0
 

@@ -74,7 +74,7 @@ class Policy(nn.Module):
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
         return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
 
-    def after_step(self, step, progress, optimizers):
+    def after_step(self, job):
         """After each optimizer step; nothing here."""
 
 
@@ -104,7 +104,7 @@ def main(argv=None):
         if job.accelerator.sync_gradients:
             job.step += 1
             average.update(job.step)
-            policy.after_step(job.step, job.step / job.total, optimizers)
+            policy.after_step(job)
             job.end_step(model)  # log, held-out loss, checkpoint
     return job.finish()
 

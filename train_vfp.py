@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import config, flow, optim, run
-from common.blocks.latent import Codes, Gaussian
+from common.blocks.latent import Codes, Gaussian, check
 from common.config import key
 from common.losses import Noise, camera_drop, gaussian_kl, given_prefix, kot, linear_path, masked_mse, ramp, sample_time
 
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
     """What a look gives: tokens (B, N, d) for the decoder; what posterior and prior read of the first camera."""
 
     tokens: Tensor
-    first: dict
+    first_camera: dict
 
 
 class Policy(nn.Module):
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         super().__init__()
         self.parts, self.stats, self.loss = parts, stats, cfg.loss
         self.cameras = list(cfg.data.cameras)
-        self.kind = "vqvae" if "vqvae_codebook" in parts else "vae"
+        self.kind = "vqvae" if any(name.startswith("vqvae_") for name in parts) else "vae"
 
     def forward(self, batch):
         """One micro-batch with its noise -> loss (), scalars to log."""
@@ -100,16 +100,17 @@ class Policy(nn.Module):
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             settings = vars(self.loss.sinkhorn).copy()
             weight, valid = settings.pop("weight"), ~batch["action_is_pad"][:, None, :, None]
-            ot_loss, ot = kot(end * valid, x1[:, :1] * valid, memory.first["cond_proprio"][:, -1], **settings)
+            ot_loss, ot = kot(end * valid, x1[:, :1] * valid, memory.first_camera["cond_proprio"][:, -1], **settings)
             loss, scalars = loss + weight * ot_loss, scalars | ot | {"kot": ot_loss}
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
 
     def infer(self, memory, x1, noise, progress=1.0):
         """z (B, n, D) of demonstrated chunks x1, the loss that makes posterior and prior meet, and scalars to log."""
-        posterior = self.parts[f"{self.kind}_posterior"](**memory.first, action=x1)
-        prior = self.parts[f"{self.kind}_prior"](**memory.first)
+        posterior = self.parts[f"{self.kind}_posterior"](**memory.first_camera, action=x1)
+        prior = self.parts[f"{self.kind}_prior"](**memory.first_camera)
+        check(posterior, prior, self.codebook.codes if self.kind == "vqvae" else None)
         if self.kind == "vqvae":
-            code = self.codebook(posterior.tokens, noise)
+            code = self.codebook(posterior.tokens, noise if self.training else None)
             prior_loss = prior.loss(code.indices if isinstance(prior, Codes) else code.zq.detach(), noise)
             commitment = (posterior.tokens - code.zq.detach()).square().mean()
             scalars = {"commitment": commitment, "prior": prior_loss, "perplexity": self.codebook.perplexity()}
@@ -133,13 +134,16 @@ class Policy(nn.Module):
             cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=drop
         )
         # Posterior and prior read features that the flow loss shapes; they don't shape them.
-        first = {"cond_visual": [x.detach() for x in visual[:1]], "cond_semantic": [x.detach() for x in semantic[:1]]}
-        return Memory(tokens, {**first, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]})
+        first_camera = {
+            "cond_visual": [x.detach() for x in visual[:1]],
+            "cond_semantic": [x.detach() for x in semantic[:1]],
+        }
+        return Memory(tokens, {**first_camera, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]})
 
     def latent(self, memory, noise):
         """z (B, n, D) from the prior: which way to do the task."""
-        drawn = self.parts[f"{self.kind}_prior"](**memory.first).sample(noise)
-        return self.codebook.lookup(drawn) if self.kind == "vqvae" else drawn
+        prior = self.parts[f"{self.kind}_prior"](**memory.first_camera)
+        return prior.sample(noise, self.codebook.codes) if self.kind == "vqvae" else prior.sample(noise)
 
     @property
     def codebook(self):
@@ -156,11 +160,12 @@ class Policy(nn.Module):
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
         return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
 
-    def after_step(self, step, progress, optimizers):
+    def after_step(self, job):
         """After each optimizer step: codes that are hardly used move to where they are needed."""
         if self.kind == "vqvae":
-            due = step % self.loss.revive_every == 0 and progress <= self.loss.revive_until
-            self.codebook.after_step(step, due, optimizers)
+            due = job.step % self.loss.revive_every == 0 and job.step <= self.loss.revive_until * job.total
+            noise = Noise("revive", job.cfg.seed, job.step, device=job.device) if due else None
+            self.codebook.after_step(noise, job.optimizers, job.average)
 
 
 def main(argv=None):
@@ -189,7 +194,7 @@ def main(argv=None):
         if job.accelerator.sync_gradients:
             job.step += 1
             average.update(job.step)
-            policy.after_step(job.step, job.step / job.total, optimizers)
+            policy.after_step(job)
             job.end_step(model)  # log, held-out loss, checkpoint
     return job.finish()
 

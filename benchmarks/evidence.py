@@ -3,15 +3,16 @@
     python benchmarks/evidence.py avoid avoid_closed --seeds 0 1 2 3 4
 
 Each job (one policy, one seed) runs on one core, as many at a time as there are cores. Typed again it goes on where it
-stopped; what is finished is not repeated. Runs, results and figures are left in ~/runs/evidence.
+stopped; what is finished is not repeated, so after a change of code or configs name another --out.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -37,8 +38,8 @@ class Row(NamedTuple):
 
     def folder(self, out, seed):
         """Rows that train the same share a run."""
-        changes = "".join(f",{change.rpartition('/')[2].removesuffix('.yaml')}" for change in self.overrides)
-        return out / f"{self.policy},{self.config.replace('/', ',').removesuffix('.yaml')}{changes}" / f"seed_{seed}"
+        words = [self.policy, *self.config.split("/"), *(change.rpartition("/")[2] for change in self.overrides)]
+        return out / ",".join(re.sub(r"[^\w.=-]+", "_", word.removesuffix(".yaml")) for word in words) / f"seed_{seed}"
 
 
 def episodes(env, count, execute, *more):
@@ -115,13 +116,15 @@ def arguments(argv):
     parser.add_argument("--out", type=Path, default=Path("~/runs/evidence"), help="where runs and results go")
     args = parser.parse_args(argv)
     args.tables = args.tables or list(TABLES)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} is not at least 1")
     if unknown := [name for name in args.tables if name not in TABLES]:
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     return args
 
 
 def call(command, log, core):
-    """Run a script on one core, its output to `log`; CPU seconds. Raises with the last lines where it fails."""
+    """Run a script on one core, its output to `log`; CPU seconds, also noted beside it. Raises where it fails."""
     with log.open("a") as output:
         child = subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -131,53 +134,63 @@ def call(command, log, core):
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
         _, status, used = os.wait4(child.pid, 0)
+    with log.with_suffix(".cpu").open("a") as spent:  # a line per attempt
+        spent.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
     if status:
         lines = log.read_text().replace("\r", "\n").splitlines()[-5:]
         raise RuntimeError("\n    ".join([f"{log}: {' '.join(map(str, command))} failed:", *lines]))
-    return used.ru_utime + used.ru_stime
 
 
 def run(row, seed, args, core):
-    """Train and evaluate one row with one seed, unless that was done; the evaluation's results and training's CPU s."""
+    """Train and evaluate one row with one seed, unless that was done; {NFE: results} and training's CPU seconds."""
     folder, name = row.folder(args.out, seed), "evaluation" + "".join(row.evaluate).replace("--", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    spent = folder / "cpu_seconds.json"
-    if not spent.exists():
+    if not (folder / "trained").exists():
         train = [SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *row.overrides]
-        used = call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
-        spent.write_text(json.dumps(used))
-    results = folder / name / "results.json"
-    if not results.exists():
+        call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
+        (folder / "trained").touch()
+    file = folder / name / "results.json"
+    if not (file.exists() and set(args.nfe) <= measured(file).keys()):
         nfe = [str(n) for n in args.nfe]
         options = [*row.evaluate, "--nfe", *nfe, "--seed", str(seed), "--out", folder / name, "--videos", "0"]
         call(["evaluate.py", "--checkpoint", folder, *options], folder / "evaluate.log", core)
-    return json.loads(results.read_text()), json.loads(spent.read_text())
+    return measured(file), sum(map(float, (folder / "train.cpu").read_text().split()))
+
+
+def measured(file):
+    """{NFE: its row of a results.json, and how many parameters were trained}."""
+    results = json.loads(file.read_text())
+    return {row["nfe"]: row | {"parameters": results["parameters"]} for row in results["results"]}
 
 
 def measure(rows, args):
-    """All rows with all seeds -> {(row, seed): (results, CPU seconds)}. A failure stops nothing but itself."""
-    cores, done = Queue(), {}
+    """All rows with all seeds -> {(row, seed): what run() gives}. A failure stops nothing but itself."""
+    cores, done, shared = Queue(), {}, {}
     for core in (sorted(os.sched_getaffinity(0)) * args.jobs)[: args.jobs]:
         cores.put(core)
-    shared = {}  # rows that share a run follow each other: they must not train it twice
-    for row in dict.fromkeys(rows):
+    for row in dict.fromkeys(rows):  # rows that share a run follow each other: they must not train it twice
         for seed in args.seeds:
             shared.setdefault(row.folder(args.out, seed), []).append((row, seed))
 
     def work(jobs):
         core = cores.get()
         try:
-            return {job: run(*job, args, core) for job in jobs}
+            for job in jobs:
+                try:
+                    done[job] = run(*job, args, core)
+                except RuntimeError as e:
+                    bar.write(str(e))
         finally:
             cores.put(core)
+            bar.update()
 
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(shared), desc="runs", unit="run") as bar:
-        for future in as_completed([pool.submit(work, jobs) for jobs in shared.values()]):
-            try:
-                done |= future.result()
-            except RuntimeError as e:
-                bar.write(str(e))
-            bar.update()
+        try:
+            for future in [pool.submit(work, jobs) for jobs in shared.values()]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else Ctrl-C would only be seen when all is done
+            raise
     return done
 
 
@@ -190,10 +203,10 @@ def table(rows, quantities, done, args):
         if not found:
             continue
         cells = []
-        for i in range(len(args.nfe)):
-            both = ([results["results"][i][quantity] for results, _ in found] for quantity in quantities)
+        for nfe in args.nfe:
+            both = ([results[nfe][quantity] for results, _ in found] for quantity in quantities)
             cells.append(" / ".join(map(spread, both)))
-        size, seconds = found[0][0]["parameters"], np.mean([seconds for _, seconds in found])
+        size, seconds = found[0][0][args.nfe[0]]["parameters"], np.mean([seconds for _, seconds in found])
         lines.append(f"| {row.label} | {len(found)} | {size:,} | {seconds:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -210,10 +223,10 @@ def draw(rows, quantities, done, args, file):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for row in rows:
-        found = [done[row, seed][0]["results"] for seed in args.seeds if (row, seed) in done]
+        found = [done[row, seed][0] for seed in args.seeds if (row, seed) in done]
         for axis, quantity in zip(axes, quantities, strict=True):
             if found:
-                values = np.array([[point[quantity] for point in points] for points in found], float)
+                values = np.array([[results[nfe][quantity] for nfe in args.nfe] for results in found], float)
                 line = axis.plot(range(len(args.nfe)), values.mean(0), marker="o", ms=4, label=row.label)[0]
                 axis.fill_between(range(len(args.nfe)), values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
             axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, None if quantity == "kl" else 1.03))

@@ -78,6 +78,8 @@ def given_prefix(u: Tensor, horizon: int, longest: int) -> Tensor:
 
     Chunks that continue given actions (Black et al. 2025, arXiv:2512.05964: training-time real-time chunking).
     """
+    if longest >= horizon:
+        raise ValueError(f"loss.prefix {longest} may leave nothing of a chunk of {horizon} actions")
     return torch.arange(horizon, device=u.device) < (u * (longest + 1)).floor()[..., None]
 
 

@@ -30,11 +30,12 @@ def coverage(counts) -> float:
 
 
 def kl(counts, shares) -> float | None:
-    """KL(modes of the successes || shares of the demonstrations) in nats; inf where those lack a mode, None without
-    a success."""
+    """KL(modes of the successes || shares of the demonstrations) in nats; None without a success, or where it has no
+    end because the demonstrations lack a mode."""
     p, q = np.array(counts) / max(sum(counts), 1), np.array(shares, float)
-    with np.errstate(divide="ignore"):
-        return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()) if p.any() else None
+    if not p.any() or (q[p > 0] == 0).any():
+        return None
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
 def summary(episodes, names, shares, times) -> dict:

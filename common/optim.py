@@ -76,12 +76,17 @@ def set_learning_rate(optimizers, step: int, total: int) -> float:
     return max(group["lr"] for group in groups)
 
 
-def forget(optimizers, parameter: nn.Parameter, rows: torch.Tensor):
-    """Start these rows of a parameter afresh: no moments; the schedule-free iterate is where the row is now."""
-    for optimizer in optimizers:
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                value[rows] = parameter.detach()[rows] if name == "z" else 0
+@torch.no_grad()
+def forget(optimizers, average, parameter: nn.Parameter, rows: torch.Tensor):
+    """Start these rows of a parameter afresh: no moments, averages of what the rows are now."""
+    averages = [average.ema[name] for name, p in average.raw.items() if p is parameter]
+    for state in [optimizer.state.get(parameter, {}) for optimizer in optimizers]:
+        averages += [value for name, value in state.items() if name == "z"]  # schedule-free
+        for name, value in state.items():
+            if name != "z" and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value[rows] = 0
+    for value in averages:
+        value[rows] = parameter[rows]
 
 
 class Average:

@@ -118,7 +118,7 @@ class Run:
         batch |= {"noise": Noise("try out", device=self.device), "progress": 1.0}
         try:
             policy(batch)[0].backward()
-        except (RuntimeError, ValueError, TypeError, KeyError) as e:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
             at = [name for owner in owners for name, part in policy.parts.items() if owner in [*part.modules()]]
             where = f"component '{at[-1]}' ({self.cfg.model.component_config_paths[at[-1]]})" if at else self.script
@@ -126,8 +126,13 @@ class Run:
             shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items() if isinstance(x, torch.Tensor))
             raise ConfigError(f"{where}: {problem}\n    the first batch is {shapes}") from e
         for name in policy.parts.trainable():
-            if all(p.grad is None for p in policy.parts[name].parameters()):
+            idle = [key for key, p in policy.parts[name].named_parameters() if p.requires_grad and p.grad is None]
+            if len(idle) == sum(p.requires_grad for p in policy.parts[name].parameters()):
                 raise ConfigError(f"component '{name}' is listed, but {self.script} does not use it: leave it out")
+            if idle and self.world > 1:
+                raise ConfigError(
+                    f"component '{name}': {', '.join(idle[:5])} would be idle, which processes cannot share"
+                )
         policy.zero_grad()
 
     def resume(self, policy, optimizers, average):

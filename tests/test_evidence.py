@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
+from common import config
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,7 +36,7 @@ def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypat
     assert "no_such_key" in err + out
     assert "broken" not in out
     folders = sorted(tmp_path.glob("*/seed_*"))
-    assert len([folder for folder in folders if (folder / "cpu_seconds.json").exists()]) == 2  # rows share their runs
+    assert len([folder for folder in folders if (folder / "trained").exists()]) == 2  # rows share their runs
     results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/seed_*/*/results.json")}
     assert len(results) == 4
     assert {json.loads((file.parents[1] / "step_5/meta.json").read_text())["config"]["seed"] for file in results} == {
@@ -51,12 +54,38 @@ def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypat
     assert (tmp_path / "tiny.png").stat().st_size > 5000
 
     called = []
-    monkeypatch.setattr(evidence, "call", lambda *args: called.append(args) or 1.0)
-    (tmp_path / "again").mkdir()
+
+    def call(command, log, core):
+        called.append(command)
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(evidence, "call", call)
     next(iter(results)).unlink()  # one evaluation is missing: only that is done again
-    with pytest.raises(FileNotFoundError):
-        evidence.main(command)
-    assert [command[0] for command, _, _ in called if "no_such_key" not in str(command)] == ["evaluate.py"]
+    assert evidence.main(command) == 1
+    assert [command[0] for command in called if "no_such_key" not in str(command)] == ["evaluate.py"]
+    called.clear()
+    evidence.main([*command[:-1], "1", "--nfe", "2", "4"])  # NFE 4 was not measured
+    assert [command[0] for command in called if "no_such_key" not in str(command)] == ["evaluate.py"] * 4
+
+
+def test_every_row_names_what_there_is_and_has_a_folder_of_its_own(tmp_path):
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks/evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folders = {}
+    for row in [row for rows in module.TABLES.values() for row in rows]:
+        folder = row.folder(tmp_path, 0)
+        assert re.fullmatch(r"[\w.=,-]+", folder.parent.name)
+        assert folders.setdefault(folder, (row.policy, row.config, row.overrides)) == (
+            row.policy,
+            row.config,
+            row.overrides,
+        )
+        script = importlib.import_module(module.SCRIPTS[row.policy].removesuffix(".py"))
+        file = ROOT / "configs" / row.policy / row.config
+        cfg, _ = config.load(script.Config, script.__file__, ["--config", str(file), *row.overrides], "")
+        assert cfg.seed == 0
+        assert evaluate.arguments(["--checkpoint", "run", *row.evaluate]).env in evaluate.ENVIRONMENTS
 
 
 def test_unknown_tables_are_named(evidence, capsys):

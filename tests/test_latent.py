@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common import optim
-from common.blocks.latent import Codes, Gaussian, LatentFlow, Point, latent_head
+from common.blocks.latent import Codes, Gaussian, LatentFlow, Point, check, latent_head
 from common.blocks.vq import Codebook
 from common.losses import Noise, RowNoise, nsvq
 
@@ -25,6 +25,7 @@ def features(n=B):
     return torch.randn(n, N, DIM)
 
 
+CODES = torch.randn(K, D, generator=torch.Generator().manual_seed(1))
 HEADS = {"gaussian": Gaussian, "point": Point, "flow": LatentFlow, "codes": Codes}
 
 
@@ -33,12 +34,14 @@ def test_a_draw_is_a_function_of_features_and_noise(head):
     """So a batch gets what each episode would get alone, and held noise holds the choice."""
     model, h = latent_head(head, DIM, N, D, K), features()
     keys = [("episode", i) for i in range(B)]
-    drawn = model(h).sample(RowNoise(keys))
+    codes = [CODES] if head == "codes" else []
+    drawn = model(h).sample(RowNoise(keys), *codes)
     assert isinstance(model(h), HEADS[head])
-    assert drawn.shape == ((B, N) if head == "codes" else (B, N, D))
-    torch.testing.assert_close(model(h[2:3]).sample(RowNoise(keys[2:3])), drawn[2:3])
+    assert drawn.shape == (B, N, D)
+    assert model(h).size == ((N, K) if head == "codes" else (N, D))
+    torch.testing.assert_close(model(h[2:3]).sample(RowNoise(keys[2:3]), *codes), drawn[2:3])
     if head != "point":
-        assert not torch.equal(model(h).sample(RowNoise([("other", i) for i in range(B)])), drawn)
+        assert not torch.equal(model(h).sample(RowNoise([("other", i) for i in range(B)]), *codes), drawn)
 
 
 @pytest.mark.parametrize(("head", "given"), [("gaussian", {"num_codes": 4}), ("codes", {"latent_dim": 4}), ("vq", {})])
@@ -52,12 +55,13 @@ def test_codes_are_drawn_with_the_probabilities_that_their_loss_means():
     model, n = latent_head("codes", DIM, N, None, 2), 40_000
     with torch.no_grad():
         model.embed.mul_(60)  # strong dependence on the slots before
-    h = features(1)
+    h, codes = features(1), torch.tensor([[0.0], [1.0]])
     outcomes = torch.cartesian_prod(*[torch.arange(2)] * N)
     nll = torch.stack([N * model(h).loss(outcome[None], None) for outcome in outcomes])
     expected = (-nll).exp().detach()
     torch.testing.assert_close(expected.sum(), torch.tensor(1.0))
-    drawn = model(h.expand(n, -1, -1)).sample(Noise(0))
+    with torch.no_grad():
+        drawn = model(h.expand(n, -1, -1)).sample(Noise(0), codes)[..., 0].long()
     counts = torch.bincount((drawn * torch.tensor([4, 2, 1])).sum(1), minlength=8) / n
     assert expected.max() - expected.min() > 0.05
     assert (counts - expected).abs().max() < 4 * 0.5 / math.sqrt(n)
@@ -76,9 +80,50 @@ def test_held_noise_holds_the_code_while_it_is_likely():
     """The logits drift a little from look to look: with the same noise few choices change, with new noise many do."""
     model, h = latent_head("codes", DIM, 1, None, K), torch.randn(500, 1, DIM)
     moved = h + 0.02 * torch.randn_like(h)
-    first = model(h).sample(Noise("episode"))
-    assert (model(moved).sample(Noise("episode")) == first).float().mean() > 0.95
-    assert (model(moved).sample(Noise("next")) == first).float().mean() < 0.6
+    with torch.no_grad():
+        first, same, other = (
+            model(x).sample(Noise(key), CODES) for x, key in ((h, "episode"), (moved, "episode"), (moved, "next"))
+        )
+    assert (same == first).all(-1).float().mean() > 0.95
+    assert (other == first).all(-1).float().mean() < 0.6
+
+
+def test_drawn_codes_are_codes_and_their_gradient_is_that_of_the_softmax():
+    model, h, codes = latent_head("codes", DIM, N, None, K), features(), CODES.clone().requires_grad_()
+    with torch.no_grad():
+        plain = model(h).sample(Noise(0), codes)
+    assert (torch.cdist(plain, CODES).amin(-1) == 0).all()
+    drawn, weight = model(h).sample(Noise(0), codes), torch.randn(B, N, D)
+    torch.testing.assert_close(drawn.detach(), plain)
+    (drawn * weight).sum().backward()
+    given, model.out.weight.grad = model.out.weight.grad, None
+    indices = torch.cdist(plain, CODES).argmin(-1)
+    gumbel = -(-Noise(0).uniform(B, N, K).log()).log()
+    (((model.logits(h, indices) + gumbel).softmax(-1) @ CODES) * weight).sum().backward()
+    torch.testing.assert_close(given, model.out.weight.grad)
+    assert codes.grad is None
+
+
+def test_what_does_not_fit_is_named():
+    point, gaussian = Point(torch.zeros(B, N, D)), Gaussian(torch.zeros(B, N, D), torch.zeros(B, N, D))
+    wide, h = Point(torch.zeros(B, N, D + 1)), features()
+    drawn = {k: latent_head("codes", DIM, N, None, k)(h) for k in (K, K + 1)}
+    check(gaussian, gaussian)
+    check(gaussian, point)
+    check(gaussian, latent_head("flow", DIM, N, D, None)(h))
+    check(point, drawn[K], CODES)
+    check(point, point, CODES)
+    for mistake, wrong in {
+        (point, gaussian): "posterior's head is point; without a codebook it must be gaussian",
+        (gaussian, drawn[K]): "prior's head is codes; without a codebook",
+        (gaussian, wide): r"prior has \(tokens, size\) \(3, 5\); .* need \(3, 4\)",
+        (gaussian, drawn[K], CODES): "posterior's head is gaussian; with a codebook it must be point",
+        (point, gaussian, CODES): "prior's head is gaussian; with a codebook",
+        (point, drawn[K + 1], CODES): r"\(3, 7\); .* need \(3, 6\)",
+        (wide, drawn[K], CODES): "latent_dim is 5, the codebook's 4",
+    }.items():
+        with pytest.raises(ValueError, match=wrong):
+            check(*mistake)
 
 
 def test_a_latent_flow_learns_two_modes_that_depend_on_the_features():
@@ -125,44 +170,74 @@ def test_the_codebook_takes_the_nearest_code():
     assert torch.equal(code.indices, brute)
     assert torch.equal(code.zq, book.codes[brute])
     assert not torch.allclose(code.z, code.zq)
-    assert torch.equal(book.eval()(z_e, Noise(0)).z, code.zq)
-    assert torch.equal(book.lookup(brute), code.zq)
-    assert torch.equal(book.lookup(z_e), code.zq)
+    assert torch.equal(book(z_e).z, code.zq)
+    assert torch.equal(Point(z_e).sample(None, book.codes), code.zq)
 
 
-def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten_by_the_optimizer():
+class NoAverage:
+    raw, ema = {}, {}
+
+
+def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
     book = Codebook(4, 2)
     book.codes.data = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0], [50.0, 50.0]])
     adam = torch.optim.AdamW(book.parameters(), lr=0.0)
+    average = optim.Average(book, [adam], 0.9)
     z_e = torch.randn(64, 1, 2)
-    for step in range(1, 101):
+    for step in range(1, 250):
         book(z_e, Noise(step)).z.sum().backward()
         adam.step()
-        book.after_step(step, revive=False, optimizers=[adam])
-    assert book.perplexity() == pytest.approx(1)
+        book.after_step(None, [adam], average)
+    assert book.perplexity() == pytest.approx(1, abs=0.5)
     moments = adam.state[book.codes]
     moments["exp_avg"] += 1
     book(z_e, Noise(0))
-    book.after_step(101, revive=True, optimizers=[adam])
+    book.after_step(Noise("revive"), [adam], average)
     assert book.codes[0].tolist() == [0, 0]
     distance = torch.cdist(book.codes[1:].detach(), z_e[:, 0]).amin(1)
     assert (distance < 0.1).all()
     assert moments["exp_avg"][0].any()
     assert not moments["exp_avg"][1:].any()
     assert not moments["exp_avg_sq"][1:].any()
+    assert torch.equal(average.weights()["codes"], book.codes)
     before = book.codes.detach().clone()
     book(z_e, Noise(0))
-    book.after_step(102, revive=True, optimizers=[adam])
+    book.after_step(Noise("revive"), [adam], average)
     assert torch.equal(book.codes, before)  # they get time to be found
     assert book.seen == []
+
+
+def test_codes_move_in_proportion_to_the_squared_error():
+    """99 z_e that their code serves well, and three far from it, at distances 1, 2 and 3: drawn as 1 : 4 : 9."""
+    z_e, hits = torch.cat([torch.zeros(99, 1), torch.tensor([[1.0], [2.0], [-3.0]])])[:, None], [0, 0, 0]
+    for seed in range(300):
+        book = Codebook(3, 1)
+        book.codes.data = torch.tensor([[0.0], [1000.0], [2000.0]])
+        book.usage[:] = torch.tensor([1.0, 0.0, 0.0])
+        book(z_e, Noise(0))
+        book.after_step(Noise(seed), [], NoAverage)
+        for code in book.codes[1:, 0].tolist():
+            hits[[1, 2, -3].index(round(code))] += 1
+    for count, share in zip(hits, (1 / 14, 4 / 14, 9 / 14), strict=True):
+        assert abs(count / 600 - share) < 0.07
+
+
+def test_a_frozen_codebook_stays_where_it_is():
+    book = Codebook(4, 2).requires_grad_(False)
+    book.usage[:] = torch.tensor([1.0, 0, 0, 0])
+    before, z_e = book.codes.clone(), torch.randn(8, 1, 2, requires_grad=True)
+    book(z_e, Noise(0)).z.sum().backward()
+    book.after_step(Noise(0), [], NoAverage)
+    assert torch.equal(book.codes, before)
+    assert z_e.grad.any()
 
 
 def test_perplexity_counts_codes_in_use():
     book = Codebook(4, 1)
     book.codes.data = torch.tensor([[0.0], [1.0], [2.0], [30.0]])
-    for step in range(1000):
+    for step in range(1500):
         book(torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None, None], Noise(step))
-        book.after_step(step, revive=False, optimizers=[])
+        book.after_step(None, [], NoAverage)
     assert book.perplexity() == pytest.approx(2**1.5, rel=1e-3)
 
 
@@ -176,7 +251,7 @@ def test_forget_puts_a_schedule_free_row_where_the_parameter_is():
         parameter.square().sum().backward()
         optimizer.step()
     parameter.data[1] = 7
-    optim.forget([optimizer], parameter, torch.tensor([1]))
+    optim.forget([optimizer], NoAverage, parameter, torch.tensor([1]))
     state = optimizer.state[parameter]
     assert state["z"][1].tolist() == [7, 7]
     assert not state["exp_avg_sq"][1].any()

@@ -115,7 +115,8 @@ def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experimen
     assert not torch.equal(chunk, policy.sample(memory, x0, 2, z + 1))
     if "codes" in script or "point" in script:
         codes = policy.codebook.codes
-        assert (torch.cdist(z, codes).amin(-1) == 0).all()
+        assert torch.cdist(z, codes).amax() > 0.1
+        assert (torch.cdist(z, codes).amin(-1) < 1e-6).all()
         assert policy.codebook.usage.sum() > 0
 
 

@@ -123,6 +123,9 @@ class Order:
             )
         if len(rows) < batch_size:
             raise ConfigError(f"data.batch_size {batch_size} is more than the {len(rows)} training samples")
+        share = batch_size // (micro_steps * world)
+        if groups and share % groups[1]:
+            raise ConfigError(f"data.neighbours {groups[1]}: micro-batches of {share} are not whole groups of it")
         self.rows, self.batch_size, self.micro_steps, self.seed = rows, batch_size, micro_steps, seed
         self.rank, self.world, self.epoch, self.offset, self.groups = rank, world, epoch, offset, groups
 
@@ -147,18 +150,18 @@ def similar(x: np.ndarray, size: int, random) -> np.ndarray:
 
     Halves of a half of a half along the axis of largest (randomly scaled) spread, then shuffled; each draw differs.
     """
-    parts, groups, rest = [np.arange(len(x))], [], []
+    order = random.permutation(len(x))
+    rest, parts, groups = order[: len(x) % size], [order[len(x) % size :]], []
     while parts:
         part = parts.pop()
-        if len(part) < 2 * size:
-            groups.append(part[:size])
-            rest.append(part[size:])
+        if len(part) <= size:
+            groups.append(part)
             continue
         axis = np.argmax(np.ptp(x[part], axis=0) * random.uniform(0.5, 1, x.shape[1]))
-        part = part[np.argsort(x[part, axis])]
+        part = part[np.argsort(x[part, axis], kind="stable")]
         middle = len(part) // size // 2 * size
         parts += [part[:middle], part[middle:]]
-    return np.concatenate([groups[i] for i in random.permutation(len(groups))] + rest)
+    return np.concatenate([*(groups[i] for i in random.permutation(len(groups))), rest])
 
 
 class TrainingSet(Dataset):

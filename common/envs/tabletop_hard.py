@@ -22,7 +22,7 @@ class TabletopHard(tabletop.Tabletop):
     observation.environment_state (7,) is what else there is to know: the bar's middle x, y (m) and angle (rad, from the
     left end to the right one), how far each row is shifted along x (m), and the y of the goal strip's middle (m). With
     observation.state it tells all that a reset draws but the tint of the table. Control rate 10 Hz, physics 20 Hz.
-    Success: the whole bar lies in the strip, so its middle within 4 cm of the strip's, at any x, let go of.
+    Success: the whole bar lies in the strip, at any x, let go of; upright, its middle within 4 cm of the strip's.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
