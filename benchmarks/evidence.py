@@ -212,15 +212,16 @@ def table(rows, quantities, done, args):
 
 
 def spread(values):
-    values = np.array([np.nan if value is None else value for value in values], float)
-    return f"{values.mean():.3f} ({values.min():.2f}-{values.max():.2f})"
+    """Mean (lowest-highest) of what there is: without a success there is no entropy."""
+    values = [value for value in values if value is not None]
+    return f"{np.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})" if values else "-"
 
 
 def draw(rows, quantities, done, args, file):
     """Both quantities against NFE, a line per row, a band from lowest to highest seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for row in rows:
         found = [done[row, seed][0] for seed in args.seeds if (row, seed) in done]
@@ -232,7 +233,7 @@ def draw(rows, quantities, done, args, file):
             axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, None if quantity == "kl" else 1.03))
             axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=quantity)
             axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(file, dpi=110)
 
 

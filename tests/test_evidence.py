@@ -10,6 +10,7 @@ import pytest
 
 import evaluate
 from common import config
+from common.build import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +87,27 @@ def test_every_row_names_what_there_is_and_has_a_folder_of_its_own(tmp_path):
         cfg, _ = config.load(script.Config, script.__file__, ["--config", str(file), *row.overrides], "")
         assert cfg.seed == 0
         assert evaluate.arguments(["--checkpoint", "run", *row.evaluate]).env in evaluate.ENVIRONMENTS
+
+
+FACTS = {  # of the generated datasets
+    "avoid": {"action_dim": 2, "state_dim": 4, "num_cameras": 0},
+    "tabletop": {"action_dim": 6, "state_dim": 6, "num_cameras": 3},
+    "tabletop-hard": {"action_dim": 6, "state_dim": 6, "num_cameras": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["avoid/train", "avoid/train_closed", "tabletop/train", "tabletop_hard/train"])
+def test_policies_that_are_compared_have_as_many_parameters(name):
+    """The naive policy's networks are wider, so that a latent does not win by its size: within 5 %."""
+    sizes = []
+    for policy in ("naive_flow_matching_policy", "vfp_single_expert"):
+        script = importlib.import_module("train_vfp" if policy == "vfp_single_expert" else "train_flow_matching")
+        cfg, _ = config.load(script.Config, script.__file__, ["--config", f"configs/{policy}/{name}.yaml"], "")
+        data = cfg.data
+        facts = FACTS[data.root] | {"action_horizon": data.action_horizon, "proprio_history": data.obs_proprio_history}
+        parts = [build(config.Yaml.read(path), facts) for path in cfg.model.component_config_paths.values()]
+        sizes.append(sum(p.numel() for part in parts for p in part.parameters()))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 def test_unknown_tables_are_named(evidence, capsys):
