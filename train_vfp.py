@@ -79,7 +79,7 @@ class Policy(nn.Module):
         noise, x1 = batch["noise"], self.stats.normalize("action", batch["action"])
         hidden = self.loss.camera_dropout if self.training else 0.0
         memory = self.encode(batch, camera_drop(noise, len(x1), len(self.cameras), hidden))
-        z, latent_loss, scalars = self.infer(memory, x1, noise, batch["progress"])
+        z, prior, latent_loss, scalars = self.infer(memory, x1, noise, batch["progress"])
 
         decode = self.parts["action_decoder"].bind(memory=memory.tokens)
         x1 = x1[:, None].expand(-1, self.loss.draws, -1, -1)
@@ -95,7 +95,7 @@ class Policy(nn.Module):
         loss, scalars = flow_loss + latent_loss, scalars | {"flow": flow_loss}
         if self.loss.sinkhorn:
             # One step from noise, on the same keys and values without gradient: K-OT moves decoder and prior only.
-            z = self.latent(memory, noise)
+            z = self.draw(prior, noise)
             end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=z)
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             settings = vars(self.loss.sinkhorn).copy()
@@ -105,7 +105,7 @@ class Policy(nn.Module):
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
 
     def infer(self, memory, x1, noise, progress=1.0):
-        """z (B, n, D) of demonstrated chunks x1, the loss that makes posterior and prior meet, and scalars to log."""
+        """z (B, n, D) of demonstrated chunks x1, the prior, the loss that makes it and the posterior meet, scalars."""
         posterior = self.parts[f"{self.kind}_posterior"](**memory.first_camera, action=x1)
         prior = self.parts[f"{self.kind}_prior"](**memory.first_camera)
         check(posterior, prior, self.codebook.codes if self.kind == "vqvae" else None)
@@ -114,17 +114,17 @@ class Policy(nn.Module):
             prior_loss = prior.loss(code.indices if isinstance(prior, Codes) else code.zq.detach(), noise)
             commitment = (posterior.tokens - code.zq.detach()).square().mean()
             scalars = {"commitment": commitment, "prior": prior_loss, "perplexity": self.codebook.perplexity()}
-            return code.z, self.loss.commitment * commitment + prior_loss, scalars
+            return code.z, prior, self.loss.commitment * commitment + prior_loss, scalars
         z = posterior.sample(noise)
         kl_weight = self.loss.kl * ramp(progress, self.loss.kl_ramp) / x1[0].numel()
         if isinstance(prior, Gaussian):
             kl_loss, kl = gaussian_kl(posterior, prior, self.loss.balance, self.loss.free_nats)
-            return z, kl_weight * kl_loss, {"kl": kl}
+            return z, prior, kl_weight * kl_loss, {"kl": kl}
         # Any other prior learns to draw z, which the KL keeps near N(0, I).
         standard = Gaussian(*map(torch.zeros_like, posterior))
         kl_loss, kl = gaussian_kl(posterior, standard, balance=0.0, free_nats=self.loss.free_nats)
         prior_loss = prior.loss(z.detach(), noise)
-        return z, kl_weight * kl_loss + prior_loss, {"kl": kl, "prior": prior_loss}
+        return z, prior, kl_weight * kl_loss + prior_loss, {"kl": kl, "prior": prior_loss}
 
     def encode(self, obs, drop=None):
         """Observation (state in raw units, pictures in [0, 1]) -> Memory, once per look."""
@@ -142,7 +142,9 @@ class Policy(nn.Module):
 
     def latent(self, memory, noise):
         """z (B, n, D) from the prior: which way to do the task."""
-        prior = self.parts[f"{self.kind}_prior"](**memory.first_camera)
+        return self.draw(self.parts[f"{self.kind}_prior"](**memory.first_camera), noise)
+
+    def draw(self, prior, noise):
         return prior.sample(noise, self.codebook.codes) if self.kind == "vqvae" else prior.sample(noise)
 
     @property

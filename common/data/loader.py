@@ -230,8 +230,9 @@ class Data:
     def batches(self, seed, micro_steps, rank, world, pin, epoch=0, offset=0) -> DataLoader:
         """Micro-batches of this process, from a position on, without end; not yet on a device (see to_device)."""
         cfg = self.cfg
-        spread = self.windows.state[self.train_rows].std(0) + 1e-2
-        groups = (self.windows.state / spread, cfg.neighbours) if cfg.neighbours > 1 else None
+        groups = None
+        if cfg.neighbours > 1:
+            groups = self.windows.state / (self.windows.state[self.train_rows].std(0) + 1e-2), cfg.neighbours
         order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset, groups)
         workers = {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
         samples = TrainingSet(self.windows, seed)
