@@ -73,6 +73,13 @@ TABLES = {
         Row("vfp, categorical prior", VFP, "avoid/train.yaml", (), ONE_SHOT),
         Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR,), ONE_SHOT),
     ],
+    "avoid_naive": [
+        Row("naive, as configured (x1, rate 1e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
+        *(
+            Row(f"naive, {change}", NAIVE, "avoid/train.yaml", (change,), ONE_SHOT)
+            for change in ("loss.target=velocity", "train.optim.peak_lr=5e-4", "train.optim.peak_lr=2e-3")
+        ),
+    ],
     "avoid_closed": [
         Row("naive", NAIVE, "avoid/train_closed.yaml", (), CLOSED["2"]),
         Row("vfp, categorical prior, z fresh", VFP, "avoid/train_closed.yaml", (), CLOSED["0"]),
