@@ -171,6 +171,8 @@ def environment(policy, cfg, args):
         trial = make()
         if "rgb_array" in trial.metadata.get("render_modes", []) and trial.render_mode is None:
             make.keywords["render_mode"] = "rgb_array"
+        elif trial.render_mode is None:
+            args.videos = 0
     except (gymnasium.error.Error, ImportError) as e:
         hint = nearest(args.env, [*ENVIRONMENTS, *gymnasium.registry])
         raise UserError(f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})") from e
@@ -200,7 +202,7 @@ def closed_loop(policy, cfg, args):
         episodes, times = [], []
         with tqdm(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
             for start in range(0, args.episodes, args.batch):
-                film = args.videos if start == 0 and nfe == args.nfe[-1] else 0
+                film = max(args.videos - start, 0) if nfe == args.nfe[-1] else 0
                 part = seeds[start : start + args.batch]
                 played = rollout(policy, cfg, args, make, part, nfe, film, start == 0, bar)
                 episodes, times = episodes + played[0], times + played[1]
@@ -214,6 +216,10 @@ def closed_loop(policy, cfg, args):
     every = f"a chunk of {cfg.data.action_horizon} every {args.execute} steps"
     print(f"\n{every} {late}{averaged}; the latent's noise is held for {args.hold:g} s")
     print(metrics.table(rows, names))
+    settings = {
+        key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
+    }
+    write({"env": args.env, **settings, "results": rows}, args)
     plots.success(rows, args.out / "success.png")
     if all(episode.path for episode in panels[f"NFE {args.nfe[0]}"]):
         plots.tracks(panels, names or (), args.out / "tracks.png")
@@ -221,10 +227,6 @@ def closed_loop(policy, cfg, args):
         plots.modes(rows, names, shares, args.out / "modes.png")
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
         plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
-    settings = {
-        key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
-    }
-    return {"env": args.env, **settings, "results": rows}
 
 
 @torch.no_grad()
@@ -262,11 +264,7 @@ def open_loop(policy, cfg, args):
     loss = metrics.velocity_loss(policy, data, args.seed)
     levels = (f"{arm} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}" for arm, values in loss.items())
     print(f"velocity loss, normalised, by source of the latent: {'; '.join(levels)}")
-    for episode in drawn[:4]:
-        plots.chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
-    plots.error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
-    plots.velocity_loss(loss, args.out / "velocity_loss.png")
-    return {
+    results = {
         "nfe": nfe,
         "seed": args.seed,
         "episodes": data.val_episodes,
@@ -276,6 +274,11 @@ def open_loop(policy, cfg, args):
         "chunk_error": {"samples": args.samples, "mean": mean, "best": best},
         "velocity_loss": loss,
     }
+    write(results, args)
+    for episode in drawn[:4]:
+        plots.chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
+    plots.error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
+    plots.velocity_loss(loss, args.out / "velocity_loss.png")
 
 
 def joint_names(features, key, count):
@@ -285,6 +288,13 @@ def joint_names(features, key, count):
     while isinstance(inner, list | dict) and inner:  # the innermost list, or mapping, along the first entries
         names, inner = inner, next(iter(inner.values() if isinstance(inner, dict) else inner))
     return [str(name) for name in names] if len(names) == count else [f"{key}[{i}]" for i in range(count)]
+
+
+def write(results, args):
+    """results.json, before anything is drawn: what took long is safe."""
+    unfinished = args.out / "results.json.tmp"
+    unfinished.write_text(json.dumps({**args.about, **results}, indent=1))
+    unfinished.replace(args.out / "results.json")
 
 
 def main(argv=None):
@@ -299,12 +309,9 @@ def main(argv=None):
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
     meta = read_meta(folder)
-    about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
-    about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
-    results = (closed_loop if args.env else open_loop)(policy, cfg, args)
-    unfinished = args.out / "results.json.tmp"
-    unfinished.write_text(json.dumps({**about, **results}, indent=1))
-    unfinished.replace(args.out / "results.json")
+    args.about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
+    args.about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
+    (closed_loop if args.env else open_loop)(policy, cfg, args)
     print(f"\nwritten to {args.out}")
     return 0
 

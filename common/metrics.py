@@ -41,7 +41,8 @@ def kl(counts, shares) -> float | None:
 def summary(episodes, names, shares, times) -> dict:
     """One row of results.json: of episodes at one NFE and times (s) of single chunks.
 
-    Entropy, coverage and KL are None unless the environment's modes, `names`, and their `shares` are known.
+    Entropy, coverage and KL are of the successes whose mode is among `names`, the environment's, and None unless those
+    (for KL, their `shares`, too) are known.
     """
     successes = [episode for episode in episodes if episode.success]
     taken = Counter(episode.mode for episode in successes if episode.mode is not None)
@@ -53,7 +54,7 @@ def summary(episodes, names, shares, times) -> dict:
         "entropy": entropy(counts) if names else None,
         "coverage": coverage(counts) if names else None,
         "kl": kl(counts, shares) if names and shares is not None else None,
-        "modes": dict(zip(names, counts, strict=True)) if names else dict(sorted(taken.items())),
+        "modes": dict(zip(names, counts, strict=True)) if names else dict(sorted(taken.items(), key=str)),
         "failures": dict(sorted(Counter(episode.failure for episode in episodes if not episode.success).items())),
         "ms_per_chunk": 1000 * float(np.median(times)),
         "ms_p95": 1000 * float(np.quantile(times, 0.95)),

@@ -69,12 +69,15 @@ class World(gymnasium.Env):
 
 
 class Foreign(World):
-    """Knows nothing of ours but the observation: no modes, no positions, no obstacles, another name of success."""
+    """Knows nothing of ours but the observation: no list of modes, no positions, obstacles or pictures, another name of
+    success."""
 
     MODES = MODE_SHARES = obstacles = property()
+    metadata = {"render_modes": [], "render_fps": 10}  # noqa: RUF012
+    render_mode, render = None, gymnasium.Env.render  # which raises
 
     def info(self, done=False):
-        return {"is_success": self.seed % 5 > 0} if done else {}
+        return {"is_success": self.seed % 5 > 0, "mode": ["left", 2][self.seed % 2]} if done else {}
 
 
 class Mute(World):
@@ -254,7 +257,7 @@ def test_pictures_are_not_drawn_in_vain(play, monkeypatch):
 
 
 def test_results_say_what_happened(play, tmp_path):
-    results, _ = play("--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, draw=True)
+    results, _ = play("--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, "--batch", 2, draw=True)
     about = {"policy": "train_mine", "step": 5, "parameters": 9, "env": "World-v0", "execute": 3, "seed": 0}
     about |= {"hold": 2.0, "ensemble": None, "delay": 0, "conditioned": False, "checkpoint": str(tmp_path)}
     assert {key: results[key] for key in about} == about
@@ -283,10 +286,18 @@ def test_results_say_what_happened(play, tmp_path):
 def test_a_world_that_tells_little(play, tmp_path):
     results, _ = play("--episodes", 4, "--nfe", 1, "--execute", 6, env="Foreign-v0", draw=True)
     row = results["results"][0]
-    assert [row[key] for key in ("success", "entropy", "coverage", "kl", "modes")] == [0.75, None, None, None, {}]
+    assert [row[key] for key in ("success", "entropy", "coverage", "kl")] == [0.75, None, None, None]
+    assert row["modes"] == {"2": 2, "left": 1}
     assert row["failures"] == {"unnamed": 1}
     assert not (tmp_path / "out/tracks.png").exists()
     assert not (tmp_path / "out/modes.png").exists()
+
+
+def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "success", MagicMock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        play(*SHORT, draw=True, action_horizon=8)
+    assert json.loads((tmp_path / "out/results.json").read_text())["results"][0]["episodes"] == 3
 
 
 @pytest.mark.parametrize(
