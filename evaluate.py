@@ -57,17 +57,16 @@ def arguments(argv):
     add("--samples", type=count, default=1, help="open loop: chunks drawn per look; the best one is reported too (1)")
     add("--episodes", type=count, default=100, help="episodes per NFE (100)")
     add("--nfe", type=count, nargs="+", default=[1, 2, 4, 10], help="evaluations per chunk; open loop: the last one")
-    add("--execute", type=count, default=8, help="steps from one look, and one chunk, to the next (8)")
+    add("--execute", type=count, help="steps from one look to the next (8; all of a chunk after data.first_frames: 1)")
     add("--delay", type=natural, default=0, help="steps from a look until its chunk acts: real-time chunking (0)")
     add("--ensemble", type=amount, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
-    add(
-        "--hold", type=amount, default=2.0, help="seconds for which the latent keeps its noise; 0: new at each look (2)"
-    )
+    add("--hold", type=amount, default=2.0, help="seconds for which a latent keeps its noise; 0: new at each look (2)")
+    add("--max_steps", type=count, default=5000, help="after which an episode has failed (5000)")
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
     add("--seed", type=int, default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
     add("--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now")
-    add("--out", type=Path, help="folder of what is written (evaluation/ in the run folder)")
+    add("--out", type=Path, help="folder of what is written (evaluation/<env>, or evaluation/open_loop, of the run)")
     return parser.parse_args(argv)
 
 
@@ -152,6 +151,7 @@ def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
             envs[i].unwrapped.look = look
             observation, _, terminated, truncated, info = envs[i].step(action)
             note(i, observation, info)
+            truncated = truncated or robots.tick == args.max_steps
             if terminated or truncated:
                 end = episodes[i]
                 if "success" not in info and "is_success" not in info:
@@ -171,11 +171,19 @@ def environment(policy, cfg, args):
         trial = make()
         if "rgb_array" in trial.metadata.get("render_modes", []) and trial.render_mode is None:
             make.keywords["render_mode"] = "rgb_array"
-        elif trial.render_mode is None:
-            args.videos = 0
+            trial = make()
+        args.videos = args.videos if trial.render_mode else 0
+        if args.videos:
+            trial.reset(seed=0)
+            trial.render()
+    except (TypeError, NotImplementedError) as e:
+        why = "what names rgb_array among its render_modes takes render_mode and has render()"
+        raise UserError(f"--env: {args.env}: {why}\n    ({type(e).__name__}: {e})") from e
     except (gymnasium.error.Error, ImportError) as e:
         hint = nearest(args.env, [*ENVIRONMENTS, *gymnasium.registry])
         raise UserError(f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})") from e
+    if args.execute is None:
+        args.execute = cfg.data.action_horizon if cfg.data.first_frames == 1 else min(8, cfg.data.action_horizon)
     name, given = trial.spec.id, dict(getattr(trial.observation_space, "spaces", {}))
     wanted = [*cfg.data.state_keys, *cfg.data.cameras.values()]
     if missing := [key for key in wanted if key not in given]:
@@ -208,13 +216,14 @@ def closed_loop(policy, cfg, args):
                 episodes, times = episodes + played[0], times + played[1]
         panels[f"NFE {nfe}"] = episodes
         rows.append({"nfe": nfe, **metrics.summary(episodes, names, shares, times)})
-    late = "acts at once"
+    late, held = "acts at once", f"; the latent's noise is held for {args.hold:g} s"
     if args.delay:
         how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
         late = f"acts {args.delay} steps late, {how} (loss.prefix {trained})"
     averaged = "" if args.ensemble is None else f"; averaged with m = {args.ensemble:g}"
     every = f"a chunk of {cfg.data.action_horizon} every {args.execute} steps"
-    print(f"\n{every} {late}{averaged}; the latent's noise is held for {args.hold:g} s")
+    has_latent = any("prior" in name for name in policy.parts)
+    print(f"\n{every} {late}{averaged}{held if has_latent else ''}")
     print(metrics.table(rows, names))
     settings = {
         key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
@@ -303,7 +312,7 @@ def main(argv=None):
     folder = given if (given / "meta.json").is_file() else newest(given) or given
     policy, cfg = open_policy(folder, dict(item.partition("=")[::2] for item in args.weights))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    args.out = (args.out or folder.parent / "evaluation").expanduser()
+    args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

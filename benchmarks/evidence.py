@@ -77,7 +77,10 @@ TABLES = {
         Row("naive, as configured (x1, rate 1e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
         *(
             Row(f"naive, {change}", NAIVE, "avoid/train.yaml", (change,), ONE_SHOT)
-            for change in ("loss.target=velocity", "train.optim.peak_lr=5e-4", "train.optim.peak_lr=2e-3")
+            for change in (
+                "loss.target=velocity",
+                *(f"train.optim.peak_lr={rate}" for rate in ("5e-4", "2e-3", "4e-3")),
+            )
         ),
     ],
     "avoid_closed": [
@@ -116,13 +119,15 @@ QUANTITIES = {"avoid_skewed": ("success", "kl")}  # what a table shows, if not s
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", default=[], metavar="TABLE", help=f"of {', '.join(TABLES)}; all")
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"all, or of {', '.join(TABLES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and evaluation (0 1 2)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="side by side, a core each")
-    parser.add_argument("--out", type=Path, default=Path("~/runs/evidence"), help="where runs and results go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("~/runs/evidence"), help="of runs and results (~/runs/evidence)"
+    )
     args = parser.parse_args(argv)
-    args.tables = args.tables or list(TABLES)
+    args.tables = list(TABLES) if args.tables == ["all"] else args.tables
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not at least 1")
     if unknown := [name for name in args.tables if name not in TABLES]:
@@ -196,6 +201,7 @@ def measure(rows, args):
             for future in [pool.submit(work, jobs) for jobs in shared.values()]:
                 future.result()
         except BaseException:
+            bar.write("stopping as soon as the runs in progress have stopped or ended")
             pool.shutdown(cancel_futures=True)  # else Ctrl-C would only be seen when all is done
             raise
     return done
@@ -221,7 +227,7 @@ def table(rows, quantities, done, args):
 def spread(values):
     """Mean (lowest-highest) of what there is: without a success there is no entropy."""
     values = [value for value in values if value is not None]
-    return f"{np.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})" if values else "-"
+    return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else "-"
 
 
 def draw(rows, quantities, done, args, file):

@@ -93,7 +93,21 @@ class Wide(World):
     action_space = gymnasium.spaces.Box(-1, 1, (3,))
 
 
-for kind in (World, Foreign, Mute, Renamed, Wide):
+class Endless(World):
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, False, truncated, info | {"failure": None}
+
+
+class Blind(World):
+    render = gymnasium.Env.render  # which raises
+
+
+class Unprepared(World):
+    render_mode = None  # and __init__ takes none
+
+
+for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
     gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
 
 
@@ -211,7 +225,7 @@ def test_repeats_bit_for_bit_and_batched_as_one_by_one(play):
         for row in results["results"]:
             assert row.pop("ms_per_chunk") <= row.pop("ms_p95")
         looks = {(s["nfe"], s["seed"], s["tick"]): (s["z"], s["x0"].tobytes()) for s in policy.seen}
-        return results, {seed: np.array(told).tobytes() for seed, told in TOLD.items()}, looks
+        return results, {seed: np.array(told).tobytes() for seed, told in TOLD.items() if told}, looks
 
     alone = everything("--batch", 1)
     for options in (["--batch", 1], ["--batch", 4], ["--batch", 960]):
@@ -311,16 +325,36 @@ def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
         ({}, {"HZ": 25}, r"runs at 10 Hz, the policy at 25 \(its render_fps"),
         ({"env": "Wide-v0"}, {}, r"\(2, 3\) numbers, the policy was trained on \(2, 2\)"),
         ({"env": "Mute-v0"}, {}, r"must tell info\['success'\]"),
-        ({}, {"action_horizon": 3}, "--execute 8: more than the 3 steps of a chunk"),
+        ({"env": "Blind-v0"}, {}, r"Blind-v0: what names rgb_array .* has render\(\)\n    \(NotImplementedError"),
+        ({"env": "Unprepared-v0"}, {}, r"Unprepared-v0: .* takes render_mode .*\n    \(TypeError: .*'render_mode'"),
     ],
 )
 def test_what_does_not_fit_is_said(play, options, data, message):
     with pytest.raises(UserError, match=message):
-        play("--episodes", 2, "--nfe", 1, **options, **{"action_horizon": 8} | data)
+        play("--episodes", 2, "--nfe", 1, "--videos", 1, **options, **{"action_horizon": 8} | data)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [({"action_horizon": 12}, [*range(8), 800]), ({"first_frames": 1, "action_horizon": 12}, range(9))],
+)
+def test_looks_again_after_eight_steps_but_for_a_policy_of_whole_episodes(play, data, told):
+    play("--episodes", 3, "--nfe", 1, "--videos", 0, **data)
+    seed = next(seed for seed in range(50_000, 50_003) if seed % 3 == 2)
+    assert first_numbers(seed) == list(told)
+
+
+def test_an_episode_without_an_end_fails_in_time(play, capsys):
+    results, _ = play("--episodes", 2, "--nfe", 1, "--max_steps", 20, env="Endless-v0")
+    assert results["results"][0]["failures"] == {"timeout": 2}
+    assert len(TOLD[50_000]) == 20
+    assert "noise is held" not in capsys.readouterr().out  # of this policy without a prior
 
 
 def test_execute_and_delay_fit_the_chunk(play):
     play(*SHORT, "--execute", 4, "--delay", 2)
+    with pytest.raises(UserError, match="--execute 8: more than the 6 steps of a chunk"):
+        play(*SHORT, "--execute", 8)
     with pytest.raises(UserError, match=r"--execute 4 \+ --delay 3: more than the 6 steps of a chunk"):
         play(*SHORT, "--execute", 4, "--delay", 3)
 
