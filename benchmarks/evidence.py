@@ -52,7 +52,7 @@ def kot(weight, neighbours):
     label = "no K-OT" if weight is None else f"K-OT {weight}"
     label += ", batches of neighbours" if neighbours > 1 else ""
     changes = (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}") if label != "no K-OT" else ()
-    return Row(label, VFP, "avoid/train_gaussian.yaml", changes, ONE_SHOT)
+    return Row(label, VFP, "avoid/train_gaussian.yaml", (*changes, "train.optim.peak_lr=1e-3"), ONE_SHOT)
 
 
 ONE_SHOT, SKEWED = episodes("avoid", 960, 25), episodes("avoid-skewed", 960, 25)
@@ -74,12 +74,12 @@ TABLES = {
         Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR,), ONE_SHOT),
     ],
     "avoid_naive": [
-        Row("naive, as configured (x1, rate 1e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
+        Row("naive, as configured (x1, rate 4e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
         *(
             Row(f"naive, {change}", NAIVE, "avoid/train.yaml", (change,), ONE_SHOT)
             for change in (
                 "loss.target=velocity",
-                *(f"train.optim.peak_lr={rate}" for rate in ("5e-4", "2e-3", "4e-3")),
+                *(f"train.optim.peak_lr={rate}" for rate in ("1e-3", "2e-3", "8e-3")),
             )
         ),
     ],
