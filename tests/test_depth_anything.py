@@ -1,0 +1,312 @@
+"""Depth Anything 3's backbone: the reference's numbers, layers, sizes of pictures, frozenness, weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.blocks.depth_anything import PREFIX, PRESETS, DepthAnything3, turn
+from common.build import build
+from common.config import ConfigError, UserError
+
+PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/da3_tiny"
+SIZES = {"embed_dim": 32, "depth": 4, "num_heads": 2, "alt_start": 1, "table_side": 5}
+PUBLISHED = {"embed_dim": 64, "depth": 6, "num_heads": 2, "alt_start": 2}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny(layers=(1, 3), **options):
+    """A small model in which every tensor matters."""
+    model = DepthAnything3(list(layers), **SIZES | options)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def published(model, **more):
+    """The tensors of a model built with keep_all, as the authors' files name them, heads included."""
+    heads = {"model.head.norm.weight": torch.ones(3), "model.cam_dec.fc_t.bias": torch.ones(3)}
+    return {PREFIX + key: value for key, value in model.state_dict().items()} | heads | more
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(published(tiny(keep_all=True)), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def same_as_reference(result, reference):
+    assert (result - reference).abs().max() <= 2e-5 * reference.abs().max()
+    assert (result - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float"])
+@pytest.mark.parametrize("case", ["sq", "wide", "tall", "native", "odd", "wide.raw01"])
+def test_features_are_the_references(case, dtype):
+    if not PARITY.is_dir():
+        pytest.skip("the reference's outputs are not on this machine")
+    saved = load_file(PARITY / "io.safetensors")
+    layers = [1, 2, 3, 4, 5]
+    model = DepthAnything3(layers, weights=str(PARITY), normalize="raw01" not in case, **PUBLISHED)
+    assert model.load_weights() == PARITY / "model.safetensors"
+    image, reference = saved[f"{case.split('.')[0]}.image_u8"], saved[f"{case}.features"]
+    image = image if dtype == "uint8" else image.float() / 255
+    result = model(image)
+    same_as_reference(result, reference)
+    same_as_reference(torch.cat([model(one[None]) for one in image]), reference)
+    assert torch.equal(model.train()(image), result)
+
+
+def test_without_the_switch_it_is_a_dinov2_vit():
+    import timm
+
+    sizes = {"patch_size": 14, "img_size": 70, "embed_dim": 32, "depth": 4, "num_heads": 2, "init_values": 1.0}
+    oracle = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, **sizes).eval()
+    oracle.norm.eps = 1e-5
+    model = tiny(alt_start=None)
+    oracle.load_state_dict(model.state_dict())
+    image = torch.rand(2, 3, 70, 70)
+    seen = oracle.forward_intermediates((image - model.mean) / model.std, [1, 3], norm=True, intermediates_only=True)
+    torch.testing.assert_close(model(image), torch.stack(seen, 1).permute(0, 1, 3, 4, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_rope_keeps_lengths_and_sees_only_differences():
+    q, k = torch.randn(2, 1, 8)
+    angles = torch.arange(5.0)[:, None, None] * torch.tensor([[1.0, 0.1], [1.0, 0.1]])
+    turned_q, turned_k = (turn(x.expand(5, 8), angles.cos(), angles.sin()) for x in (q, k))
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(5))
+    products = turned_q @ turned_k.T
+    for offset in range(-3, 4):
+        diagonal = products.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert products[0].std() > 0.01
+
+
+def test_layers_come_in_the_order_asked_for():
+    image, every = torch.rand(2, 3, 28, 42), tiny([0, 1, 2, 3])
+    features = every(image)
+    assert features.shape == (2, 4, 2, 3, 32)
+    for asked in ([3, 1], [1, 3], [-1, 0], [2, 2], [0]):
+        model = DepthAnything3(asked, **SIZES)
+        assert len(model.blocks) == max(i % 4 for i in asked) + 1
+        model.load_state_dict({key: value for key, value in every.state_dict().items() if key in model.state_dict()})
+        torch.testing.assert_close(model(image), features[:, asked])
+
+
+def test_blocks_after_the_last_layer_are_not_run():
+    model = tiny([1], keep_all=True)
+    model.blocks[2].forward = None
+    assert len(model.blocks) == 4
+    assert model(torch.rand(1, 3, 28, 28)).shape == (1, 1, 2, 2, 32)
+
+
+@pytest.mark.parametrize("layers", [[4], [-5], [0, 9], []])
+def test_layers_out_of_range_are_refused_when_built(layers):
+    with pytest.raises(ValueError, match=r"layers: expected some of -4 to 3, found \["):
+        tiny(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "huge"}, "no 'huge'; known: small, base, large, metric_large, mono_large"),
+        ({"model": "small", "depth": 4}, "sizes go with model: null; 'small' has its own"),
+        ({"depth": 4}, "give model .* or embed_dim and depth"),
+        ({"embed_dim": 36, "depth": 4, "num_heads": 2}, "embed_dim 36 is not 2 heads of a multiple of 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DepthAnything3([0], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("small", 22.1), ("base", 86.6), ("large", 304.4), ("mono_large", 304.4)]
+)
+def test_presets_have_the_published_sizes(name, millions):
+    with torch.device("meta"):
+        model = DepthAnything3([-1], name)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+        assert model(torch.rand(2, 3, 28, 42)).shape == (2, 1, 2, 3, PRESETS[name][0])
+    assert all(p.is_meta for p in model.parameters())
+    assert hasattr(model, "camera_token") == ("_" not in name)
+    assert hasattr(model.blocks[8].attn, "q_norm") == ("_" not in name)
+    assert not hasattr(model.blocks[3].attn, "q_norm")
+
+
+def test_sides_go_to_the_nearest_multiple_of_14_ties_up_and_this_is_said_once(capsys):
+    model = tiny([0])
+    capsys.readouterr()
+    for size, grid in [((28, 28), (2, 2)), ((21, 48), (2, 3)), ((20, 49), (1, 4)), ((3, 34), (1, 2))]:
+        assert model(torch.rand(1, 3, *size)).shape[2:4] == grid
+    assert capsys.readouterr().out == "notice: da3 resizes pictures to multiples of 14: 21 x 48 to 28 x 42\n"
+
+
+def test_the_dtype_of_a_picture_decides_its_range():
+    model, image = tiny(), torch.randint(2, (2, 3, 28, 28), dtype=torch.uint8)  # nearly black, all values below 1.5
+    assert torch.equal(model(image), model(image.float() / 255))
+    assert not torch.allclose(model(image), model(image.float()), atol=0.01)
+    with pytest.raises(ValueError, match=r"float \[0, 1\] or uint8, found torch.int64"):
+        model(image.long())
+    with pytest.raises(ValueError, match=r"expected an image \(B, 3, h, w\), found \(3, 28, 28\)"):
+        model(image[0])
+
+
+def test_it_is_frozen_by_design():
+    model, image = tiny(), torch.rand(1, 3, 28, 28, requires_grad=True)
+    before = model(image)
+    assert not before.requires_grad
+    assert not model.train().training
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in tiny().parameters())
+    assert torch.equal(model.requires_grad_()(image), before)
+    assert not model(image).requires_grad
+    head = torch.nn.Linear(32, 1)
+    head(before).sum().backward()  # an inference tensor could not be saved for this
+    assert head.weight.grad.any()
+
+
+def test_tables_are_made_once_per_grid_and_again_when_they_change(monkeypatch):
+    model, made = tiny(), []
+    interpolate = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        "torch.nn.functional.interpolate", lambda *a, **k: made.append(k["mode"]) or interpolate(*a, **k)
+    )
+    small, wide = torch.rand(1, 3, 28, 28), torch.rand(1, 3, 28, 42)
+    first = [model(image) for image in (small, wide, small, wide)]
+    assert made == ["bicubic"] * 2
+    assert torch.equal(first[0], first[2])
+    for change in (
+        lambda: model.pos_embed.mul_(2),
+        lambda: model.load_state_dict(tiny().state_dict()),
+        lambda: model.load_state_dict(tiny().state_dict(), assign=True),
+    ):
+        change()
+        fresh = DepthAnything3([1, 3], **SIZES)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(small), fresh(small))
+    for side in range(1, 20):
+        model(torch.rand(1, 3, 14, 14 * side))
+    assert len(model._grids) <= 8
+    with torch.inference_mode():
+        built = tiny()
+        built(small)
+    assert built(small).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["autocast", "whole"])
+def test_bf16_is_close_to_float32(how):
+    model, image = tiny([3]), torch.rand(2, 3, 56, 70)
+    exact = model(image)
+    if how == "whole":
+        rough = model.to(torch.bfloat16)(image)
+        assert rough.dtype == torch.bfloat16
+        assert all(x.dtype == torch.float32 for pair in model.grid(4, 5)[1:] for x in pair)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(image)
+    assert (rough.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_it_compiles_to_one_graph():
+    model, image = tiny(), torch.rand(1, 3, 30, 42)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(image), model(image))
+    torch.testing.assert_close(compiled(image + 0.1), model(image + 0.1))
+
+
+def test_a_state_dict_goes_through_safetensors(tmp_path):
+    model, image = tiny(), torch.rand(1, 3, 28, 28)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    other = tiny()
+    assert not torch.allclose(other(image), model(image))
+    other.load_state_dict(load_file(tmp_path / "own.safetensors"))
+    assert torch.equal(other(image), model(image))
+
+
+@pytest.mark.parametrize("kind", ["backbone only", "without prefix", "float16", "folder"])
+def test_files_that_load(file, kind):
+    tensors, image = load_file(file), torch.rand(1, 3, 28, 28)
+    if kind == "float16":
+        tensors = {key: value.half() for key, value in tensors.items()}
+    elif kind != "folder":
+        tensors = {key: value for key, value in tensors.items() if key.startswith(PREFIX)}
+    expected = tiny(keep_all=True)
+    expected.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)})
+    if kind == "without prefix":
+        tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    save_file(tensors, file)
+    model = DepthAnything3([1, 2], weights=str(file.parent if kind == "folder" else file), **SIZES)
+    assert model.load_weights() == file
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected.layers = [1, 2]
+    assert torch.equal(model(image), expected(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("blocks.1.attn.qkv.weight", None, "missing blocks.1.attn.qkv.weight"),
+        ("blocks.2.mlp.fc1.bias", None, "missing blocks.2.mlp.fc1.bias"),  # of a block that is dropped
+        ("blocks.0.ls1.gamma", None, "missing blocks.0.ls1.gamma"),
+        ("camera_token", None, "missing camera_token"),
+        ("blocks.3.attn.q_norm.weight", (4,), r"blocks.3.attn.q_norm.weight is \(4,\), expected \(16,\)"),
+        (
+            "pos_embed",
+            (1, 50, 32),
+            r"file has embed_dim 32, depth 4, alt_start 1, table_side 7:\n.*pos_embed is \(1, 50, 32\)",
+        ),
+        ("blocks.1.extra", (1,), "unexpected blocks.1.extra"),
+        ("mask_token", (1, 32), "unexpected mask_token"),
+    ],
+)
+def test_files_that_are_refused(file, name, shape, message):
+    tensors = load_file(file)
+    tensors.pop(PREFIX + name, None)
+    save_file(tensors | ({PREFIX + name: torch.zeros(shape)} if shape else {}), file)
+    model = tiny([1], weights=str(file))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"(?s){file.name} \(weights: .*licence.*not the weights.*{message}"):
+        model.load_weights()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_of_another_model_is_recognised(tmp_path):
+    tensors = {f"{PREFIX}blocks.{i}.attn.q_norm.weight": torch.ones(64) for i in range(4, 12)}
+    save_file(tensors | {f"{PREFIX}pos_embed": torch.ones(1, 1370, 384)}, tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        large = DepthAnything3([-1], "large", weights=str(tmp_path / "a.safetensors"))
+    with pytest.raises(UserError, match=r"(?s)CC BY-NC 4.0.*embed_dim 384, depth 12, alt_start 4.*\(model: small\)"):
+        large.load_weights()
+
+
+def test_a_file_that_is_not_there_is_refused_with_its_licence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with torch.device("meta"):
+        large = DepthAnything3([0], "large", weights=str(tmp_path / "none.safetensors"))
+        with pytest.raises(UserError, match=r"none.safetensors.*CC BY-NC 4.0: no commercial use"):
+            large.load_weights()
+
+
+def test_no_weights_means_random_and_this_is_said(capsys):
+    tiny()
+    assert "notice: da3 has `weights: null`: RANDOM features" in capsys.readouterr().out
+    tiny(weights="some/where")
+    assert capsys.readouterr().out == ""
+
+
+def test_it_is_a_block_of_component_yaml(tmp_path, file):
+    yaml = tmp_path / "da3.yaml"
+    args = "layers: [3, 1], weights: ./model.safetensors, embed_dim: 32, depth: 4, num_heads: 2, table_side: 5"
+    yaml.write_text(f"block: da3\nargs: {{{args}, alt_start: 1}}\n")
+    model = build(yaml)
+    assert model.block.load_weights() == file
+    assert model(image=torch.rand(1, 3, 28, 28)).shape == (1, 2, 2, 2, 32)
+    yaml.write_text(f"block: da3\nargs: {{{args}, alt_start: 1}}\n".replace("[3, 1]", "[3, 4]"))
+    with pytest.raises(ConfigError, match=r"da3.yaml:1: .*refuses its arguments: layers: expected some of -4 to 3"):
+        build(yaml)
