@@ -1,0 +1,400 @@
+"""RadioV3: the reference's numbers, both layouts of files, what is refused, what learns."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from common.blocks.radio import RadioV3
+from common.build import build
+from common.config import ConfigError, Part, UserError, Yaml
+from common.parts import build_parts, load_component
+
+torch.set_num_threads(1)
+PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/radio_tiny"
+DIM, DEPTH, TABLE = 32, 3, 6
+TINY = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2, "table": TABLE}
+BLOCK = "radio_model.model.blocks.1"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def awake(model):
+    """The model with numbers that matter everywhere, as published ones do (LayerScale starts at 1e-5)."""
+    for name, p in model.named_parameters():
+        if p.requires_grad or not name.endswith("bias"):
+            nn.init.normal_(p, mean=float("norm" in name or "gamma" in name), std=0.2)
+    return model
+
+
+def timms(layer_scale=True, table=TABLE):
+    sizes = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2, "pos_embed_grid_size": (table, table)}
+    model = timm.create_model(
+        "naflexvit_large_patch16_radio_v3", num_classes=0, init_values=1e-5 * layer_scale, **sizes
+    )
+    nn.init.zeros_(awake(model).embeds.proj.bias)
+    return model.eval()
+
+
+def published(model):
+    """The state of timm's model in NVIDIA's layout."""
+    state = {name: x.detach() for name, x in model.state_dict().items()}
+    file = {"radio_model.summary_idxs": torch.tensor([0, 1, 2]), "radio_model.model.reg_token": torch.zeros(1, 4, DIM)}
+    for name in ("mean", "std"):
+        file[f"radio_model.input_conditioner.norm_{name}"] = torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1)
+    weight = state.pop("embeds.proj.weight").unflatten(1, (16, 16, 3)).permute(0, 3, 1, 2).flatten(1)
+    generated = {"embedder.weight": weight, "pos_embed": state.pop("embeds.pos_embed").flatten(1, 2)}
+    generated["cls_token.token"] = torch.cat([state.pop(f"embeds.{k}_token")[0] for k in ("cls", "reg")])
+    file |= {f"radio_model.model.patch_generator.{name}": x for name, x in generated.items()}
+    file |= {
+        f"radio_model.model.{name.replace('gamma', 'grandma')}": x for name, x in state.items() if "blocks" in name
+    }
+    return {name: x.contiguous() for name, x in file.items()}
+
+
+def loaded(tmp_path, tensors, **options):
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = RadioV3(weights=str(tmp_path / "model.safetensors"), **TINY | options)
+    assert model.load_weights() == tmp_path / "model.safetensors"
+    return model
+
+
+def same(a, b, atol=2e-6):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=atol * y.abs().max().item(), rtol=0)
+
+
+def expected(model, image):
+    """What timm's own forward gives for sides that are multiples of 16."""
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    x = model.forward_features((image - mean) / std)
+    grid = (image.shape[2] // 16, image.shape[3] // 16)
+    return x[:, 8:].transpose(1, 2).unflatten(2, grid), x[:, :3].flatten(1)
+
+
+@pytest.mark.parametrize("case", ["sq", "wide", "tall", "big", "odd"])
+@torch.no_grad()
+def test_numbers_are_the_references(case):
+    if not PARITY.is_dir():
+        pytest.skip(f"the reference's numbers are not on this machine: {PARITY}")
+    model, io = RadioV3(weights=str(PARITY), embed_dim=128, depth=3, num_heads=4, table=16), {}
+    assert model.load_weights() == PARITY / "model.safetensors"
+    io = load_file(PARITY / "io.safetensors")
+    image = io[f"{case}.image_u8"]
+    results = model(image.float() / 255)
+    for name, result in zip(("features", "summary"), results, strict=True):
+        reference = io[f"{case}.{name}"]
+        assert result.shape == reference.shape
+        assert (result - reference).abs().max() <= 2e-5 * reference.abs().max()
+        assert (result - reference).norm() <= 1e-5 * reference.norm()
+    same(model.train()(image), results)
+    for i in range(len(image)):
+        same(model(image[i : i + 1]), [x[i : i + 1] for x in results])
+
+
+@pytest.mark.parametrize("layer_scale", [True, False])
+@pytest.mark.parametrize("layout", ["nvidia", "timm"])
+@torch.no_grad()
+def test_both_layouts_of_files_give_timms_numbers(tmp_path, layout, layer_scale):
+    reference = timms(layer_scale)
+    file = published(reference) if layout == "nvidia" else reference.state_dict()
+    model = loaded(tmp_path, file, layer_scale=layer_scale)
+    for h, w in ((96, 96), (32, 80), (112, 48)):  # the table as it is, smaller, larger
+        image = torch.rand(2, 3, h, w)
+        features, summary = model(image)
+        assert features.shape == (2, DIM, h // 16, w // 16)
+        assert summary.shape == (2, 3 * DIM)
+        same((features, summary), expected(reference, image))
+
+
+@torch.no_grad()
+def test_what_a_file_may_lack_or_hold_beside(tmp_path):
+    reference, image = timms(), torch.rand(1, 3, 64, 64)
+    file, result = published(reference), expected(reference, image)
+    optional = [name for name in file if "conditioner" in name or "summary" in name or name.endswith(".reg_token")]
+    assert len(optional) == 4
+    same(loaded(tmp_path, {name: x for name, x in file.items() if name not in optional})(image), result)
+    same(loaded(tmp_path, {name.replace("grandma", "gamma"): x for name, x in file.items()})(image), result)
+    same(loaded(tmp_path, file | {"adaptors.clip.weight": torch.zeros(3)})(image), result)
+    half = loaded(tmp_path, {name: x.half() if x.is_floating_point() else x for name, x in file.items()})
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    same(half(image), result, atol=5e-3)
+
+
+@torch.no_grad()
+def test_summary_tokens_and_normalisation_are_the_files(tmp_path):
+    file, image = published(timms()), torch.rand(1, 3, 64, 64)
+    features, summary = loaded(tmp_path, file)(image)
+    file["radio_model.summary_idxs"] = torch.tensor([2, 0, 1])
+    other = loaded(tmp_path, file)(image)
+    same(other, (features, summary.view(3, DIM)[[2, 0, 1]].view(1, -1)))
+    file["radio_model.input_conditioner.norm_mean"] += 0.1
+    assert (loaded(tmp_path, file)(image)[0] - features).abs().max() > 1e-3
+    file["radio_model.summary_idxs"] = torch.tensor([0, 5])
+    assert loaded(tmp_path, file, channels=[DIM, 2 * DIM])(image)[1].shape == (1, 2 * DIM)
+    with pytest.raises(UserError, match=r"radio_model.summary_idxs is \(2,\), expected \(3,\)"):
+        loaded(tmp_path, file)
+    file["radio_model.summary_idxs"] = torch.tensor([0, 1, 8])
+    with pytest.raises(UserError, match=r"summary_idxs \[0, 1, 8\] of 8 learned tokens"):
+        loaded(tmp_path, file)
+
+
+REFUSED = {
+    "a missing weight": (lambda f: f.pop(f"{BLOCK}.mlp.fc1.weight"), rf"missing {BLOCK}\.mlp\.fc1\.weight"),
+    "a missing LayerScale": (lambda f: f.pop(f"{BLOCK}.ls2.grandma"), rf"missing {BLOCK}\.ls2\.grandma"),
+    "a wrong shape": (
+        lambda f: f.update({f"{BLOCK}.attn.proj.bias": torch.zeros(5)}),
+        rf"{BLOCK}\.attn\.proj\.bias is \(5,\), expected \(32,\)",
+    ),
+    "another patch": (
+        lambda f: f.update({"radio_model.model.patch_generator.embedder.weight": torch.zeros(DIM, 588)}),
+        r"embedder\.weight is \(32, 588\), expected \(32, 768\)",
+    ),
+    "a final norm": (
+        lambda f: f.update({"radio_model.model.norm.weight": torch.zeros(DIM)}),
+        r"unexpected radio_model\.model\.norm\.weight",
+    ),
+    "a feature normaliser": (
+        lambda f: f.update({"radio_model.feature_normalizer.mean": torch.zeros(DIM)}),
+        r"unexpected radio_model\.feature_normalizer\.mean",
+    ),
+    "one more block": (
+        lambda f: f.update({"radio_model.model.blocks.3.norm1.bias": torch.zeros(DIM)}),
+        r"unexpected radio_model\.model\.blocks\.3\.norm1\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_would_give_other_numbers_is_refused(tmp_path, case):
+    change, message = REFUSED[case]
+    file = published(timms())
+    change(file)
+    with pytest.raises(UserError, match=rf"(?s)not the weights of RadioV3.*embed_dim 32, depth 3, .*{message}"):
+        loaded(tmp_path, file)
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)table 6\).*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)"):
+        loaded(tmp_path, published(timms(table=4)))
+    with pytest.raises(UserError, match=r"missing radio_model.model.blocks.0.ls1.grandma"):
+        loaded(tmp_path, published(timms(layer_scale=False)))
+    with pytest.raises(UserError, match=r"embeds.pos_embed is \(1, 4, 4, 32\), expected \(1, 6, 6, 32\)"):
+        loaded(tmp_path, timms(table=4).state_dict())
+
+
+def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
+    save_file(published(timms()), tmp_path / "model.safetensors")
+    assert RadioV3(weights=str(tmp_path), **TINY).load_weights() == tmp_path / "model.safetensors"
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or tmp_path / "model.safetensors"
+    )
+    model = RadioV3(weights="nvidia/C-RADIOv3-L", **TINY)
+    assert asked == []  # building opens nothing
+    assert model.load_weights() == tmp_path / "model.safetensors"
+    assert asked == [("nvidia/C-RADIOv3-L", "model.safetensors")]
+
+    def offline(*args):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    message = r"(?s)nvidia/C-RADIOv3-L .*model.safetensors.*NVIDIA Open Model License.*hf download.*no network"
+    with pytest.raises(UserError, match=message):
+        model.load_weights()
+    model.weights = "nvidia/c-radio-v3_l_half.pth.tar"
+    with pytest.raises(UserError, match="pickles are not read"):
+        model.load_weights()
+    model.weights = str(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"no such file .*none.safetensors.*NVIDIA Open Model License"):
+        model.load_weights()
+
+
+def test_no_weights_are_said_loudly_and_given_ones_are_not_opened(capsys):
+    RadioV3(**TINY)
+    assert "NOTICE: RadioV3 with `weights: null` is RANDOM" in capsys.readouterr().out
+    RadioV3(weights="/not/there", **TINY)
+    assert capsys.readouterr().out == ""
+
+
+@torch.no_grad()
+def test_bytes_and_floats_are_told_apart_by_their_type():
+    model, image = awake(RadioV3(**TINY)), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    same(model(image), model(image / 255), atol=0)
+    dark = torch.ones(1, 3, 32, 32, dtype=torch.uint8)
+    same(model(dark), model(dark / 255), atol=0)
+    assert (model(dark)[0] - model(dark.float())[0]).abs().max() > 0.1
+    for wrong in (dark.long(), dark[0], dark[:, :1]):
+        with pytest.raises(ValueError, match=r"expected pictures \(B, 3, H, W\), uint8 or float; found"):
+            model(wrong)
+
+
+@torch.no_grad()
+def test_sides_are_rounded_to_16_ties_to_even_and_that_is_said_once(capsys):
+    model = awake(RadioV3(**TINY))
+    capsys.readouterr()
+    for (h, w), grid in {(232, 248): (14, 16), (7, 25): (1, 2), (40, 55): (2, 3)}.items():
+        image = torch.rand(1, 3, h, w)
+        resized = nn.functional.interpolate(image, [16 * n for n in grid], mode="bilinear")
+        assert model(image)[0].shape[2:] == grid
+        same(model(image), model(resized), atol=0)
+    assert capsys.readouterr().out.count("resizes pictures of (232, 248) to (224, 256)") == 1
+    model(torch.rand(1, 3, 20, 20))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": [1024, 3072]}, r"channels: \[1024, 3072\] here, but this size gives \[32, 96\]"),
+        ({"channels": [DIM, 9 * DIM]}, r"channels: .* gives \[32, 96\]"),
+        ({"tune": 4}, "tune: 4 is neither all nor a number of blocks from 1 to 3"),
+        ({"tune": "last_2"}, "tune: last_2 is neither all nor a number"),
+        ({"tune": 0}, "tune: 0"),
+        ({"size": "XL"}, "size: XL is none of B, L, H, g"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        RadioV3(**TINY | options)
+
+
+def loss(model, image):
+    return sum((x - 0.3).square().mean() for x in model(image))
+
+
+def test_everything_learns_and_train_mode_changes_nothing():
+    model, image = awake(RadioV3(**TINY)).train(), torch.rand(2, 3, 48, 32)
+    same(model(image), model.eval()(image), atol=0)
+    loss(model.train(), image).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("tune", [1, 2, 3])
+def test_only_the_last_blocks_learn_when_so_told(tune):
+    full, image = awake(RadioV3(**TINY)), torch.rand(2, 3, 48, 32)
+    model = RadioV3(tune=tune, **TINY)
+    model.load_state_dict(full.state_dict())
+    recorded = []
+    for i, inner in enumerate(model.model.blocks):
+        inner.register_forward_hook(lambda module, inputs, x, i=i: recorded.append((i, x.requires_grad)))
+    for either in (full, model):
+        loss(either, image).backward()
+    assert recorded == [(i, i >= DEPTH - tune) for i in range(DEPTH)]
+    for (name, p), q in zip(model.named_parameters(), full.parameters(), strict=True):
+        learns = any(name.startswith(f"model.blocks.{i}.") for i in range(DEPTH - tune, DEPTH))
+        assert p.requires_grad == learns
+        assert p.grad is None if not learns else torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("tune", ["all", 2])
+def test_gradient_checkpointing_keeps_gradients(tune):
+    model, image = awake(RadioV3(tune=tune, **TINY)), torch.rand(2, 3, 48, 32)
+    again = RadioV3(tune=tune, gradient_checkpointing=True, **TINY)
+    again.load_state_dict(model.state_dict())
+    calls = []
+    again.model.blocks[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for either in (model, again):
+        loss(either, image).backward()
+    assert len(calls) == 2
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
+
+
+def test_the_position_table_is_kept_while_it_stays_the_same():
+    model, image = awake(RadioV3(**TINY)).requires_grad_(False), torch.rand(1, 3, 48, 32)
+    calls, resized = [], model._resized
+    model._resized = lambda *args: calls.append(args[1:]) or resized(*args)
+    with torch.inference_mode():
+        first = model(image)
+        model(torch.rand(1, 3, 32, 48))
+    same(model(image), first, atol=0)
+    assert calls == [(3, 2), (2, 3)]
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    state["model.embeds.pos_embed"] += torch.randn_like(state["model.embeds.pos_embed"])
+    for assign in (False, True):
+        model.load_state_dict(state, assign=assign)
+        assert (model(image)[0] - first[0]).abs().max() > 1e-3
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD([model.model.embeds.pos_embed], lr=1.0)
+    for _ in range(2):
+        before = model(image)[0].detach()
+        loss(model, image).backward()
+        optimizer.step()
+        assert not torch.equal(model(image)[0], before)
+
+
+@pytest.mark.parametrize("tune", ["all", 1])
+def test_it_compiles_into_one_graph(tune):
+    model, image = awake(RadioV3(tune=tune, **TINY)), torch.rand(2, 3, 40, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    same(compiled(image), model(image), atol=1e-5)
+    loss(compiled, image).backward()
+    assert model.model.blocks[-1].mlp.fc1.weight.grad.any()
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_bf16_by_autocast_or_of_the_weights_is_close():
+    model, image = awake(RadioV3(**TINY)), torch.rand(2, 3, 48, 32)
+    full = model(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(model(image), full, atol=0.05)
+    rounded = model.bfloat16()(image)
+    assert all(x.dtype == torch.bfloat16 for x in rounded)
+    same([x.float() for x in rounded], full, atol=0.1)
+
+
+def component(tmp_path, **args):
+    text = "\n".join(f"  {name}: {value}" for name, value in (TINY | args).items())
+    path = tmp_path / "backbone.yaml"
+    path.write_text(f"block: radiov3\nargs:\n{text}\n")
+    return Yaml.read(path)
+
+
+def test_as_a_frozen_component_of_a_policy(tmp_path):
+    reference = timms()
+    save_file(published(reference), tmp_path / "radio.safetensors")
+    source = component(tmp_path, weights="./radio.safetensors", channels=[DIM, 3 * DIM])
+    args = SimpleNamespace(component_build_args={"backbone": Part(freeze=True)})
+    parts = build_parts(args, {"backbone": source}, {}, {"head": "", "left": ""}).train()
+    assert parts.sources == {"backbone": tmp_path / "radio.safetensors"}
+    images = {name: torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")}
+    grids, summaries = parts.look(images)
+    features, _ = expected(reference, images["left"].flatten(0, 1))
+    torch.testing.assert_close(grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach())
+    assert [x.shape for x in grids + summaries] == [(2, 4, 3, DIM)] * 2 + [(2, 1, 3 * DIM)] * 2
+    assert not any(x.requires_grad for x in grids + summaries)
+    with pytest.raises(ConfigError, match=r"backbone.yaml:1: block: RadioV3 refuses its arguments: channels"):
+        build(component(tmp_path, channels=[DIM, DIM + 1]))
+
+
+def test_its_state_survives_a_safetensors_file(tmp_path):
+    first, second = (build(component(tmp_path)) for _ in range(2))
+    awake(first).block.summary_idxs.copy_(torch.tensor([3, 1, 0]))
+    save_file(first.state_dict(), tmp_path / "backbone.safetensors")
+    load_component(second, tmp_path / "backbone.safetensors", "backbone")
+    image = torch.rand(1, 3, 32, 32)
+    same(second(image), first(image), atol=0)
+
+
+def test_published_sizes(tmp_path):
+    counts = {}
+    with torch.device("meta"):
+        for size in ("B", "L", "H", "g"):
+            model = RadioV3(size=size)
+            assert all(x.is_meta for x in model.state_dict().values())
+            counts[size] = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+            if size == "L":
+                RadioV3(channels=[1024, 3072], tune=4)
+                features, summary = model(torch.zeros(2, 3, 240, 320, device="meta"))
+                assert (features.shape, summary.shape) == ((2, 1024, 15, 20), (2, 3072))
+    assert counts == {"B": 98.3, "L": 319.9, "H": 651.6, "g": 1159.6}
