@@ -61,8 +61,11 @@ class Policy(nn.Module):
     def encode(self, obs, drop=None):
         """Observation (state in raw units, pictures in [0, 1]) -> memory (B, N, d), once per look."""
         proprio = self.stats.normalize("state", obs["observation.state"])
-        visual, semantic = self.parts.look({name: obs[f"observation.images.{name}"] for name in self.cameras})
-        return self.parts["info_embedder"](cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=drop)
+        visual, semantic = self.parts.look(obs, self.cameras)
+        hidden = self.parts.hidden(drop, self.cameras)
+        return self.parts["info_embedder"](
+            cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=hidden
+        )
 
     def latent(self, memory, noise):
         """No latent."""

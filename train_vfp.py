@@ -129,9 +129,10 @@ class Policy(nn.Module):
     def encode(self, obs, drop=None):
         """Observation (state in raw units, pictures in [0, 1]) -> Memory, once per look."""
         proprio = self.stats.normalize("state", obs["observation.state"])
-        visual, semantic = self.parts.look({name: obs[f"observation.images.{name}"] for name in self.cameras})
+        visual, semantic = self.parts.look(obs, self.cameras)
+        hidden = self.parts.hidden(drop, self.cameras)
         tokens = self.parts["info_embedder"](
-            cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=drop
+            cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=hidden
         )
         # Posterior and prior read features that the flow loss shapes; they don't shape them.
         first_camera = {

@@ -264,8 +264,8 @@ class Model:
                 raise reader.error(here, f"init and freeze are those of '{other}': set them there")
         for name, changes in self.component_optims.items():
             here, part = (*keys, "component_optims", name), args.get(name, Part())
-            if part.freeze or part.same_as:
-                why = "is frozen" if part.freeze else f"is the same as '{part.same_as}'"
+            if part.freeze or part.same_as or name == "da3":
+                why = "is frozen" if not part.same_as else f"is the same as '{part.same_as}'"
                 raise reader.error(here, f"'{name}' {why}: it has no optimizer of its own")
             for k in [k for k in changes if k not in optim]:
                 raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")

@@ -8,8 +8,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.blocks.weights import require
 from common.build import build
 from common.config import ConfigError, Part, UserError
+
+IMAGE = "observation.images."
 
 
 class Parts(nn.ModuleDict):
@@ -33,25 +36,78 @@ class Parts(nn.ModuleDict):
             self[name].eval()
         return self
 
-    def look(self, images: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Pictures by camera, (B, 3, h, w) or (B, F, 3, h, w) -> per camera a grid (B, h', w', C) and (B, 1, S).
+    def look(self, obs: dict[str, Tensor], cameras: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """What a batch shows -> visual inputs, and per camera a summary (B, 1, S).
 
-        Cameras that share a backbone go through it in one call. Several frames are stacked along h'.
+        Visual inputs: per camera a grid (B, h', w', C); then tokens (B, n, C) of each `<camera>_hand_extractor`; then
+        what `da3` makes of the first camera, (B, L h', w', C): its layers stacked along h'. Several frames are stacked
+        likewise. Cameras that share a component go through it in one call. Where obs holds what a component would say,
+        under `features.<component>.<camera>` (channels last) and for a backbone `features.<component>.<camera>.summary`
+        (B, 1, S), it is not run, and the pictures need not be there.
         """
-        shared = {}
-        for camera in images:
-            own = f"{camera}_backbone"
-            shared.setdefault("backbone" if "backbone" in self else self.aliases.get(own, own), []).append(camera)
-        grids, summaries = {}, {}
-        for name, cameras in shared.items():
-            batch = torch.cat([images[camera] for camera in cameras])
+        eyes = [(self._owner("backbone", camera), camera) for camera in cameras]
+        hands = [(self._owner("hand_extractor", camera), camera) for camera in self._with_hands(cameras)]
+        depth = [("da3", camera) for camera in cameras[:1] if "da3" in self]
+        seen = self._seen(obs, [*eyes, *hands, *depth])
+        grids = [seen[key][0].flatten(1, -3) for key in eyes]
+        summaries = [seen[key][1].flatten(1, -2).mean(1, keepdim=True) for key in eyes]
+        tokens = [seen[key][0].flatten(1, -2) for key in hands]
+        return [*grids, *tokens, *(seen[key][0].movedim(1, -4).flatten(1, -3) for key in depth)], summaries
+
+    def hidden(self, drop: Tensor | None, cameras: list[str]) -> Tensor | None:
+        """Which cameras are hidden (B, cameras) -> which visual inputs are: whatever is made of a hidden picture."""
+        if drop is None:
+            return None
+        shown_by = [*self._with_hands(cameras), *(cameras[:1] if "da3" in self else [])]
+        return torch.cat([drop, *(drop[:, i : i + 1] for i in map(cameras.index, shown_by))], 1)
+
+    def _owner(self, kind, camera):
+        """The component that holds a camera's module of this kind: its own, one that it shares, or that of all."""
+        own = f"{camera}_{kind}"
+        return kind if kind in self else self.aliases.get(own, own)
+
+    def _with_hands(self, cameras):
+        return [camera for camera in cameras if f"{camera}_hand_extractor" in {*self, *self.aliases}]
+
+    def _seen(self, obs, wanted):
+        """{(component, camera): (features, channels last[, summary])} of those wanted: (B, F, ...), or as obs has them.
+
+        One call of each component; F frames.
+        """
+        seen, asked = {}, {}
+        for name, camera in wanted:
+            key = f"features.{name}.{camera}"
+            if key in obs:
+                seen[name, camera] = [obs[k].float() for k in (key, f"{key}.summary") if k in obs]
+            else:
+                asked.setdefault(name, []).append(camera)
+        for name, cameras in asked.items():
+            batch = torch.cat([obs[IMAGE + camera] for camera in cameras])
             frames = (len(batch), batch.shape[1] if batch.ndim == 5 else 1)
-            features, summary = self[name](image=batch.flatten(0, -4))
-            features = features.unflatten(0, frames).permute(0, 1, 3, 4, 2).flatten(1, 2)
-            summary = summary.unflatten(0, frames).mean(1, keepdim=True)
-            grids |= zip(cameras, features.chunk(len(cameras)), strict=True)
-            summaries |= zip(cameras, summary.chunk(len(cameras)), strict=True)
-        return [grids[camera] for camera in images], [summaries[camera] for camera in images]
+            results = self[name](image=batch.flatten(0, -4))
+            results = (results[0].movedim(1, -1), results[1]) if isinstance(results, tuple) else (results,)
+            shares = [result.unflatten(0, frames).chunk(len(cameras)) for result in results]
+            seen |= zip([(name, camera) for camera in cameras], zip(*shares, strict=True), strict=True)
+        return seen
+
+    def table(self, cfg) -> str:
+        """Per component its parameters, and the MiB that they take in training, all of it float32."""
+        heads, rows = ("parameters", "trainable", "frozen", "weights", "gradients", "optimizer", "EMA", "MiB"), {}
+        for name, part in self.items():
+            count = sum(p.numel() for p in part.parameters())
+            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            optim = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
+            # Every optimizer keeps two tensors per parameter; of schedule-free's, one is the average.
+            averaged = bool(cfg.train.ema) and optim["type"] != "schedule_free_radam"
+            rows[name] = count, trained, count - trained, count, trained, 2 * trained, averaged * trained
+        rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+        lines = [f"{'component':<24}" + "".join(f"{head:>13}" for head in heads)]
+        for name, row in rows.items():
+            sizes = [4 * n / 2**20 for n in (*row[3:], sum(row[3:]))]
+            lines.append(f"{name:<24}" + "".join([*(f"{n:>13,}" for n in row[:3]), *(f"{n:>13,.1f}" for n in sizes)]))
+        lines[-1:-1] = [f"{name:<24}same as {owner}" for name, owner in self.aliases.items()]
+        lines.append("MiB of weights and what training adds; not estimated: activations, which come on top")
+        return "\n".join(lines)
 
 
 def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | None = None) -> Parts:
@@ -75,10 +131,12 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
         if not {"backbone", own} & {*owners, *aliases}:
             raise ConfigError(f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'")
     modules = {name: build(sources[name], facts) for name in owners}
-    frozen = [name for name in modules if args[name].freeze]
+    if "da3" in modules and not cameras:
+        raise ConfigError("model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at")
+    frozen = [name for name in modules if args[name].freeze or name == "da3"]
     files = {}
     for name, module in modules.items():
-        init, own = args[name].init, [inner for inner in module.modules() if getattr(inner, "weights", None)]
+        init, own = args[name].init, [inner for inner in module.modules() if hasattr(inner, "load_weights")]
         if init == "scratch":
             continue
         if init and own and not module.state_dict().keys() & read_tensors(init).keys():
@@ -89,7 +147,7 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
         elif load_dir and (load_dir / f"{name}.safetensors").is_file():
             files[name] = load_component(module, load_dir / f"{name}.safetensors", name)
         else:
-            for inner in own:
+            for inner in [inner for inner in own if inner.weights]:
                 files[name] = inner.load_weights()
     if load_dir and not any(file.parent == load_dir for file in files.values()):
         raise ConfigError(f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}")
@@ -100,18 +158,8 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
 
 def load_component(module: nn.Module, file: Path, name: str) -> Path:
     """Weights of one component from a safetensors file, exactly; the file. Raises UserError that lists what differs."""
-    tensors = read_tensors(file)
-    own = module.state_dict()
-    wrong = [f"missing {key}" for key in own if key not in tensors]
-    wrong += [f"unexpected {key}" for key in tensors if key not in own]
-    wrong += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if wrong:
-        shown = "\n    ".join(wrong[:12] + ([f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []))
-        raise UserError(f"{file}: not the weights of component '{name}' as configured:\n    {shown}")
+    tensors, own = read_tensors(file), {key: value.shape for key, value in module.state_dict().items()}
+    require(own, tensors, f"{file}: not the weights of component '{name}' as configured")
     module.load_state_dict(tensors)
     return file
 

@@ -109,15 +109,24 @@ class Run:
             if start is None:
                 raise ConfigError(f"train.load_dir: {self.train.load_dir} holds no checkpoint")
         parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
+        if self.options.dry_run:
+            print(parts.table(self.cfg))
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
     def try_out(self, policy):
-        """Two samples through everything, forward and backward, so that what does not fit is an error now."""
+        """Two samples through everything, forward and backward, so that what does not fit is an error now.
+
+        A dry run goes forward only: gradients take as much memory as the weights.
+        """
         policy.to(self.device).eval()
         batch = to_device(self.data.windows[self.data.train_rows[:2]], self.device)
         batch |= {"noise": Noise("try out", device=self.device), "progress": 1.0}
         try:
-            policy(batch)[0].backward()
+            with torch.set_grad_enabled(not self.options.dry_run):
+                loss, _ = policy(batch)
+            if self.options.dry_run:
+                return
+            loss.backward()
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
             at = [name for owner in owners for name, part in policy.parts.items() if owner in [*part.modules()]]
@@ -334,27 +343,18 @@ class Run:
 
     @torch.no_grad()
     def dry_run(self, policy) -> int:
-        """Print what would be trained: components, one batch, one loss, one sample, the config. Nothing is written."""
-        print(f"{'component':<24}{'parameters':>14}{'trainable':>12}{'memory':>12}")
-        for name, part in policy.parts.items():
-            count = sum(p.numel() for p in part.parameters())
-            frozen = name in policy.parts.frozen
-            # float32 weights, and for trained ones gradient, two Adam moments and the EMA
-            size = count * 4 * (1 if frozen else 4 + bool(self.train.ema)) / 2**20
-            print(f"{name:<24}{count:>14,}{'no' if frozen else 'yes':>12}{size:>8.1f} MiB")
-        for name, owner in policy.parts.aliases.items():
-            print(f"{name:<24}same as {owner}")
+        """Print one batch, the loss of two samples of it, one chunk, the config. Nothing is written."""
         batch = to_device(next(iter(self._batches())), self.device, self.cfg.data.augment)
         batch.pop("position")
         for key, value in batch.items():
             print(f"batch  {key:<32}{tuple(value.shape)!s:<24}{value.dtype}")
-        batch |= {"noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device), "progress": 1.0}
-        _, scalars = policy.train()(batch)
+        two = {key: value[:2] for key, value in batch.items()}  # a whole batch takes minutes on a CPU
+        two |= {"noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device), "progress": 1.0}
+        _, scalars = policy.train()(two)
         print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         policy.eval()
-        x0 = torch.zeros_like(batch["action"][:1])
-        observation = {key: value[:1] for key, value in batch.items() if key.startswith("observation")}
-        chunk = policy.sample(policy.encode(observation), x0, steps=2)
+        one = {key: value[:1] for key, value in batch.items()}
+        chunk = policy.sample(policy.encode(one), torch.zeros_like(one["action"]), steps=2)
         print(f"sample {tuple(chunk.shape)}; {self.total} steps of {self.steps_per_epoch} per epoch")
         print(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
         return 0

@@ -488,7 +488,7 @@ def test_dry_run_prints_components_and_writes_nothing(experiment, capsys):
         "backbone", "info_embedder", "action_decoder", "vae_posterior", "vae_prior",
     ]  # fmt: skip
     count = sum(p.numel() for p in TinyCNN(8, 4).parameters())
-    assert out.splitlines()[1].split()[:3] == ["backbone", f"{count:,}", "no"]
+    assert out.splitlines()[1].split()[:4] == ["backbone", f"{count:,}", "0", f"{count:,}"]
     assert "sample (1, 6, 4); 20 steps of 10 per epoch" in out
     config = yaml.safe_load(out[out.index("\nmodel:") :])
     assert config["train"]["save_dir"] == str(exp.save_dir)

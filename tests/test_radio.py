@@ -367,9 +367,9 @@ def test_as_a_frozen_component_of_a_policy(tmp_path):
     args = SimpleNamespace(component_build_args={"backbone": Part(freeze=True)})
     parts = build_parts(args, {"backbone": source}, {}, {"head": "", "left": ""}).train()
     assert parts.sources == {"backbone": tmp_path / "radio.safetensors"}
-    images = {name: torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")}
-    grids, summaries = parts.look(images)
-    features, _ = expected(reference, images["left"].flatten(0, 1))
+    images = {f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")}
+    grids, summaries = parts.look(images, ["head", "left"])
+    features, _ = expected(reference, images["observation.images.left"].flatten(0, 1))
     torch.testing.assert_close(grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach())
     assert [x.shape for x in grids + summaries] == [(2, 4, 3, DIM)] * 2 + [(2, 1, 3 * DIM)] * 2
     assert not any(x.requires_grad for x in grids + summaries)
