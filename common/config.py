@@ -302,7 +302,9 @@ class Data:
     episodes: list[int] | None = key(None, "null: all", low=0)
     val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
     val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
-    cache: Literal["none", "frames"] = key("frames", "frames: decode all videos once, to disk; none: as needed")
+    cache: Literal["none", "frames", "features"] = key(
+        "frames", "to disk, once: all frames; features: frames and what frozen backbones and da3 see; none: nothing"
+    )
     cache_max_gb: float = key(200.0, "a larger cache is refused", low=0)
     batch_size: int = key(60, "samples per optimizer step, over all processes and micro-steps", low=1)
     num_workers: int = key(2, "loader processes per training process", low=0)
@@ -311,6 +313,9 @@ class Data:
         root = reader.path(self.root, (*keys, "root"))
         if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
             self.root = str(root)
+        if self.cache == "features" and self.augment is not None:
+            why = "features are computed once, of the pictures as they are, so that augmentation would do nothing"
+            raise reader.error((*keys, "augment"), f"not with data.cache: features: {why}; set data.augment: null")
         held = self.val_episodes
         if isinstance(held, float) and held >= 1:
             raise reader.error((*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}")

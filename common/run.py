@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.build import import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
+from common.data.features import jobs
 from common.data.loader import Data, Normalizer, to_device
 from common.losses import Noise, seed_of
 from common.parts import Parts, build_parts
@@ -111,6 +112,8 @@ class Run:
         parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
         if self.options.dry_run:
             print(parts.table(self.cfg))
+        if self.cfg.data.cache == "features":
+            jobs(parts, self.cfg.data.cameras)  # nothing to cache is an error now
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
     def try_out(self, policy):
@@ -162,6 +165,8 @@ class Run:
             for what, now in self._circumstances().items():
                 if meta[what] != now and self.main:
                     print(f"warning: {what} was {meta[what]}, now {now}: training goes on, not bit for bit")
+        if self.cfg.data.cache == "features" and self.step < self.total:  # now that the frozen weights are final
+            self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.main:
             print(f"resuming {folder} at step {self.step} of {self.total}" if folder else f"new run in {self.folder}")
             (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))

@@ -217,10 +217,10 @@ def build(dataset, cameras, size, numbers, paths):
             path.unlink(missing_ok=True)
 
 
-def reserve(path: Path, shape) -> np.memmap:
+def reserve(path: Path, shape, dtype=np.uint8) -> np.memmap:
     """A new .npy file with all of its disk space taken: a disk that fills up later would kill us by SIGBUS."""
     try:
-        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:

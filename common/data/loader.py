@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.config import ConfigError, DataError, suggest
+from common.data.features import FeatureCache, jobs, lookers
 from common.data.frames import FrameCache, VideoFrames
 from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
 from common.losses import seed_of
@@ -49,11 +50,12 @@ class Windows(Dataset):
     observation.images.<name> (B, 3, h, w) uint8 (or (B, F, 3, h, w) with an image history), action (B, T, A),
     action_is_pad (B, T), episode_index and frame_index (B,). Steps before the first repeat it; steps after the last
     repeat it with action_is_pad true. With HZ other than the dataset's fps, each episode gets a time grid k / HZ:
-    low-dimensional values are interpolated (hold_keys: nearest), frames are the nearest.
+    low-dimensional values are interpolated (hold_keys: nearest), frames are the nearest. With `features`, its entries
+    (see FeatureCache) come too, and pictures only of the cameras in `pictures`.
     """
 
     def __init__(self, cfg, dataset: LeRobotDataset, episodes: list[int], frames):
-        self.cfg, self.frames = cfg, frames
+        self.cfg, self.frames, self.features, self.pictures = cfg, frames, None, list(cfg.cameras)
         lengths = {e.index: e.length for e in dataset.episodes}
         lengths = np.array([lengths[e] for e in episodes])
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
@@ -101,10 +103,12 @@ class Windows(Dataset):
             "episode_index": self.episode_index[self.episode[rows]],
             "frame_index": rows - self.first[self.episode[rows]],
         }
-        for name in cfg.cameras:
+        for name in self.pictures:
             images = self.frames.gather(name, self.source_row[seen].ravel())
             images = images.reshape(*seen.shape, *images.shape[1:])
             sample[IMAGE + name] = images[:, 0] if cfg.obs_images_history == 1 else images
+        if self.features:
+            sample |= self.features.gather(self.source_row[seen])
         return {key: torch.from_numpy(value) for key, value in sample.items()}
 
 
@@ -217,6 +221,13 @@ class Data:
             "action_horizon": cfg.action_horizon,
             "proprio_history": cfg.obs_proprio_history,
         }
+
+    def cache_features(self, parts, sources, accelerator):
+        """From now on, batches hold the features of frozen components in place of what only these look at."""
+        folder, cameras = cache_folder() / "features", self.cfg.cameras
+        made = FeatureCache.open(self.windows.frames, parts, sources, accelerator, folder, self.cfg.cache_max_gb)
+        needed = {camera for name, camera in set(lookers(parts, cameras)) - set(jobs(parts, cameras))}
+        self.windows.features, self.windows.pictures = made, [name for name in cameras if name in needed]
 
     @staticmethod
     def _held_out(episodes, val):

@@ -1,0 +1,376 @@
+"""Cached features (`data.cache: features`): the same losses, no frozen forward in training, a cache that survives."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CAMERAS, COMPONENTS
+from safetensors.torch import load_file, save_file
+from test_launch import TWO, environment
+from test_run import assert_same_run
+
+import evaluate
+from common import run
+from common.blocks.depth_anything import DepthAnything3
+from common.blocks.vision import TinyCNN
+from common.checkpoint import open_policy
+from common.config import ConfigError, DataError, UserError
+from common.data import features
+from common.data.loader import to_device
+from common.losses import Noise
+from common.parts import IMAGE
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+FRAMES = 100
+DEPTH = {"block": "da3", "args": {"layers": [1, 0], "embed_dim": 8, "depth": 2, "alt_start": 1, "table_side": 3}}
+ENCODER = COMPONENTS["info_embedder"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """A cache of its own for each test; no pictures of curves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many pictures each kind of component has seen, since the last clear()."""
+    seen = {}
+    for kind in (TinyCNN, DepthAnything3):
+        forward = kind.forward
+
+        def counted(self, image, kind=kind, forward=forward):
+            seen[kind.__name__] = seen.get(kind.__name__, 0) + len(image)
+            return forward(self, image)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return seen
+
+
+@pytest.fixture
+def cached(experiment):
+    """cached(script, frozen, depth, name) -> Experiment with data.cache: features."""
+
+    def make(script="train_flow_matching", frozen=True, depth=False, name="exp"):
+        exp = experiment(script, name)
+        exp.config["data"] |= {"augment": None, "cache": "features"}
+        exp.config["train"]["total_steps"] = 4
+        if frozen:
+            exp.config["model"]["component_build_args"] = {"backbone": {"freeze": True}}
+        if depth:
+            (exp.folder / "da3.yaml").write_text(yaml.safe_dump(DEPTH))
+            wide = {**ENCODER, "args": {**ENCODER["args"], "extra_visual_dims": [8]}}
+            (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(wide))
+            exp.config["model"]["component_config_paths"]["da3"] = "./da3.yaml"
+        exp.write()
+        return exp
+
+    return make
+
+
+def cache_files():
+    return sorted(Path(os.environ["XDG_CACHE_HOME"], "bimanual-flow/features").glob("*"))
+
+
+def arrays():
+    return {path.name: np.load(path) for path in cache_files() if path.suffix == ".npy"}
+
+
+@pytest.mark.parametrize(
+    ("script", "frozen", "depth", "history"),
+    [
+        ("train_flow_matching", True, False, 1),
+        ("train_vfp", True, True, 1),
+        ("train_vfp", False, True, 2),
+        ("train_flow_matching", True, True, 2),
+    ],
+)
+def test_losses_are_those_through_the_frozen_components(cached, calls, script, frozen, depth, history):
+    exp = cached(script, frozen, depth)
+    settings = [f"data.obs_images_history={history}", "train.micro_steps=1"]
+    exp.main(*settings, "data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
+    slow, policy = exp.job.data.windows[[3, 40]], exp.job.policy
+    clear = run.Run.batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "batches", lambda job: calls.clear() or clear(job))
+        exp.main(*settings)
+    # Neither training nor the held-out loss ran a frozen component.
+    assert set(calls) == (set() if frozen else {"TinyCNN"})
+    a, b = exp.log(save_dir=exp.folder / "slow"), exp.log()
+    assert list(a) == list(b) == [1, 2, 3, 4]
+    np.testing.assert_allclose([*a.values()], [*b.values()], rtol=3e-4)
+
+    fast = exp.job.data.windows[[3, 40]]
+    shown = {key for key in fast if key.startswith(IMAGE)}
+    assert shown == (set() if frozen else {IMAGE + name for name in CAMERAS})
+    if depth:
+        assert fast["features.da3.head"].shape == (2, 2, 2 * history, 2, 8)
+        assert "features.da3.left" not in fast
+    policy.eval()
+    with torch.no_grad():
+        expected = policy.parts.look(to_device(slow, "cpu"), [*CAMERAS])
+        found = policy.parts.look(to_device(fast, "cpu") | {}, [*CAMERAS])
+    for x, y in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
+        assert (x.shape, y.dtype) == (y.shape, torch.float32)
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_are_the_same(cached):
+    exp = cached("train_vfp", depth=True)
+    exp.main()
+    policy, grads = exp.job.policy, []
+    for pictures in (False, True):
+        windows = exp.job.data.windows
+        if pictures:
+            windows.features, windows.pictures = None, list(CAMERAS)
+        batch = to_device(windows[[1, 20, 60]], "cpu") | {"noise": Noise("x", device="cpu"), "progress": 1.0}
+        policy.eval().zero_grad()
+        policy(batch)[0].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]))
+    assert (grads[0] - grads[1]).norm() < 2e-3 * grads[1].norm()
+
+
+def test_what_is_on_disk_and_announced(cached, capsys):
+    exp = cached(depth=True)
+    exp.main()
+    text = capsys.readouterr().out
+    line = rf"features of {FRAMES} frames \(backbone of head, .*, da3 of head\) take 0.00 GB: about 0.1 minutes on cpu"
+    assert re.search(line, text)
+    found = arrays()
+    assert {x.dtype.name for x in found.values()} == {"float16"}
+    shapes = sorted((x.shape for x in found.values()), key=len)
+    assert shapes == [(FRAMES, 16)] * 3 + [(FRAMES, 2, 2, 8)] * 3 + [(FRAMES, 2, 2, 2, 8)]
+    assert {path.suffix for path in cache_files()} == {".npy", ".lock"}
+    exp.main("train.total_steps=5")
+    assert "features of" not in capsys.readouterr().out
+
+
+def test_shared_modules_and_trained_ones(cached, calls):
+    """left shares head's frozen backbone; right's is trained, so that its pictures still come."""
+    exp = cached()
+    paths = exp.config["model"]["component_config_paths"]
+    paths |= {f"{name}_backbone": paths["backbone"] for name in CAMERAS}
+    del paths["backbone"]
+    args = {"head_backbone": {"freeze": True}, "left_backbone": {"same_as": "head_backbone"}}
+    exp.config["model"]["component_build_args"] = args
+    exp.write()
+    exp.main()
+    entries = {key for key in exp.job.data.windows[[0]] if key.startswith(("features", IMAGE))}
+    eyes = {f"features.head_backbone.{name}" for name in ("head", "left")}
+    assert entries == eyes | {f"{key}.summary" for key in eyes} | {IMAGE + "right"}
+    start, end = exp.start, exp.job.policy.state_dict()
+    changed = {key.split(".")[1] for key in end if key.startswith("parts.") and not torch.equal(start[key], end[key])}
+    assert changed == {"right_backbone", "info_embedder", "action_decoder"}
+
+
+def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
+    exp = cached(depth=True)
+    exp.main()
+    whole = arrays()
+    shutil.rmtree(cache_files()[0].parent)
+    look, size = features.look, features.BATCH["cpu"]
+
+    def fork(batches):
+        def dying(*args):
+            nonlocal batches
+            batches -= 1
+            if batches < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return look(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "MARK", 0.0)
+            patch.setattr(features, "look", dying)
+            pid = exp.fork(f"train.save_dir={exp.folder / 'killed'}")
+            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+    trial = 2 * 4  # two batches for each of three cameras and da3
+    fork(trial + 5)
+    assert [path.read_text() for path in cache_files() if path.suffix == ".rows"] == [str(5 * size)]
+    fork(trial + 13 + 3)  # 13 batches are a camera: the first is whole now, the second begun
+    done = (trial + 13 + 3 - trial - 8) * size  # 8 of them ended the first
+    assert [path.read_text() for path in cache_files() if path.suffix == ".rows"] == [str(done)]
+    calls.clear()
+    run_batches = run.Run.batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "batches", lambda job: seen.update(calls) or run_batches(job))
+        seen = {}
+        exp.main(f"train.save_dir={exp.folder / 'again'}")
+    assert f"going on after {done} of {3 * FRAMES}" in capsys.readouterr().out
+    tried = 3 * 2 + 2 * 2 * size + 3 * 3  # try_out, shapes and time of two cameras, three rows of each for the check
+    assert seen["TinyCNN"] == 2 * FRAMES - done + tried
+    assert arrays().keys() == whole.keys()
+    assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())
+
+
+def test_ctrl_c_notes_how_far_it_came(cached, monkeypatch):
+    exp, look, count = cached(), features.look, iter(range(100))
+
+    def interrupted(*args):
+        if next(count) == 2 * 3 + 4:
+            raise KeyboardInterrupt
+        return look(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "look", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            exp.main()
+    assert [path.read_text() for path in cache_files() if path.suffix == ".rows"] == ["32"]
+    exp.main()
+    assert not [path for path in cache_files() if path.suffix in (".rows", ".tmp")]
+
+
+def test_other_weights_sizes_and_settings_have_another_cache(cached, calls):
+    exp = cached(depth=True)
+
+    def files(name, *settings):
+        before = set(arrays())
+        exp.main("train.total_steps=1", f"train.save_dir={exp.folder / name}", *settings)
+        return len(set(arrays()) - before)
+
+    assert files("a") == 7
+    assert files("b", "train.optim.peak_lr=2e-3", "data.batch_size=16", "loss.draws=2") == 0
+    assert files("c", "data.image_size=[48, 32]") == 7
+    assert files("d", "data.episodes=[0, 1, 2, 5]") == 7
+    assert files("e", "seed=1") == 7  # random weights
+    weights = exp.folder / "other.safetensors"
+    frozen = load_file(exp.folder / "a/frozen/backbone.safetensors")
+    save_file(frozen, weights)
+    init = f"model.component_build_args={{backbone: {{freeze: true, init: {weights}}}}}"
+    assert files("f", init) == 0  # the same weights from a file
+    save_file({key: value + (key == "block.patches.bias") for key, value in frozen.items()}, weights)
+    assert files("g", init) == 6
+    other = {**DEPTH, "args": {**DEPTH["args"], "layers": [0, 1]}}
+    (exp.folder / "da3.yaml").write_text(yaml.safe_dump(other))
+    assert files("h") == 1
+    assert files("i", "data.cameras={head: observation.images.cam_left}") == 1 + 0  # da3 looks at another camera
+
+
+def test_changed_code_is_noticed(cached, monkeypatch):
+    exp = cached()
+    exp.main("train.total_steps=1")
+    forward = TinyCNN.forward
+    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: forward(self, 1 - image))
+    with pytest.raises(UserError, match=r"\.npy: 'backbone' gives other features now: did its code change\?"):
+        exp.main("train.total_steps=1", f"train.save_dir={exp.folder / 'b'}")
+
+
+def test_several_processes_build_once(cached):
+    exp = cached()
+    exp.main("train.total_steps=1", f"train.save_dir={exp.folder / 'alone'}")
+    whole = arrays()
+    shutil.rmtree(cache_files()[0].parent)
+    outputs = [exp.folder / f"{i}.txt" for i in range(3)]
+    pids = [exp.fork(f"train.save_dir={path.with_suffix('')}", output=path) for path in outputs]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert sorted("features of" in path.read_text() for path in outputs) == [False, False, True]
+    assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())
+    assert len({json.dumps(exp.log(save_dir=path.with_suffix(""))) for path in outputs}) == 1
+
+
+def test_two_processes_of_one_run(cached):
+    exp = cached(depth=True)
+    for file in exp.folder.glob("*.yaml"):
+        file.write_text(file.read_text().replace("dropout: 0.1", "dropout: 0.0"))
+    command = [*TWO, "train_flow_matching.py", *exp.argv()]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("features of") == 1
+    assert len(arrays()) == 7
+    exp.main(f"train.save_dir={exp.folder / 'one'}")
+    np.testing.assert_allclose([*exp.log().values()], [*exp.log(save_dir=exp.folder / "one").values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resuming_is_bit_exact(cached, workers):
+    exp = cached("train_vfp", depth=True)
+    settings = ["train.total_steps=7", f"data.num_workers={workers}"]
+    exp.main(*settings, f"train.save_dir={exp.folder / 'whole'}")
+    exp.stop_at(3, *settings)
+    exp.main(*settings)
+    assert_same_run(exp.folder / "whole", exp.save_dir, "step_7")
+
+
+def test_resumed_with_another_seed_it_reads_features_of_the_weights_it_has(cached):
+    """Frozen random weights come from frozen/, not from the new seed."""
+    exp = cached()
+    exp.main("train.total_steps=2")
+    before = set(arrays())
+    exp.main("train.total_steps=4", "seed=5")
+    assert set(arrays()) == before
+
+
+def test_evaluation_looks_at_pictures(cached, calls):
+    exp = cached("train_vfp", depth=True)
+    exp.main()
+    calls.clear()
+    evaluate.main(["--checkpoint", str(exp.save_dir), "--nfe", "2", "--out", str(exp.folder / "open")])
+    assert calls["TinyCNN"] == 3 * calls["DepthAnything3"] > 0
+    assert json.loads((exp.folder / "open/results.json").read_text())["nfe"] == 2
+    policy, cfg = open_policy(exp.save_dir)
+    looker = evaluate.Looker(cfg.data, 1, torch.device("cpu"))
+    looker.remember(
+        0, {"observation.state": np.zeros(5)} | dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1"))
+    )
+    calls.clear()
+    with torch.no_grad():
+        policy.encode(looker.batch([0]))
+    assert calls == {"TinyCNN": 3, "DepthAnything3": 1}
+
+
+def test_errors(cached):
+    exp = cached()
+    why = r"train.yaml:\d+: data.augment: not with data.cache: features: features are computed once, of the pictures as"
+    exp.config["data"]["augment"] = {}
+    exp.write()
+    with pytest.raises(ConfigError, match=why):
+        exp.main()
+    with pytest.raises(ConfigError, match=r"none of them is frozen: set model.component_build_args"):
+        exp.main("data.augment=null", "model.component_build_args={}")
+
+
+def test_a_cache_above_the_limit(cached):
+    exp = cached()
+    sizes = {"visual_dim": 1024, "semantic_dim": 2048}
+    for name, changes in (("backbone", {"dim": 1024}), ("info_embedder", sizes)):
+        content = {**COMPONENTS[name], "args": {**COMPONENTS[name]["args"], **changes}}
+        (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=r"features of 100 frames .* take 0.00 GB, above data.cache_max_gb: 0.002; rai"):
+        exp.main("data.cache_max_gb=0.002")
+    assert {path.suffix for path in cache_files()} == {".lock"}
+
+
+def test_a_full_disk(cached, monkeypatch):
+    exp = cached()
+    exp.main("data.cache=frames", "train.total_steps=1", f"train.save_dir={exp.folder / 'a'}")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    with pytest.raises(DataError, match=r"features: features of 100 frames .* take 0.00 GB, but 0.00 GB are free; set"):
+        exp.main()
+    assert not [path for path in cache_files() if path.suffix == ".tmp"]
+
+
+def test_values_that_do_not_fit_are_refused(cached):
+    exp = cached()
+    exp.main("data.cache=frames", "train.total_steps=1", f"train.save_dir={exp.folder / 'a'}")
+    frozen = load_file(exp.folder / "a/frozen/backbone.safetensors")
+    save_file({key: 1e6 * value for key, value in frozen.items()}, exp.folder / "big.safetensors")
+    init = f"{{backbone: {{freeze: true, init: {exp.folder / 'big.safetensors'}}}}}"
+    with pytest.raises(UserError, match="component 'backbone' gives values that float16 cannot hold"):
+        exp.main(f"model.component_build_args={init}")
+
+
+def test_dry_run_caches_nothing(cached):
+    exp = cached()
+    exp.main("--dry_run")
+    assert cache_files() == []
