@@ -92,7 +92,7 @@ class Parts(nn.ModuleDict):
 
     def table(self, cfg) -> str:
         """Per component its parameters, and the MiB that they take in training, all of it float32."""
-        heads, rows = ("parameters", "trainable", "frozen", "weights", "gradients", "optimizer", "EMA", "MiB"), {}
+        rows = {}
         for name, part in self.items():
             count = sum(p.numel() for p in part.parameters())
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
@@ -101,11 +101,12 @@ class Parts(nn.ModuleDict):
             averaged = bool(cfg.train.ema) and optim["type"] != "schedule_free_radam"
             rows[name] = count, trained, count - trained, count, trained, 2 * trained, averaged * trained
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-        lines = [f"{'component':<24}" + "".join(f"{head:>13}" for head in heads)]
+        lines = [f"{'component':<20}{'parameters':>15}{'trainable':>15}{'frozen':>15}"]
+        lines[0] += f"{'weights':>11}{'gradients':>11}{'optimizer':>11}{'EMA':>11}{'MiB':>11}"
         for name, row in rows.items():
             sizes = [4 * n / 2**20 for n in (*row[3:], sum(row[3:]))]
-            lines.append(f"{name:<24}" + "".join([*(f"{n:>13,}" for n in row[:3]), *(f"{n:>13,.1f}" for n in sizes)]))
-        lines[-1:-1] = [f"{name:<24}same as {owner}" for name, owner in self.aliases.items()]
+            lines.append(f"{name:<20}" + "".join([*(f"{n:>15,}" for n in row[:3]), *(f"{n:>11,.1f}" for n in sizes)]))
+        lines[-1:-1] = [f"{name:<20}same as {owner}" for name, owner in self.aliases.items()]
         lines.append("MiB of weights and what training adds; not estimated: activations, which come on top")
         return "\n".join(lines)
 

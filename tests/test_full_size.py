@@ -1,0 +1,327 @@
+"""vfp_single_expert's exp1 and exp2: at full size on the meta device, and their structure trained at small size."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_depth_anything
+import test_radio
+import torch
+import yaml
+from conftest import Experiment
+from safetensors.torch import load_file, save_file
+from test_run import assert_same_run
+from torch import nn
+
+import evaluate
+import train_vfp
+from common import checkpoint, config, run
+from common.config import Part, UserError, Yaml
+from common.data.loader import Normalizer, to_device
+from common.parts import Parts, build_parts
+
+FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
+FACTS = {"action_dim": 24, "state_dim": 48, "num_cameras": 3, "action_horizon": 40, "proprio_history": 40}
+RADIO, DECODER_LAYER = 319_931_392, 2 * 4 * 512**2 + 2 * 512 + 2 * 512 * 3200 + 3200 + 512 + 9 * 512
+PROJECTOR = 2 * 1024 + 1024**2 + 1024 + 1024 * 512 + 512 + 2 * 512  # of one visual input, to width 512
+EXP1 = {f"{camera}_backbone": RADIO for camera in ("head", "left", "right")}
+EXP1 |= {"info_embedder": 33_127_936, "vae_posterior": 52_055_328, "vae_prior": 60_694_816}
+EXP1 |= {"action_decoder": 7 * DECODER_LAYER + 2_924_056}
+EXP2 = EXP1 | {"da3": 241_381_120, "info_embedder": EXP1["info_embedder"] + PROJECTOR + 2 * 512}
+EXP2 |= {"action_decoder": EXP1["action_decoder"] + DECODER_LAYER}
+SMALL = {"dim": 16, "heads": 2, "ff": 32, "layers": 1, "tokens": 2, "latent_dim": 4}
+SMALL |= {"visual_dim": 32, "semantic_dim": 96, "extra_visual_dims": [32]}
+STEPS = ("train.total_steps=4", "train.micro_steps=1")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+
+
+def configured(name):
+    return config.load(train_vfp.Config, train_vfp.__file__, ["--config", str(FOLDER / name / "train.yaml")])[0]
+
+
+@pytest.mark.parametrize(("name", "counts", "tokens"), [("exp1", EXP1, 943), ("exp2", EXP2, 1725)])
+def test_full_size_without_allocating_anything(name, counts, tokens):
+    cfg = configured(name)
+    sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
+    args = {key: Part(init="scratch") for key in sources}
+    with torch.device("meta"):
+        parts = build_parts(SimpleNamespace(component_build_args=args), sources, FACTS, cfg.data.cameras)
+        stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
+        policy = train_vfp.Policy(parts, Normalizer("mean_std", stats), cfg)
+        batch = {f"observation.images.{camera}": torch.zeros(2, 3, 240, 320) for camera in cfg.data.cameras}
+        memory = policy.encode(batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0)
+        z = policy.latent(memory, SimpleNamespace(normal=torch.zeros))
+        velocity = parts["action_decoder"](
+            x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1), memory=memory.tokens, z=z
+        )
+    assert all(x.is_meta for x in policy.state_dict().values())
+    assert {key: sum(p.numel() for p in part.parameters()) for key, part in parts.items()} == counts
+    assert (memory.tokens.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
+    assert parts.frozen == {"da3"} & counts.keys()
+    table = {line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()}
+    assert table["head_backbone"][:3] == [str(RADIO), str(RADIO), "0"]
+    everything, frozen = sum(counts.values()), counts.get("da3", 0)
+    assert table["total"][:3] == [str(n) for n in (everything, everything - frozen, frozen)]
+    # weights, gradients, two of the optimizer, EMA; of what is frozen only weights
+    assert float(table["total"][-1]) == pytest.approx((5 * everything - 4 * frozen) * 4 / 2**20, abs=0.1)
+    cfg.train.optim.type = "schedule_free_radam"
+    assert parts.table(cfg).splitlines()[1].split()[-2:] == ["0.0", f"{RADIO * 16 / 2**20:,.1f}"]
+
+
+def test_the_experiments_are_as_published_and_use_what_they_list():
+    exp1, exp2 = configured("exp1"), configured("exp2")
+    assert (exp1.train.optim.peak_lr, exp1.train.optim.warmup_steps, exp1.train.optim.eps) == (1e-4, 2000, 1e-10)
+    assert (exp2.train.optim.peak_lr, exp2.train.optim.warmup_steps, exp2.train.optim.betas) == (
+        2e-4,
+        1000,
+        [0.9, 0.995],
+    )
+    assert "da3" not in exp1.model.component_config_paths
+    for cfg in (exp1, exp2):
+        assert (cfg.data.image_size, cfg.data.action_horizon, cfg.data.obs_proprio_history) == ([240, 320], 40, 40)
+        assert Yaml.read(cfg.model.component_config_paths["action_decoder"]).data["args"]["causal"]
+
+
+def small(folder, demos, freeze=("left_backbone",)):
+    """exp2's structure at small size, its backbones and da3 from files in the public layouts."""
+    exp = Experiment(folder, demos, "train_vfp")
+    torch.manual_seed(0)
+    paths, args = {}, {name: {"freeze": True} for name in ("da3", *freeze)}
+    for name, path in configured("exp2").model.component_config_paths.items():
+        data = Yaml.read(path).data
+        data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
+        if name == "da3":
+            save_file(
+                test_depth_anything.published(test_depth_anything.tiny(keep_all=True)), folder / "da3.safetensors"
+            )
+            data["args"] = {"weights": "./da3.safetensors", "layers": [1, 3], **test_depth_anything.SIZES}
+        elif data["block"] == "RadioV3":
+            save_file(test_radio.published(test_radio.timms()), folder / f"{name}.safetensors")
+            data["args"] = {"weights": f"./{name}.safetensors", "channels": [32, 96], **test_radio.TINY}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+        paths[name] = f"./{name}.yaml"
+    exp.config["model"] = {"component_config_paths": paths, "component_build_args": args}
+    exp.config["data"]["image_size"], exp.config["loss"] = [32, 48], {"camera_dropout": 0.5}
+    exp.write()
+    return exp
+
+
+def argv(exp, *more):
+    return ["--checkpoint", str(exp.save_dir), "--out", str(exp.folder / "results"), "--nfe", "2", *more]
+
+
+def test_exp2_small_trains_resumes_and_is_evaluated(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos)
+    straight = exp.folder / "straight"
+    assert exp.main(*STEPS, f"train.save_dir={straight}") == 0
+    assert exp.stop_at(2, *STEPS) == 0
+    assert exp.main(*STEPS) == 0
+    assert_same_run(straight, exp.save_dir, "step_4")
+    policy, parts = exp.job.policy, exp.job.policy.parts
+    assert parts.frozen == {"da3", "left_backbone"}
+    now = policy.state_dict()
+    for name in parts:
+        keys = [f"parts.{name}.{key}" for key, _ in parts[name].named_parameters()]
+        changed = [not torch.equal(now[key], exp.start[key]) for key in keys]
+        assert not any(changed) if name in parts.frozen else sum(changed) > 0.9 * len(keys), name
+    file = load_file(exp.folder / "left_backbone.safetensors")
+    key = "blocks.0.attn.qkv.weight"
+    assert torch.equal(now[f"parts.left_backbone.block.model.{key}"], file[f"radio_model.model.{key}"])
+    frozen = {name: exp.folder / f"{name}.safetensors" for name in sorted(parts.frozen)}
+    record = {name: {"path": str(path), "sha256": checkpoint.sha256(path)} for name, path in frozen.items()}
+    assert exp.meta("step_4")["frozen"] == record
+    saved = {path.stem for path in (exp.save_dir / "step_4").glob("*.safetensors")}
+    assert saved == {*parts.trainable(), "dataset_stats"}
+    assert evaluate.main(argv(exp)) == 0
+    assert json.loads((exp.folder / "results/results.json").read_text())["chunk_error"]["mean"] < 10
+    opened, _ = checkpoint.open_policy(exp.save_dir)
+    assert torch.equal(opened.state_dict()["parts.da3.block.pos_embed"], now["parts.da3.block.pos_embed"])
+
+
+def test_published_weights_that_are_gone_or_changed_are_named(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos)
+    exp.main("train.total_steps=1")
+    file, away = exp.folder / "da3.safetensors", exp.folder / "away.safetensors"
+    file.rename(away)
+    with pytest.raises(UserError, match=rf"{file}: weights of frozen 'da3' are gone; .*--weights da3=PATH"):
+        evaluate.main(argv(exp))
+    with pytest.raises(UserError, match=rf"weights: no such file {file}"):
+        exp.main("train.total_steps=2")
+    assert checkpoint.open_policy(exp.save_dir, {"da3": away})[0].parts.sources["da3"] == away
+    tensors = load_file(away)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, file)
+    for use in (lambda: evaluate.main(argv(exp)), lambda: exp.main("train.total_steps=2")):
+        with pytest.raises(UserError, match=rf"{file}: not the file that 'da3' was trained with"):
+            use()
+    (exp.folder / "head_backbone.safetensors").unlink()  # trained along: the checkpoint holds it
+    file.unlink()
+    away.rename(file)
+    checkpoint.open_policy(exp.save_dir)
+
+
+def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos)
+    exp.main("train.total_steps=1")
+    policy = exp.job.policy.eval()
+    batch = to_device(exp.job.data.windows[[0, 30]], "cpu")
+    other = batch | {"observation.images.head": 1 - batch["observation.images.head"]}
+    for drop, hidden in ((None, False), ([True, False, False], True), ([False, True, True], False)):
+        drop = None if drop is None else torch.tensor([drop] * 2)
+        seen = [policy.encode(obs, drop).tokens for obs in (batch, other)]
+        assert torch.equal(*seen) == hidden
+        read = [policy.parts["vae_prior"](**policy.encode(obs, drop).first_camera).mu for obs in (batch, other)]
+        assert torch.equal(*read) == hidden
+    # The depth tokens alone, which the encoder mixes with all others.
+    visual, semantic = policy.parts.look(batch, policy.cameras)
+    hidden = policy.parts.hidden(torch.tensor([[True, False, False], [False, False, False]]), policy.cameras)
+    assert hidden.tolist() == [[True, False, False, True], [False] * 4]
+    bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
+    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "drop": hidden}
+    before, after = (bridge(cond_visual=x, **inputs) for x in (visual, moved))
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def test_multimodal_bridge_is_listed_in_place_of_info_embedder(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos)
+    data = Yaml.read(FOLDER / "exp2/multimodal_bridge.yaml").data
+    data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
+    file = exp.folder / "multimodal_bridge.yaml"
+    file.write_text(yaml.safe_dump(data))
+    assert exp.main("train.total_steps=2", f"model.component_config_paths.info_embedder={file}") == 0
+    assert "info_embedder.visual.3.1.weight" in "".join(exp.start).replace(".block", "")
+
+
+def test_init_reaches_a_block_whose_yaml_names_no_weights(tmp_path, demos, capsys):
+    exp = small(tmp_path / "exp", demos)
+    for name in ("da3", "head_backbone"):
+        file = exp.folder / f"{name}.yaml"
+        file.write_text(file.read_text().replace(f"weights: ./{name}.safetensors", "weights: null"))
+        exp.config["model"]["component_build_args"][name] = {"init": f"./{name}.safetensors", "freeze": name == "da3"}
+    exp.write()
+    exp.main("train.total_steps=1")
+    published = load_file(exp.folder / "da3.safetensors")[test_depth_anything.PREFIX + "pos_embed"]
+    assert torch.equal(exp.start["parts.da3.block.pos_embed"], published)
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    assert policy.parts.sources["da3"] == exp.folder / "da3.safetensors"
+    with pytest.raises(UserError, match=r"(?s)left_backbone.safetensors.*not the weights of this da3"):
+        exp.main(f"model.component_build_args={{da3: {{init: {exp.folder / 'left_backbone.safetensors'}}}}}")
+
+
+def test_a_dry_run_of_exp2_small(tmp_path, demos, capsys):
+    exp = small(tmp_path / "exp", demos)
+    before = sorted(exp.folder.rglob("*"))
+    assert exp.main("--dry_run") == 0
+    out = capsys.readouterr().out
+    assert sorted(exp.folder.rglob("*")) == before
+    table = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert table["da3"][1] == table["da3"][3] != "0"
+    assert table["da3"][2] == table["left_backbone"][2] == "0"
+    assert "activations" in out
+    assert "sample (1, 6, 4)" in out
+
+
+class Counting(nn.Module):
+    """Pictures -> what `result` makes of them; counts its calls."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.scale, self.result, self.calls = nn.Parameter(torch.ones(())), result, 0
+
+    def forward(self, image):
+        self.calls += 1
+        return self.result(self.scale * image)
+
+
+def seeing():
+    """Parts of which two cameras share a backbone, and both a hand extractor."""
+    modules = {
+        "head_backbone": Counting(lambda x: (x[:, :, ::4, ::4], x.mean((2, 3)))),
+        "left_backbone": Counting(lambda x: (2 * x[:, :, ::4, ::4], 2 * x.mean((2, 3)))),
+        "left_hand_extractor": Counting(lambda x: x[:, :, 0, :5].transpose(1, 2)),
+        "da3": Counting(lambda x: torch.stack([x, -x], 1)[..., ::8, ::8].movedim(2, -1)),
+    }
+    aliases = {"right_backbone": "left_backbone", "right_hand_extractor": "left_hand_extractor"}
+    return Parts(modules, ["da3"], aliases)
+
+
+CAMERAS = ["head", "left", "right"]
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+def test_look_lists_grids_then_hands_then_depth(frames):
+    parts, shape = seeing(), (3, *([frames] if frames else []), 3, 16, 24)
+    obs = {f"observation.images.{camera}": torch.rand(shape) for camera in CAMERAS}
+    visual, semantic = parts.look(obs, CAMERAS)
+    n = frames or 1
+    assert [x.shape for x in visual] == [(3, 4 * n, 6, 3)] * 3 + [(3, 5 * n, 3)] * 2 + [(3, 2 * 2 * n, 3, 3)]
+    assert [x.shape for x in semantic] == [(3, 1, 3)] * 3
+    assert [part.calls for part in parts.values()] == [1, 1, 1, 1]
+    right, head = (obs[f"observation.images.{camera}"].view(3, n, 3, 16, 24) for camera in ("right", "head"))
+    assert torch.equal(visual[2], 2 * right[..., ::4, ::4].movedim(2, -1).flatten(1, 2))
+    assert torch.equal(visual[4], right[..., 0, :5].transpose(2, 3).flatten(1, 2))
+    depth = head[..., ::8, ::8].movedim(2, -1).flatten(1, 2)
+    assert torch.equal(visual[5], torch.cat([depth, -depth], 1))  # layer by layer
+    assert [x.requires_grad for x in visual] == [True] * 5 + [False]
+    drop = torch.tensor([[True, False, False], [False, False, True], [False, False, False]])
+    expected = [[1, 0, 0, 0, 0, 1], [0, 0, 1, 0, 1, 0], [0] * 6]
+    assert parts.hidden(drop, CAMERAS).int().tolist() == expected
+    assert parts.hidden(None, CAMERAS) is None
+
+
+def test_look_takes_cached_features_in_place_of_running_a_component():
+    parts = seeing()
+    obs = {f"observation.images.{camera}": torch.rand(3, 3, 16, 24) for camera in CAMERAS}
+    visual, semantic = parts.look(obs, CAMERAS)
+    cached = {}
+    for i, key in enumerate(("head_backbone.head", "left_backbone.left", "left_backbone.right")):
+        cached |= {f"features.{key}": visual[i].half(), f"features.{key}.summary": semantic[i].half()}
+    cached["features.da3.head"] = visual[5].unflatten(1, (2, 2)).bfloat16()
+    cached |= {f"observation.images.{camera}": obs[f"observation.images.{camera}"] for camera in ("left", "right")}
+    again, summaries = parts.look(cached, CAMERAS)
+    assert [part.calls for part in parts.values()] == [1, 1, 2, 1]
+    for x, y in zip([*again, *summaries], [*visual, *semantic], strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, atol=4e-3, rtol=1e-2)
+    del cached["features.left_backbone.right"], cached["features.left_backbone.right.summary"]
+    assert torch.equal(parts.look(cached, CAMERAS)[0][2], visual[2])
+    assert [part.calls for part in parts.values()] == [1, 2, 3, 1]
+
+
+def test_da3_needs_a_camera_and_no_optimizer(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos, freeze=())
+    del exp.config["model"]["component_build_args"]["da3"]
+    exp.write()
+    with pytest.raises(UserError, match=r"da3: 'da3' is frozen: it has no optimizer of its own"):
+        exp.main("model.component_optims={da3: {peak_lr: 1e-5}}")
+    assert exp.main("train.total_steps=1") == 0
+    assert exp.job.policy.parts.frozen == {"da3"}
+    with pytest.raises(UserError, match=r"'da3' is listed, but data.cameras names no camera"):
+        exp.main("data.cameras={}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp1", "exp2"])
+def test_five_real_steps_at_full_size(tmp_path, demos, name):
+    """RADIO-L is random, shared by the cameras, and no EMA is kept: 14 GiB of memory, 7 GiB of disk."""
+    exp = Experiment(tmp_path / "exp", demos, "train_vfp")
+    exp.file = FOLDER / name / "train.yaml"
+    args = {"head_backbone": {"init": "scratch"}, "da3": {"init": "scratch", "freeze": True}}
+    args |= {f"{camera}_backbone": {"same_as": "head_backbone"} for camera in ("left", "right")}
+    args = json.dumps({key: value for key, value in args.items() if key != "da3" or name == "exp2"})
+    data = [f"data.root={demos}", "data.HZ=10", "data.batch_size=1", "data.num_workers=0", "data.val_episodes=[5]"]
+    train = ["train.total_steps=5", "train.ema=null", f"train.save_dir={exp.save_dir}", "train.log_every=1"]
+    assert exp.main(f"model.component_build_args={args}", *data, *train) == 0
+    assert sorted(exp.log()) == [1, 2, 3, 4, 5]
+    parts, now = exp.job.policy.parts, exp.job.policy.state_dict()
+    for part in parts:
+        keys = [f"parts.{part}.{key}" for key, _ in parts[part].named_parameters()]
+        changed = [not torch.equal(now[key], exp.start[key]) for key in keys]
+        assert not any(changed) if part in parts.frozen else sum(changed) > 0.9 * len(keys), part
+    shutil.rmtree(exp.folder)
