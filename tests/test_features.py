@@ -178,7 +178,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
     exp.main()
     whole = arrays()
     shutil.rmtree(cache_files()[0].parent)
-    look, size = features.look, features.BATCH["cpu"]
+    look, size = features.look, features.CPU_BATCH
 
     def fork(batches):
         def dying(*args):
@@ -366,7 +366,7 @@ def test_values_that_do_not_fit_are_refused(cached):
     frozen = load_file(exp.folder / "a/frozen/backbone.safetensors")
     save_file({key: 1e6 * value for key, value in frozen.items()}, exp.folder / "big.safetensors")
     init = f"{{backbone: {{freeze: true, init: {exp.folder / 'big.safetensors'}}}}}"
-    with pytest.raises(UserError, match="component 'backbone' gives values that float16 cannot hold"):
+    with pytest.raises(UserError, match="'backbone' makes of camera 'head' from frame 0 on what float16 cannot hold"):
         exp.main(f"model.component_build_args={init}")
 
 

@@ -11,17 +11,18 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common.config import ConfigError, DataError, UserError
 from common.data.frames import reserve
 
 DTYPE = np.float16
-BATCH = {"cpu": 8}  # frames at a time; on other devices OTHERS
-OTHERS = 64
+CPU_BATCH, BATCH = 8, 64  # frames at a time
 MARK = 10.0  # seconds between notes of how far a build is
 TOLERANCE = 0.05  # relative l2 error: bfloat16 on another device gives 0.01
 ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
@@ -86,43 +87,42 @@ class FeatureCache:
         left, and UserError if the files hold other features than the component gives now.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        found = jobs(parts, frames.paths)
-        keys = {}
-        for name in {name for name, _ in found}:
-            built = [sources[name].data, accelerator.mixed_precision, np.dtype(DTYPE).name]
-            keys[name] = json.dumps([digest(parts[name]), *built], sort_keys=True)
-        files, work = {}, {}  # (component, camera) -> its files; the first file of each -> (component, camera)
-        for name, camera in found:
+        eyes, made_by, paths, work = lookers(parts, frames.paths)[: len(frames.paths)], {}, {}, {}
+        for name, camera in jobs(parts, frames.paths):
+            if name not in made_by:
+                settings = [sources[name].data, accelerator.mixed_precision, np.dtype(DTYPE).name]
+                made_by[name] = json.dumps([digest(parts[name]), *settings], sort_keys=True)
             pictures = frames.paths[camera].stem
-            what = hashlib.sha256(f"{pictures} {keys[name]}".encode()).hexdigest()[:16]
+            what = hashlib.sha256(f"{pictures} {made_by[name]}".encode()).hexdigest()[:16]
             path = folder / f"{pictures.partition('-')[0]}-{what}.npy"
-            files[name, camera] = [path]
-            if (name, camera) in lookers(parts, frames.paths)[: len(frames.paths)]:  # a backbone
-                files[name, camera].append(path.with_suffix(".summary.npy"))
-            work.setdefault(path, (name, camera))
+            files = [path, path.with_suffix(".summary.npy")] if (name, camera) in eyes else [path]
+            paths |= zip([f"features.{name}.{camera}", f"features.{name}.{camera}.summary"], files, strict=False)
+            work[path] = Job(name, camera, parts[name].to(accelerator.device).eval(), frames[camera], files)
         with ExitStack() as locks:
-            for path in sorted(path for path, job in work.items() if not complete(files[job])):
-                lock = locks.enter_context(path.with_suffix(".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = {job: files[job] for job in work.values() if not complete(files[job])}
+            for path, job in sorted(work.items()):
+                if not all(file.exists() for file in job.files):
+                    fcntl.flock(locks.enter_context(path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+            missing = [job for job in work.values() if not all(file.exists() for file in job.files)]
             if missing:
-                build(frames, parts, accelerator, missing, max_gb)
-        kinds = ("", ".summary")
-        cache = cls(
-            {f"features.{n}.{c}{kind}": p for (n, c), ps in files.items() for kind, p in zip(kinds, ps, strict=False)}
-        )
-        for (name, camera), paths in files.items():
-            pictures = frames[camera]
-            rows = np.unique([0, len(pictures) // 2, len(pictures) - 1])
-            now = look(parts[name], pictures[rows], accelerator)[0].astype(np.float32)
-            kept = cache[f"features.{name}.{camera}"][rows].astype(np.float32)
-            if now.shape != kept.shape or np.linalg.norm(now - kept) > TOLERANCE * np.linalg.norm(now):
-                raise UserError(f"{paths[0]}: '{name}' gives other features now: did its code change? Delete this file")
+                build(missing, accelerator, folder, max_gb)
+        cache = cls(paths)
+        for path, job in work.items():
+            rows = np.unique([0, len(job.pictures) // 2, len(job.pictures) - 1])
+            now = look(job.module, job.pictures[rows], accelerator)[0].astype(np.float32)
+            kept = cache[f"features.{job.name}.{job.camera}"][rows].astype(np.float32)
+            if now.shape != kept.shape or not np.linalg.norm(now - kept) <= TOLERANCE * np.linalg.norm(now):
+                raise UserError(f"{path}: '{job.name}' gives other features now: did its code change? Delete this file")
         return cache
 
 
-def complete(paths) -> bool:
-    return all(path.exists() for path in paths)
+class Job(NamedTuple):
+    """What one component makes of one camera's pictures, uint8 (frames, 3, h, w), and the files of it."""
+
+    name: str
+    camera: str
+    module: nn.Module
+    pictures: np.ndarray
+    files: list[Path]
 
 
 def digest(module) -> str:
@@ -143,45 +143,49 @@ def look(module, pictures: np.ndarray, accelerator) -> list[np.ndarray]:
     return [x.to(torch.float16).cpu().numpy() for x in result]
 
 
-def build(frames, parts, accelerator, missing, max_gb):
-    """Fill the files of each (component, camera): into `*.tmp`, with the rows done in `*.rows`; renamed when whole."""
-    size, device = BATCH.get(accelerator.device.type, OTHERS), accelerator.device
-    todo, total, new, seconds = [], 0, 0, 0.0
-    for (name, camera), paths in missing.items():
-        module, pictures = parts[name].to(device).eval(), frames[camera]
+def build(work: list[Job], accelerator, folder: Path, max_gb: float):
+    """Say what it will take, and fill the files."""
+    device, frames = accelerator.device, len(work[0].pictures)
+    size = CPU_BATCH if device.type == "cpu" else BATCH
+    shapes, done, gb, seconds = [], [], [], 0.0
+    for job in work:
         for _ in range(2):  # the first call also warms up
             since = time.perf_counter()
-            shapes = [(len(pictures), *x.shape[1:]) for x in look(module, pictures[:size], accelerator)]
-            once = (time.perf_counter() - since) / len(pictures[:size])
-        done = progress(paths, shapes)
-        space = sum(np.prod(shape, dtype=int) * np.dtype(DTYPE).itemsize for shape in shapes) / 1e9
-        total, new = total + space, new + (0 if done else space)
-        seconds += once * (len(pictures) - done)
-        todo.append((name, module, pictures, paths, shapes, done))
-    folder, what = paths[0].parent, ", ".join(f"{name} of {camera}" for name, camera in missing)
-    text = f"features of {len(pictures)} frames ({what}) take {total:.2f} GB"
+            trial = look(job.module, job.pictures[:size], accelerator)
+            once = (time.perf_counter() - since) / len(trial[0])
+        shapes.append([(frames, *x.shape[1:]) for x in trial])
+        done.append(progress(job.files, shapes[-1]))
+        gb.append(sum(frames * x[0].nbytes for x in trial) / 1e9)
+        seconds += once * (frames - done[-1])
+    text = ", ".join(f"{job.name} of {job.camera}" for job in work)
+    text = f"features of {frames} frames ({text}) take {sum(gb):.2f} GB"
+    needed = sum(x for x, rows in zip(gb, done, strict=True) if not rows)  # a build cut short keeps its space
     free = shutil.disk_usage(folder).free / 1e9
-    if total > max_gb:
+    if sum(gb) > max_gb:
         raise DataError(f"{text}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
-    if new > free:
+    if needed > free:
         raise DataError(f"{folder}: {text}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME")
-    past = sum(done for *_, done in todo)
-    again = f", going on after {past} of {len(pictures) * len(todo)}" if past else ""
+    total, past = frames * len(work), sum(done)
+    again = f", going on after {past} of {total}" if past else ""
     print(f"{text}: about {duration(seconds)} on {device}{again}, once, into {folder}", flush=True)
-    with tqdm(total=len(pictures) * len(todo), initial=past, unit=" frames", desc="features") as bar:
-        for name, module, pictures, paths, shapes, done in todo:
-            fill(name, module, pictures, paths, shapes, done, size, accelerator, bar)
+    with tqdm(total=total, initial=past, unit=" frames", desc="features") as bar:
+        for job, shape, rows in zip(work, shapes, done, strict=True):
+            fill(job, shape, rows, size, accelerator, bar)
 
 
-def fill(name, module, pictures, paths, shapes, done, size, accelerator, bar):
-    """One component's features of one camera from the row `done` on."""
-    unfinished = [path.with_suffix(".tmp") for path in paths]
-    note = paths[0].with_suffix(".rows")
+def fill(job: Job, shapes, done: int, size: int, accelerator, bar):
+    """Frames from `done` on, into `*.tmp`, with the frames done in `*.rows`; renamed when whole."""
+    unfinished, note = [path.with_suffix(".tmp") for path in job.files], job.files[0].with_suffix(".rows")
     if done:
         maps = [np.load(path, mmap_mode="r+") for path in unfinished]
     else:
         note.unlink(missing_ok=True)
-        maps = [reserve(path, shape, DTYPE) for path, shape in zip(unfinished, shapes, strict=True)]
+        try:
+            maps = [reserve(path, shape, DTYPE) for path, shape in zip(unfinished, shapes, strict=True)]
+        except DataError:
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+            raise
 
     def mark():
         for array in maps:
@@ -191,11 +195,11 @@ def fill(name, module, pictures, paths, shapes, done, size, accelerator, bar):
 
     marked = time.monotonic()
     try:
-        while done < len(pictures):
-            made = look(module, pictures[done : done + size], accelerator)
+        while done < len(job.pictures):
+            made = look(job.module, job.pictures[done : done + size], accelerator)
             if not all(np.isfinite(x).all() for x in made):
-                problem = f"component '{name}' gives values that float16 cannot hold (frames {done} to {done + size})"
-                raise UserError(f"{problem}: set data.cache: frames")
+                where = f"of camera '{job.camera}' from frame {done} on"
+                raise UserError(f"'{job.name}' makes {where} what float16 cannot hold: set data.cache: frames")
             for array, x in zip(maps, made, strict=True):
                 array[done : done + size] = x
             done += len(made[0])
@@ -205,17 +209,17 @@ def fill(name, module, pictures, paths, shapes, done, size, accelerator, bar):
                 marked = time.monotonic()
     finally:
         mark()
-    for old, path in zip(unfinished, paths, strict=True):
+    for old, path in zip(unfinished, job.files, strict=True):
         old.rename(path)
     note.unlink()
 
 
-def progress(paths, shapes) -> int:
-    """The rows that a build which was cut short has left, 0 if there are none to go on with."""
-    unfinished, note = [path.with_suffix(".tmp") for path in paths], paths[0].with_suffix(".rows")
-    if not note.exists() or not complete(unfinished):
+def progress(files, shapes) -> int:
+    """The frames that a build which was cut short has left, 0 if there are none to go on with."""
+    unfinished, note = [path.with_suffix(".tmp") for path in files], files[0].with_suffix(".rows")
+    if not all(path.exists() for path in [note, *unfinished]):
         return 0
-    fits = all(np.load(old, mmap_mode="r").shape == tuple(s) for old, s in zip(unfinished, shapes, strict=True))
+    fits = [np.load(path, mmap_mode="r").shape for path in unfinished] == shapes
     return int(note.read_text()) if fits else 0
 
 
