@@ -115,7 +115,8 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     """Every listed component, its weights as component_build_args and load_dir say.
 
     model: the config's section; sources: component -> its Yaml; facts: of the dataset. A component called
-    `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice.
+    `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice. `da3`
+    is always frozen. A block with load_weights() reads published files, of `weights` or of `init`, in its own way.
     """
     groups = {}  # the component that names a shared module -> those that share it
     for name in sources:
@@ -131,9 +132,9 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
         own = f"{camera}_backbone"
         if not {"backbone", own} & {*owners, *aliases}:
             raise ConfigError(f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'")
-    modules = {name: build(sources[name], facts) for name in owners}
-    if "da3" in modules and not cameras:
+    if "da3" in owners and not cameras:
         raise ConfigError("model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at")
+    modules = {name: build(sources[name], facts) for name in owners}
     frozen = [name for name in modules if args[name].freeze or name == "da3"]
     files = {}
     for name, module in modules.items():
