@@ -221,7 +221,7 @@ def test_kinds_of_errors():
         ("  root: tabletop", "  root: 2024-01-01", "14: data.root: !!timestamp is refused"),
         ("  augment: null", "  augment: {hu: 1}", "16: data.augment.hu: unknown key; did you mean 'hue'?"),
         ("  augment: null", "  augment: 1", "16: data.augment: expected mapping, found 1"),
-        ("  augment: null", "  cache: frame", '16: data.cache: expected none | frames, found "frame"; did you'),
+        ("  augment: null", "  cache: frame", '16: data.cache: expected none | frames | features, found "frame"; did'),
         ("  augment: null", "  image_size: [96]", "16: data.image_size: expected 2 numbers, found [96]"),
         ("  augment: null", "  image_size: [96, x]", '16: data.image_size.1: expected int, found "x"'),
         ("  augment: null", "  image_size: [96, 0]", "16: data.image_size: expected at least 1, found [96, 0]"),

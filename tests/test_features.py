@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from common.blocks.vision import TinyCNN
 from common.checkpoint import open_policy
 from common.config import ConfigError, DataError, UserError
 from common.data import features
+from common.data.features import FeatureCache
 from common.data.loader import to_device
 from common.losses import Noise
 from common.parts import IMAGE
@@ -123,6 +125,39 @@ def test_losses_are_those_through_the_frozen_components(cached, calls, script, f
     for x, y in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
         assert (x.shape, y.dtype) == (y.shape, torch.float32)
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_losses_with_radio_and_two_layers_of_depth(cached):
+    exp = cached("train_vfp", depth=True)
+    radio = {"size": "B", "embed_dim": 64, "depth": 2, "table": 4, "channels": [64, 192]}
+    (exp.folder / "backbone.yaml").write_text(yaml.safe_dump({"block": "RadioV3", "args": radio}))
+    for name in ("info_embedder", "vae_posterior", "vae_prior"):
+        content = yaml.safe_load((exp.folder / f"{name}.yaml").read_text())
+        content["args"] |= {"visual_dim": 64, "semantic_dim": 192}
+        (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    settings = ["train.micro_steps=1", "data.image_size=[32, 48]"]
+    exp.main(*settings, "data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
+    exp.main(*settings)
+    assert exp.job.data.windows[[0]]["features.backbone.left"].shape == (1, 2, 3, 64)
+    slow, fast = exp.log(save_dir=exp.folder / "slow"), exp.log()
+    np.testing.assert_allclose([*slow.values()], [*fast.values()], rtol=3e-4)
+
+
+def test_frames_of_a_history_are_stacked(tmp_path):
+    shapes = {"grid": (5, 2, 3, 4), "grid.summary": (5, 6), "hand": (5, 7, 4), "da3": (5, 2, 3, 4, 8)}
+    kept = {key: np.random.default_rng(0).normal(size=shape).astype(np.float16) for key, shape in shapes.items()}
+    for key, x in kept.items():
+        np.save(tmp_path / f"{key}.npy", x)
+    cache = FeatureCache({key: tmp_path / f"{key}.npy" for key in kept})
+    batch = pickle.loads(pickle.dumps(cache)).gather(np.array([[0, 1], [4, 4], [2, 3]]))
+    for i, (a, b) in enumerate([(0, 1), (4, 4), (2, 3)]):
+        np.testing.assert_array_equal(batch["grid"][i], np.concatenate([kept["grid"][a], kept["grid"][b]]))
+        np.testing.assert_array_equal(batch["hand"][i], np.concatenate([kept["hand"][a], kept["hand"][b]]))
+        both = np.stack([kept["grid.summary"][a], kept["grid.summary"][b]]).astype(np.float32)
+        np.testing.assert_allclose(batch["grid.summary"][i], both.mean(0, keepdims=True))
+        for layer in range(2):
+            both = np.concatenate([kept["da3"][a, layer], kept["da3"][b, layer]])
+            np.testing.assert_array_equal(batch["da3"][i, layer], both)
 
 
 def test_gradients_are_the_same(cached):
