@@ -323,5 +323,6 @@ def test_five_real_steps_at_full_size(tmp_path, demos, name):
     for part in parts:
         keys = [f"parts.{part}.{key}" for key, _ in parts[part].named_parameters()]
         changed = [not torch.equal(now[key], exp.start[key]) for key in keys]
-        assert not any(changed) if part in parts.frozen else sum(changed) > 0.9 * len(keys), part
+        # In a random RADIO, whose LayerScale is 1e-5, 48 norm weights of 1 get updates below float32's spacing there.
+        assert not any(changed) if part in parts.frozen else sum(changed) > 0.8 * len(keys), part
     shutil.rmtree(exp.folder)
