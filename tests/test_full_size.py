@@ -323,6 +323,6 @@ def test_five_real_steps_at_full_size(tmp_path, demos, name):
     for part in parts:
         keys = [f"parts.{part}.{key}" for key, _ in parts[part].named_parameters()]
         changed = [not torch.equal(now[key], exp.start[key]) for key in keys]
-        # In a random RADIO, whose LayerScale is 1e-5, 48 norm weights of 1 get updates below float32's spacing there.
-        assert not any(changed) if part in parts.frozen else sum(changed) > 0.8 * len(keys), part
+        # As the warm-up begins, norm weights of 1 and some in a random RADIO get updates below float32's spacing.
+        assert not any(changed) if part in parts.frozen else sum(changed) > 0.75 * len(keys), part
     shutil.rmtree(exp.folder)
