@@ -265,8 +265,8 @@ class Model:
         for name, changes in self.component_optims.items():
             here, part = (*keys, "component_optims", name), args.get(name, Part())
             if part.freeze or part.same_as or name == "da3":
-                why = "is frozen" if not part.same_as else f"is the same as '{part.same_as}'"
-                raise reader.error(here, f"'{name}' {why}: it has no optimizer of its own")
+                why = f"the same as '{part.same_as}'" if part.same_as else "frozen"
+                raise reader.error(here, f"'{name}' is {why}: it has no optimizer of its own")
             for k in [k for k in changes if k not in optim]:
                 raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")
             changes.update({k: reader.read(optim[k], value, (*here, k)) for k, value in changes.items()})
@@ -302,9 +302,7 @@ class Data:
     episodes: list[int] | None = key(None, "null: all", low=0)
     val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
     val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
-    cache: Literal["none", "frames", "features"] = key(
-        "frames", "to disk, once: all frames; features: frames and what frozen backbones and da3 see; none: nothing"
-    )
+    cache: Literal["none", "frames", "features"] = key("frames", "on disk; features: what frozen components see, too")
     cache_max_gb: float = key(200.0, "a larger cache is refused", low=0)
     batch_size: int = key(60, "samples per optimizer step, over all processes and micro-steps", low=1)
     num_workers: int = key(2, "loader processes per training process", low=0)
@@ -314,10 +312,8 @@ class Data:
         if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
             self.root = str(root)
         if self.cache == "features" and self.augment is not None:
-            why = "features are computed once, of the pictures as they are, so that augmentation would do nothing"
-            raise reader.error((*keys, "augment"), f"not with data.cache: features: {why}; set data.augment: null")
-        held = self.val_episodes
-        if isinstance(held, float) and held >= 1:
+            raise reader.error((*keys, "augment"), "set it to null: data.cache: features looks at plain pictures, once")
+        if isinstance(self.val_episodes, float) and (held := self.val_episodes) >= 1:
             raise reader.error((*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}")
         for k in self.hold_keys:
             if k not in (known := [*self.state_keys, self.action_key]):

@@ -117,19 +117,12 @@ class Run:
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
     def try_out(self, policy):
-        """Two samples through everything, forward and backward, so that what does not fit is an error now.
-
-        A dry run goes forward only: gradients take as much memory as the weights.
-        """
+        """Two samples through everything, so that what does not fit, or is not used, is an error now."""
         policy.to(self.device).eval()
         batch = to_device(self.data.windows[self.data.train_rows[:2]], self.device)
         batch |= {"noise": Noise("try out", device=self.device), "progress": 1.0}
         try:
-            with torch.set_grad_enabled(not self.options.dry_run):
-                loss, _ = policy(batch)
-            if self.options.dry_run:
-                return
-            loss.backward()
+            loss, _ = policy(batch)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
             at = [name for owner in owners for name, part in policy.parts.items() if owner in [*part.modules()]]
@@ -137,15 +130,15 @@ class Run:
             problem = f"no component {e} is listed" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
             shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items() if isinstance(x, torch.Tensor))
             raise ConfigError(f"{where}: {problem}\n    the first batch is {shapes}") from e
+        used = parameters_of(loss)
         for name in policy.parts.trainable():
-            idle = [key for key, p in policy.parts[name].named_parameters() if p.requires_grad and p.grad is None]
+            idle = [key for key, p in policy.parts[name].named_parameters() if p.requires_grad and p not in used]
             if len(idle) == sum(p.requires_grad for p in policy.parts[name].parameters()):
                 raise ConfigError(f"component '{name}' is listed, but {self.script} does not use it: leave it out")
             if idle and self.world > 1:
                 raise ConfigError(
                     f"component '{name}': {', '.join(idle[:5])} would be idle, which processes cannot share"
                 )
-        policy.zero_grad()
 
     def resume(self, policy, optimizers, average):
         """Take up the newest checkpoint of the run folder, if there is one, and get ready to be stopped."""
@@ -369,6 +362,18 @@ HARMLESS = (
     r"train\.(project_name|save|keep|load|tracker|log)|data\.(num_workers|cache|root|val_samples|batch_size)"
     r"|model\.component_config_paths"
 )
+
+
+def parameters_of(loss):
+    """The leaves that a loss has gradients for, found in its graph: backward() would take the memory of all of them."""
+    found, nodes, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            found |= {node.variable} if hasattr(node, "variable") else set()
+            todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def changes(was, now, path=""):
