@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from common import config, flow, optim, run
+from common import config, flow, optim, run, schema
 from common.config import key
 from common.losses import camera_drop, given_prefix, linear_path, masked_mse, sample_time
 
@@ -26,10 +26,10 @@ class Loss:
 
 @dataclass
 class Config:
-    model: config.Model = key(..., "components: what they are, how they start, how they are optimised")
-    data: config.Data = key(..., "the demonstrations")
+    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
-    train: config.Train = key(..., "the run")
+    train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
     seed: int = key(0, "weights, order, noise")
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import config, flow, optim, run
+from common import config, flow, optim, run, schema
 from common.blocks.latent import Codes, Gaussian, check
 from common.config import key
 from common.losses import Noise, camera_drop, gaussian_kl, given_prefix, kot, linear_path, masked_mse, ramp, sample_time
@@ -46,10 +46,10 @@ class Loss:
 
 @dataclass
 class Config:
-    model: config.Model = key(..., "components: what they are, how they start, how they are optimised")
-    data: config.Data = key(..., "the demonstrations")
+    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
-    train: config.Train = key(..., "the run")
+    train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
     seed: int = key(0, "weights, order, noise")
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.config import Augment, Data
 from common.data.frames import FrameCache
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import TrainingSet, Windows, to_device
 from common.data.writer import DatasetWriter
+from common.schema import Augment, Data
 
 CAMERAS = {name: f"observation.images.{name}" for name in ("head", "left", "right")}
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.build import import_plugins
-from common.config import Optim, Part, UserError, Yaml, from_dict
+from common.config import UserError, Yaml, from_dict
 from common.data.loader import Normalizer
 from common.parts import build_parts, load_component, read_tensors
+from common.schema import Optim, Part
 
 ROOT = Path(__file__).resolve().parents[1]
 

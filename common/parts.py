@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.blocks.weights import require
 from common.build import build
-from common.config import ConfigError, Part, UserError
+from common.config import ConfigError, UserError
+from common.schema import Part
 
 IMAGE = "observation.images."
 

@@ -7,11 +7,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import evaluate
-from common.config import Data as Settings
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data
 from common.envs import avoid
 from common.envs.avoid import Avoid, AvoidSkewed, collides, demonstrations, expert, generate, generate_skewed, modes
+from common.schema import Data as Settings
 
 # The world again, by hand.
 DISCS = [(0, 0.25), (-0.2, 0.5), (0.2, 0.5), (-0.4, 0.75), (0, 0.75), (0.4, 0.75)]

@@ -8,22 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import (
-    Augment,
-    ConfigError,
-    Data,
-    DataError,
-    Model,
-    Train,
-    UserError,
-    Yaml,
-    describe,
-    from_dict,
-    key,
-    load,
-    nearest,
-    to_dict,
-)
+from common.config import ConfigError, DataError, UserError, Yaml, describe, from_dict, key, load, nearest, to_dict
+from common.schema import Augment, Data, Model, Train
 
 
 @dataclass

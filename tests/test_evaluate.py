@@ -16,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 import evaluate
-from common import config, metrics, plots
+from common import config, metrics, plots, schema
 from common.config import UserError
 from common.data.loader import IMAGE, Normalizer
 
@@ -150,7 +150,7 @@ def play(tmp_path, monkeypatch):
     def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
         policy = policy or Scripted()
         settings = {"root": "nowhere", "HZ": 10, "action_horizon": 6, "obs_proprio_history": 2, "image_size": [8, 8]}
-        cfg = SimpleNamespace(data=config.from_dict(config.Data, settings | data), loss=SimpleNamespace(prefix=prefix))
+        cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data), loss=SimpleNamespace(prefix=prefix))
         monkeypatch.setattr(evaluate, "newest", lambda folder: None)
         monkeypatch.setattr(evaluate, "open_policy", lambda folder, weights: (policy, cfg))
         monkeypatch.setattr(evaluate, "read_meta", lambda folder: {"script": "/home/me/train_mine.py", "step": 5})

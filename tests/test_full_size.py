@@ -18,9 +18,10 @@ from torch import nn
 import evaluate
 import train_vfp
 from common import checkpoint, config, run
-from common.config import Part, UserError, Yaml
+from common.config import UserError, Yaml
 from common.data.loader import Normalizer, to_device
 from common.parts import Parts, build_parts
+from common.schema import Part
 
 FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
 FACTS = {"action_dim": 24, "state_dim": 48, "num_cameras": 3, "action_horizon": 40, "proprio_history": 40}

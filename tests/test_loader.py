@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import CAMERAS, LENGTHS
 
-from common.config import Augment, ConfigError, DataError
-from common.config import Data as Settings
+from common.config import ConfigError, DataError
 from common.data.frames import VideoFrames
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data, Normalizer, Order, augmented, similar, statistics, to_device
+from common.schema import Augment
+from common.schema import Data as Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

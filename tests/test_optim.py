@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from common import optim
-from common.config import Model, Optim
 from common.parts import Parts
+from common.schema import Model, Optim
 
 torch.set_num_threads(1)
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from common.blocks.radio import RadioV3
 from common.build import build
-from common.config import ConfigError, Part, UserError, Yaml
+from common.config import ConfigError, UserError, Yaml
 from common.parts import build_parts, load_component
+from common.schema import Part
 
 torch.set_num_threads(1)
 PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/radio_tiny"

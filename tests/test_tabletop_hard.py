@@ -7,10 +7,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from test_tabletop import carry, pinhole, still
 
-from common.config import Data as Settings
 from common.data.loader import Data
 from common.envs import tabletop
 from common.envs.tabletop_hard import TabletopHard, generate
+from common.schema import Data as Settings
 
 SEEN = "observation.environment_state"
 GAPS = {  # x of the gaps of each mode, without the rows' shifts
