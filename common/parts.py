@@ -46,9 +46,7 @@ class Parts(nn.ModuleDict):
         under `features.<component>.<camera>` (channels last) and for a backbone `features.<component>.<camera>.summary`
         (B, 1, S), it is not run, and the pictures need not be there.
         """
-        eyes = [(self._owner("backbone", camera), camera) for camera in cameras]
-        hands = [(self._owner("hand_extractor", camera), camera) for camera in self._with_hands(cameras)]
-        depth = [("da3", camera) for camera in cameras[:1] if "da3" in self]
+        eyes, hands, depth = self.lookers(cameras)
         seen = self._seen(obs, [*eyes, *hands, *depth])
         grids = [seen[key][0].flatten(1, -3) for key in eyes]
         summaries = [seen[key][1].flatten(1, -2).mean(1, keepdim=True) for key in eyes]
@@ -57,18 +55,20 @@ class Parts(nn.ModuleDict):
 
     def hidden(self, drop: Tensor | None, cameras: list[str]) -> Tensor | None:
         """Which cameras are hidden (B, cameras) -> which visual inputs are: whatever is made of a hidden picture."""
-        if drop is None:
-            return None
-        shown_by = [*self._with_hands(cameras), *(cameras[:1] if "da3" in self else [])]
-        return torch.cat([drop, *(drop[:, i : i + 1] for i in map(cameras.index, shown_by))], 1)
+        order = [cameras.index(camera) for some in self.lookers(cameras) for _, camera in some]
+        return None if drop is None else drop[:, order]
 
-    def _owner(self, kind, camera):
-        """The component that holds a camera's module of this kind: its own, one that it shares, or that of all."""
-        own = f"{camera}_{kind}"
-        return kind if kind in self else self.aliases.get(own, own)
+    def lookers(self, cameras: list[str]) -> tuple[list, list, list]:
+        """(component, camera) of what looks at pictures: backbones, hand extractors, da3 (at the first camera).
 
-    def _with_hands(self, cameras):
-        return [camera for camera in cameras if f"{camera}_hand_extractor" in {*self, *self.aliases}]
+        A camera's component is its own, the one that it shares, or the one of all cameras.
+        """
+        found = []
+        for kind in ("backbone", "hand_extractor"):
+            own = {camera: self.aliases.get(f"{camera}_{kind}", f"{camera}_{kind}") for camera in cameras}
+            eyes = [(kind if kind in self else name, camera) for camera, name in own.items()]
+            found.append([(name, camera) for name, camera in eyes if name in self])
+        return *found, [("da3", camera) for camera in cameras[:1] if "da3" in self]
 
     def _seen(self, obs, wanted):
         """{(component, camera): (features, channels last[, summary])} of those wanted: (B, F, ...), or as obs has them.

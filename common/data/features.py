@@ -28,17 +28,9 @@ TOLERANCE = 0.05  # relative l2 error: bfloat16 on another device gives 0.01
 ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
 
 
-def lookers(parts, cameras) -> list[tuple[str, str]]:
-    """(component, camera) of every component that looks at pictures, as in Parts.look; da3 looks at the first."""
-    cameras = list(cameras)
-    eyes = [(parts._owner("backbone", camera), camera) for camera in cameras]
-    hands = [(parts._owner("hand_extractor", camera), camera) for camera in parts._with_hands(cameras)]
-    return [*eyes, *hands, *(("da3", camera) for camera in cameras[:1] if "da3" in parts)]
-
-
 def jobs(parts, cameras) -> list[tuple[str, str]]:
-    """Those whose features are cached: the frozen ones. Raises ConfigError if there are none."""
-    found = [(name, camera) for name, camera in lookers(parts, cameras) if name in parts.frozen]
+    """(component, camera) whose features are cached: of the frozen ones. Raises ConfigError if there are none."""
+    found = [job for some in parts.lookers(list(cameras)) for job in some if job[0] in parts.frozen]
     if not found:
         raise ConfigError(
             "data.cache: features keeps what frozen backbones and da3 see, but none of them is frozen: set "
@@ -87,7 +79,7 @@ class FeatureCache:
         left, and UserError if the files hold other features than the component gives now.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        eyes, made_by, paths, work = lookers(parts, frames.paths)[: len(frames.paths)], {}, {}, {}
+        eyes, made_by, paths, work = parts.lookers(list(frames.paths))[0], {}, {}, {}
         for name, camera in jobs(parts, frames.paths):
             if name not in made_by:
                 settings = [sources[name].data, accelerator.mixed_precision, np.dtype(DTYPE).name]

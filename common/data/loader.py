@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.config import ConfigError, DataError, suggest
-from common.data.features import FeatureCache, jobs, lookers
+from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
 from common.losses import seed_of
@@ -224,9 +224,9 @@ class Data:
 
     def cache_features(self, parts, sources, accelerator):
         """From now on, batches hold the features of frozen components in place of what only these look at."""
-        folder, cameras = cache_folder() / "features", self.cfg.cameras
+        folder, cameras = cache_folder() / "features", list(self.cfg.cameras)
         made = FeatureCache.open(self.windows.frames, parts, sources, accelerator, folder, self.cfg.cache_max_gb)
-        needed = {camera for name, camera in set(lookers(parts, cameras)) - set(jobs(parts, cameras))}
+        needed = {camera for some in parts.lookers(cameras) for name, camera in some if name not in parts.frozen}
         self.windows.features, self.windows.pictures = made, [name for name in cameras if name in needed]
 
     @staticmethod
