@@ -9,6 +9,7 @@ import pkgutil
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from torch import nn
 
 from common.config import ConfigError, Yaml, nearest, show, suggest
@@ -346,3 +347,14 @@ def build(source, facts=None):
             raise checked.error(here, f"{maker.__name__} refuses its arguments: {e}") from e
         setattr(model, name, made)
     return model
+
+
+def completed(source: Yaml, model: GraphModel) -> Yaml:
+    """A component YAML with the `sizes` that its blocks took from a weights file, which it no longer needs."""
+    data = copy.deepcopy(source.data)
+    for name, made in model.named_children():
+        entry, sizes = data if "block" in data else data["blocks"][name], getattr(made, "sizes", {})
+        args = entry.get("args") or {}
+        if sizes:
+            entry["args"] = args | {key: value for key, value in sizes.items() if args.get(key) is None}
+    return source if data == source.data else Yaml.parse(yaml.safe_dump(data, sort_keys=False), source.path)

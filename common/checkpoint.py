@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from common.blocks.weights import read_tensors
 from common.build import import_plugins
 from common.config import UserError, Yaml, from_dict
 from common.data.loader import Normalizer
-from common.parts import build_parts, load_component, read_tensors
+from common.parts import build_parts, load_component
 from common.schema import Optim, Part
 
 ROOT = Path(__file__).resolve().parents[1]

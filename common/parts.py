@@ -4,13 +4,11 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.blocks.weights import require
+from common.blocks.weights import read_tensors, require
 from common.build import build
-from common.config import ConfigError, UserError
+from common.config import ConfigError
 from common.schema import Part
 
 IMAGE = "observation.images."
@@ -165,15 +163,3 @@ def load_component(module: nn.Module, file: Path, name: str) -> Path:
     require(own, tensors, f"{file}: not the weights of component '{name}' as configured")
     module.load_state_dict(tensors)
     return file
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; pickles are refused, nothing of them is read."""
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such file")
-    if Path(file).suffix != ".safetensors":
-        raise UserError(f"{file}: expected a .safetensors file; pickles (.pt, .pth, .bin) are not read")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a readable safetensors file ({e})") from e

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from common import checkpoint
-from common.build import import_plugins
+from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.features import jobs
 from common.data.loader import Data, Normalizer, to_device
@@ -110,6 +110,7 @@ class Run:
             if start is None:
                 raise ConfigError(f"train.load_dir: {self.train.load_dir} holds no checkpoint")
         parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
+        self.sources |= {name: completed(self.sources[name], part) for name, part in parts.items()}
         if self.options.dry_run:
             print(parts.table(self.cfg))
         if self.cfg.data.cache == "features":

@@ -1,7 +1,9 @@
 """Depth Anything 3's backbone: the reference's numbers, layers, sizes of pictures, frozenness, weights."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,6 @@ from common.config import ConfigError, UserError
 
 PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/da3_tiny"
 SIZES = {"embed_dim": 32, "depth": 4, "num_heads": 2, "alt_start": 1, "table_side": 5}
-PUBLISHED = {"embed_dim": 64, "depth": 6, "num_heads": 2, "alt_start": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +30,14 @@ def tiny(layers=(1, 3), **options):
 
 
 def published(model, **more):
-    """The tensors of a model built with keep_all, as the authors' files name them, heads included."""
+    """The tensors of a model with all of its blocks, as the authors' files name them, heads included."""
     heads = {"model.head.norm.weight": torch.ones(3), "model.cam_dec.fc_t.bias": torch.ones(3)}
     return {PREFIX + key: value for key, value in model.state_dict().items()} | heads | more
 
 
 @pytest.fixture
 def file(tmp_path):
-    save_file(published(tiny(keep_all=True)), tmp_path / "model.safetensors")
+    save_file(published(tiny()), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -52,7 +53,7 @@ def test_features_are_the_references(case, dtype):
         pytest.skip("the reference's outputs are not on this machine")
     saved = load_file(PARITY / "io.safetensors")
     layers = [1, 2, 3, 4, 5]
-    model = DepthAnything3(layers, weights=str(PARITY), normalize="raw01" not in case, **PUBLISHED)
+    model = DepthAnything3(layers, weights=str(PARITY), normalize="raw01" not in case, num_heads=2)
     assert model.load_weights() == PARITY / "model.safetensors"
     image, reference = saved[f"{case.split('.')[0]}.image_u8"], saved[f"{case}.features"]
     image = image if dtype == "uint8" else image.float() / 255
@@ -98,13 +99,6 @@ def test_layers_come_in_the_order_asked_for():
         torch.testing.assert_close(model(image), features[:, asked])
 
 
-def test_blocks_after_the_last_layer_are_not_run():
-    model = tiny([1], keep_all=True)
-    model.blocks[2].forward = None
-    assert len(model.blocks) == 4
-    assert model(torch.rand(1, 3, 28, 28)).shape == (1, 1, 2, 2, 32)
-
-
 @pytest.mark.parametrize("layers", [[4], [-5], [0, 9], []])
 def test_layers_out_of_range_are_refused_when_built(layers):
     with pytest.raises(ValueError, match=r"layers: expected some of -4 to 3, found \["):
@@ -116,7 +110,7 @@ def test_layers_out_of_range_are_refused_when_built(layers):
     [
         ({"model": "huge"}, "no 'huge'; known: small, base, large, metric_large, mono_large"),
         ({"model": "small", "depth": 4}, "sizes go with model: null; 'small' has its own"),
-        ({"depth": 4}, "give model .* or embed_dim and depth"),
+        ({"depth": 4}, "give model .*, weights, or embed_dim and depth"),
         ({"embed_dim": 36, "depth": 4, "num_heads": 2}, "embed_dim 36 is not 2 heads of a multiple of 4"),
     ],
 )
@@ -132,7 +126,7 @@ def test_presets_have_the_published_sizes(name, millions):
     with torch.device("meta"):
         model = DepthAnything3([-1], name)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
-        assert model(torch.rand(2, 3, 28, 42)).shape == (2, 1, 2, 3, PRESETS[name][0])
+        assert model(torch.rand(2, 3, 28, 42)).shape == (2, 1, 2, 3, PRESETS[name][1]["embed_dim"])
     assert all(p.is_meta for p in model.parameters())
     assert hasattr(model, "camera_token") == ("_" not in name)
     assert hasattr(model.blocks[8].attn, "q_norm") == ("_" not in name)
@@ -236,7 +230,7 @@ def test_files_that_load(file, kind):
         tensors = {key: value.half() for key, value in tensors.items()}
     elif kind != "folder":
         tensors = {key: value for key, value in tensors.items() if key.startswith(PREFIX)}
-    expected = tiny(keep_all=True)
+    expected = tiny()
     expected.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)})
     if kind == "without prefix":
         tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
@@ -285,19 +279,56 @@ def test_a_file_of_another_model_is_recognised(tmp_path):
         large.load_weights()
 
 
-def test_a_file_that_is_not_there_is_refused_with_its_licence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("alt_start", [2, -1])
+@pytest.mark.parametrize("layout", ["published", "without prefix"])
+def test_sizes_are_the_files_where_none_are_given(tmp_path, layout, alt_start):
+    full = tiny(alt_start=alt_start)
+    save_file(published(full) if layout == "published" else full.state_dict(), tmp_path / "a.safetensors")
+    model = DepthAnything3([1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2)
+    assert model.sizes | {"num_heads": 2} == SIZES | {"alt_start": alt_start}
+    model.load_weights()
+    image = torch.rand(1, 3, 28, 42)
+    assert torch.equal(model(image), full(image))
+    (tmp_path / "a.safetensors").unlink()
+    again = DepthAnything3([1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2, **model.sizes)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(image), full(image))
+    with pytest.raises(
+        UserError, match=r"no such file .*a.safetensors(?s:.*)to do without it, give model \(small, base, .*\), or"
+    ):
+        DepthAnything3([0], weights=str(tmp_path / "a.safetensors"))
+
+
+def test_sizes_that_are_given_are_kept(file):
+    with pytest.raises(UserError, match=r"the file has .*depth 4.*\n    missing blocks.4 \(18 tensors\)$"):
+        DepthAnything3([1], weights=str(file), num_heads=2, depth=5).load_weights()
+    with (
+        torch.device("meta"),
+        pytest.raises(
+            UserError, match=r"(?s)pos_embed is \(1, 26, 32\), expected \(1, 1370, 1024\).*unexpected camera"
+        ),
+    ):
+        DepthAnything3([1], "metric_large", weights=str(file)).load_weights()
+
+
+def test_the_licence_is_that_of_the_weights_or_else_of_the_model(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=OSError("no network")))
     with torch.device("meta"):
-        large = DepthAnything3([0], "large", weights=str(tmp_path / "none.safetensors"))
-        with pytest.raises(UserError, match=r"none.safetensors.*CC BY-NC 4.0: no commercial use"):
-            large.load_weights()
-
-
-def test_no_weights_means_random_and_this_is_said(capsys):
-    tiny()
-    assert "notice: da3 has `weights: null`: RANDOM features" in capsys.readouterr().out
-    tiny(weights="some/where")
-    assert capsys.readouterr().out == ""
+        models = {name: DepthAnything3([0], name, weights=str(tmp_path / "none.safetensors")) for name in PRESETS}
+    for name, model in models.items():
+        licence = "CC BY-NC 4.0: no commercial use" if name == "large" else "Apache-2.0"
+        with pytest.raises(UserError, match=rf"none.safetensors.*{licence}"):
+            model.load_weights()
+    for name, weights, licence in (("metric_large", "DA3-LARGE-1.1", "CC BY-NC"), ("large", "DA3-BASE", "Apache-2.0")):
+        models[name].weights = f"depth-anything/{weights}"
+        with pytest.raises(UserError, match=rf"{weights} .*\({licence}"):
+            models[name].load_weights()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: str(file))
+    for weights, count in (("DA3-LARGE", 1), ("DA3-BASE", 0)):
+        DepthAnything3([0], weights=f"depth-anything/{weights}", **SIZES).load_weights()
+        assert (
+            capsys.readouterr().out.count("notice: weights: depth-anything/DA3-LARGE, CC BY-NC 4.0: no comm") == count
+        )
 
 
 def test_it_is_a_block_of_component_yaml(tmp_path, file):

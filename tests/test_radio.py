@@ -1,7 +1,7 @@
 """RadioV3: the reference's numbers, both layouts of files, what is refused, what learns."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -14,7 +14,7 @@ from common.blocks.radio import RadioV3
 from common.build import build
 from common.config import ConfigError, UserError, Yaml
 from common.parts import build_parts, load_component
-from common.schema import Part
+from common.schema import Model, Part
 
 torch.set_num_threads(1)
 PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/radio_tiny"
@@ -62,8 +62,11 @@ def published(model):
 
 
 def loaded(tmp_path, tensors, **options):
+    """With the sizes that are given, or TINY."""
     save_file(tensors, tmp_path / "model.safetensors")
-    model = RadioV3(weights=str(tmp_path / "model.safetensors"), **TINY | options)
+    model = RadioV3(
+        weights=str(tmp_path / "model.safetensors"), **(options if "num_heads" in options else TINY | options)
+    )
     assert model.load_weights() == tmp_path / "model.safetensors"
     return model
 
@@ -86,9 +89,8 @@ def expected(model, image):
 def test_numbers_are_the_references(case):
     if not PARITY.is_dir():
         pytest.skip(f"the reference's numbers are not on this machine: {PARITY}")
-    model, io = RadioV3(weights=str(PARITY), embed_dim=128, depth=3, num_heads=4, table=16), {}
+    model, io = RadioV3(weights=str(PARITY), num_heads=4), load_file(PARITY / "io.safetensors")
     assert model.load_weights() == PARITY / "model.safetensors"
-    io = load_file(PARITY / "io.safetensors")
     image = io[f"{case}.image_u8"]
     results = model(image.float() / 255)
     for name, result in zip(("features", "summary"), results, strict=True):
@@ -104,16 +106,28 @@ def test_numbers_are_the_references(case):
 @pytest.mark.parametrize("layer_scale", [True, False])
 @pytest.mark.parametrize("layout", ["nvidia", "timm"])
 @torch.no_grad()
-def test_both_layouts_of_files_give_timms_numbers(tmp_path, layout, layer_scale):
-    reference = timms(layer_scale)
+def test_both_layouts_of_files_give_sizes_and_timms_numbers(tmp_path, layout, layer_scale):
+    reference = timms(layer_scale, table=5)
     file = published(reference) if layout == "nvidia" else reference.state_dict()
-    model = loaded(tmp_path, file, layer_scale=layer_scale)
-    for h, w in ((96, 96), (32, 80), (112, 48)):  # the table as it is, smaller, larger
+    if layout == "nvidia":
+        file["adaptors.clip.blocks.7.norm.bias"] = torch.zeros(3)  # a teacher's head
+    model = loaded(tmp_path, file, num_heads=2)
+    for h, w in ((80, 80), (32, 64), (112, 48)):  # the table as it is, smaller, larger
         image = torch.rand(2, 3, h, w)
         features, summary = model(image)
         assert features.shape == (2, DIM, h // 16, w // 16)
         assert summary.shape == (2, 3 * DIM)
         same((features, summary), expected(reference, image))
+
+
+@torch.no_grad()
+def test_align_corners_resizes_the_table_as_timm_does_when_so_told(tmp_path):
+    """B's and H's repositories say true, and so does timm for them."""
+    reference, image = timms(), torch.rand(1, 3, 64, 48)
+    file, other = published(reference), expected(reference, image)
+    reference.embeds.pos_embed_align_corners = True
+    same(loaded(tmp_path, file, align_corners=True)(image), expected(reference, image))
+    assert (expected(reference, image)[0] - other[0]).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -184,12 +198,63 @@ def test_a_file_that_would_give_other_numbers_is_refused(tmp_path, case):
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)table 6\).*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)"):
+    with pytest.raises(
+        UserError, match=r"(?s)table 6, .*the file has .*table 4, .*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)"
+    ):
         loaded(tmp_path, published(timms(table=4)))
-    with pytest.raises(UserError, match=r"missing radio_model.model.blocks.0.ls1.grandma"):
-        loaded(tmp_path, published(timms(layer_scale=False)))
+    without = published(timms(layer_scale=False))
+    with pytest.raises(UserError, match=r"prefix 8, LayerScale\); the file has .*prefix 8, no LayerScale"):
+        loaded(tmp_path, without)
+    missing = (
+        r"missing radio_model.model.blocks.0 to radio_model.model.blocks.2: ls1.grandma\n    missing .*: ls2.grandma$"
+    )
+    with pytest.raises(UserError, match=missing):
+        loaded(tmp_path, without)
     with pytest.raises(UserError, match=r"embeds.pos_embed is \(1, 4, 4, 32\), expected \(1, 6, 6, 32\)"):
         loaded(tmp_path, timms(table=4).state_dict())
+
+
+def test_sizes_that_are_given_are_kept(tmp_path):
+    """Explicit ones win, and are checked against the file; `size` is explicit, too."""
+    file = published(timms(table=5))
+    with pytest.raises(
+        UserError, match=r"(?s)depth 2, table 5, .*the file has .*depth 3.*unexpected .*blocks.2 \(14 tensors\)"
+    ):
+        loaded(tmp_path, file, num_heads=2, depth=2)
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r"(?s)embed_dim 1024, depth 24, .*has embed_dim 32, depth 3") as e,
+    ):
+        loaded(tmp_path, file, num_heads=16, size="L")
+    lines = str(e.value).splitlines()
+    assert lines[1].endswith("norm1.weight is (32,), expected (1024,)")
+    assert lines[9:] == [
+        "    and 37 more",
+        "    missing radio_model.model.blocks.3 to radio_model.model.blocks.23 (294 tensors)",
+    ]
+
+
+def test_sizes_of_weights_that_are_gone(tmp_path):
+    message = r"no such file .*none.safetensors(?s:.*)to do without it, give size, or embed_dim, depth and table"
+    with pytest.raises(UserError, match=message):
+        RadioV3(weights=str(tmp_path / "none.safetensors"))
+    save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors: neither blocks nor a table of positions by the names of"):
+        RadioV3(weights=str(tmp_path / "other.safetensors"))
+    with torch.device("meta"):
+        assert RadioV3(weights=str(tmp_path / "none.safetensors"), size="B").model.embed_dim == 768
+        assert RadioV3(embed_dim=1280, depth=1).model.blocks[0].attn.num_heads == 16  # H: heads of 80
+
+
+def test_more_learned_tokens_are_the_files(tmp_path):
+    file = published(timms())
+    tokens = "radio_model.model.patch_generator.cls_token.token"
+    file[tokens] = torch.cat([file[tokens], torch.randn(2, DIM)])
+    model = loaded(tmp_path, file, num_heads=2)
+    assert model.prefix == 10
+    assert model(torch.rand(1, 3, 32, 48))[0].shape == (1, DIM, 2, 3)
+    again = RadioV3(num_heads=2, **model.sizes)
+    again.load_state_dict(model.state_dict())
 
 
 def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
@@ -200,30 +265,30 @@ def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
         huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or tmp_path / "model.safetensors"
     )
     model = RadioV3(weights="nvidia/C-RADIOv3-L", **TINY)
-    assert asked == []  # building opens nothing
+    assert asked == []  # building opens nothing where the sizes are given
     assert model.load_weights() == tmp_path / "model.safetensors"
     assert asked == [("nvidia/C-RADIOv3-L", "model.safetensors")]
 
-    def offline(*args):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     message = r"(?s)nvidia/C-RADIOv3-L .*model.safetensors.*NVIDIA Open Model License.*hf download.*no network"
-    with pytest.raises(UserError, match=message):
-        model.load_weights()
+    for problem in (huggingface_hub.errors.LocalEntryNotFoundError, type("ReadTimeout", (Exception,), {})):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=problem("no network")))
+        with pytest.raises(UserError, match=message):
+            model.load_weights()
     model.weights = "nvidia/c-radio-v3_l_half.pth.tar"
     with pytest.raises(UserError, match="pickles are not read"):
         model.load_weights()
     model.weights = str(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match=r"no such file .*none.safetensors.*NVIDIA Open Model License"):
         model.load_weights()
-
-
-def test_no_weights_are_said_loudly_and_given_ones_are_not_opened(capsys):
-    RadioV3(**TINY)
-    assert "NOTICE: RadioV3 with `weights: null` is RANDOM" in capsys.readouterr().out
-    RadioV3(weights="/not/there", **TINY)
-    assert capsys.readouterr().out == ""
+    monkeypatch.chdir(tmp_path)
+    Path("nvidia/C-RADIOv3-L").mkdir(parents=True)
+    model.weights = "nvidia/C-RADIOv3-L"
+    with pytest.raises(
+        UserError, match=rf"the folder {tmp_path}/nvidia/C-RADIOv3-L holds no model.safetensors; licence"
+    ):
+        model.load_weights()
+    model.weights = "./model.safetensors"
+    assert model.load_weights() == tmp_path / "model.safetensors"
 
 
 @torch.no_grad()
@@ -324,6 +389,10 @@ def test_the_position_table_is_kept_while_it_stays_the_same():
     for assign in (False, True):
         model.load_state_dict(state, assign=assign)
         assert (model(image)[0] - first[0]).abs().max() > 1e-3
+    with torch.inference_mode():
+        built = awake(RadioV3(**TINY)).requires_grad_(False)
+        assert built(image)[0].isfinite().all()
+    assert torch.equal(built(image)[0], built(image)[0])
     model.requires_grad_(True)
     optimizer = torch.optim.SGD([model.model.embeds.pos_embed], lr=1.0)
     for _ in range(2):
@@ -365,8 +434,8 @@ def test_as_a_frozen_component_of_a_policy(tmp_path):
     reference = timms()
     save_file(published(reference), tmp_path / "radio.safetensors")
     source = component(tmp_path, weights="./radio.safetensors", channels=[DIM, 3 * DIM])
-    args = SimpleNamespace(component_build_args={"backbone": Part(freeze=True)})
-    parts = build_parts(args, {"backbone": source}, {}, {"head": "", "left": ""}).train()
+    section = Model(component_config_paths={}, component_build_args={"backbone": Part(freeze=True)})
+    parts = build_parts(section, {"backbone": source}, {}, {"head": "", "left": ""}).train()
     assert parts.sources == {"backbone": tmp_path / "radio.safetensors"}
     images = {f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")}
     grids, summaries = parts.look(images, ["head", "left"])

@@ -14,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.blocks.weights import locate, require
+from common.blocks.weights import locate, read_sizes, read_tensors, require
 from common.build import block
-from common.parts import read_tensors
 
 PATCH = 14
-APACHE, NON_COMMERCIAL = "Apache-2.0", "CC BY-NC 4.0: no commercial use"
-PRESETS = {  # name -> width, blocks, heads, alt_start, licence of the published weights
-    "small": (384, 12, 6, 4, APACHE),  # depth-anything/DA3-SMALL
-    "base": (768, 12, 12, 4, APACHE),  # depth-anything/DA3-BASE
-    "large": (1024, 24, 16, 8, NON_COMMERCIAL),  # depth-anything/DA3-LARGE-1.1, the usual one, and DA3-LARGE
-    "metric_large": (1024, 24, 16, None, APACHE),  # depth-anything/DA3METRIC-LARGE
-    "mono_large": (1024, 24, 16, None, APACHE),  # depth-anything/DA3MONO-LARGE
+NON_COMMERCIAL, UNKNOWN = "CC BY-NC 4.0: no commercial use", "licence: see their source"
+LICENCES = {"depth-anything/DA3-LARGE-1.1": NON_COMMERCIAL, "depth-anything/DA3-LARGE": NON_COMMERCIAL} | dict.fromkeys(
+    [f"depth-anything/DA3{name}" for name in ("-SMALL", "-BASE", "METRIC-LARGE", "MONO-LARGE")], "Apache-2.0"
+)
+PRESETS = {  # name -> published weights, sizes (alt_start -1: no switch)
+    "small": ("depth-anything/DA3-SMALL", {"embed_dim": 384, "depth": 12, "alt_start": 4}),
+    "base": ("depth-anything/DA3-BASE", {"embed_dim": 768, "depth": 12, "alt_start": 4}),
+    "large": ("depth-anything/DA3-LARGE-1.1", {"embed_dim": 1024, "depth": 24, "alt_start": 8}),
+    "metric_large": ("depth-anything/DA3METRIC-LARGE", {"embed_dim": 1024, "depth": 24, "alt_start": -1}),
+    "mono_large": ("depth-anything/DA3MONO-LARGE", {"embed_dim": 1024, "depth": 24, "alt_start": -1}),
 }
 PREFIX = "model.backbone.pretrained."
 IGNORED = ("model.head.", "model.cam_enc.", "model.cam_dec.")  # depth and rays, poses in, poses out
@@ -81,9 +83,10 @@ class DepthAnything3(nn.Module):
     """image (B, 3, h, w), float in [0, 1] or uint8 -> features (B, len(layers), h', w', C) of one patch per 14 pixels.
 
     layers: the blocks (from 0; negatives count from the end) whose output, after the final norm and in this order, is
-        returned. Those after the last one are never run, and dropped unless keep_all.
-    model: small, base, large, metric_large or mono_large (C = 384, 768, 1024); or null, and sizes: embed_dim, depth,
-        num_heads (null: one per 64 channels), alt_start (null: no such switch), table_side of the position table.
+        returned. Those after the last one are dropped.
+    model: small, base, large, metric_large or mono_large (C = 384, 768, 1024); or null, and sizes, where there are
+        weights those of the file: embed_dim, depth, num_heads (null: one per 64 channels), alt_start (-1: no such
+        switch) and table_side of the position table (37 where there are no weights).
     weights: a file, a folder or a Hub id. depth-anything/DA3-LARGE-1.1 and DA3-LARGE are CC BY-NC 4.0, not for
         commercial use; DA3-SMALL, DA3-BASE, DA3METRIC-LARGE and DA3MONO-LARGE are Apache-2.0. null: random.
     normalize: by ImageNet's mean and deviation, as the weights expect; false is for policies that were trained without.
@@ -96,25 +99,33 @@ class DepthAnything3(nn.Module):
         model=None,
         weights=None,
         normalize=True,
-        keep_all=False,
         embed_dim=None,
         depth=None,
         num_heads=None,
         alt_start=None,
-        table_side=37,
+        table_side=None,
     ):
         super().__init__()
+        given = {"embed_dim": embed_dim, "depth": depth, "alt_start": alt_start, "table_side": table_side}
+        given = {key: value for key, value in given.items() if value is not None}
+        known, enough = ", ".join(PRESETS), {"embed_dim", "depth"}
         if model is not None:
             if model not in PRESETS:
-                raise ValueError(f"model: no '{model}'; known: {', '.join(PRESETS)}, or null and sizes")
-            if (embed_dim, depth, num_heads, alt_start, table_side) != (None, None, None, None, 37):
+                raise ValueError(f"model: no '{model}'; known: {known}, or null and sizes")
+            if given or num_heads:
                 raise ValueError(f"sizes go with model: null; '{model}' has its own")
-            embed_dim, depth, num_heads, alt_start, self.licence = PRESETS[model]
-        elif None in (embed_dim, depth):
-            raise ValueError(f"give model ({', '.join(PRESETS)}), or embed_dim and depth")
-        else:
-            num_heads, self.licence = num_heads or max(1, embed_dim // 64), "licence: see their source"
-        alt_start = depth if alt_start is None or alt_start < 0 else alt_start  # the authors write -1 for none
+            given = PRESETS[model][1]
+        self.sizes = {}  # arguments that the weights give
+        if weights and not enough <= given.keys():
+            licence, otherwise = LICENCES.get(weights, UNKNOWN), f"model ({known}), or embed_dim and depth"
+            self.sizes = read_sizes(weights, licence, lambda shapes: sizes_of(backbone(shapes)), otherwise)
+        sizes = {"alt_start": -1, "table_side": 37, **self.sizes, **given}
+        if not enough <= sizes.keys():
+            raise ValueError(f"give model ({known}), weights, or embed_dim and depth")
+        embed_dim, depth, alt_start, table_side = map(sizes.get, ("embed_dim", "depth", "alt_start", "table_side"))
+        alike = [model] if model else presets(sizes)
+        self.published = PRESETS[alike[0]][0] if alike else None
+        num_heads, alt_start = num_heads or max(1, embed_dim // 64), alt_start if alt_start >= 0 else depth
         if embed_dim % (4 * num_heads):
             raise ValueError(f"embed_dim {embed_dim} is not {num_heads} heads of a multiple of 4 channels")
         if not layers or not all(-depth <= layer < depth for layer in layers):
@@ -130,25 +141,25 @@ class DepthAnything3(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, i >= alt_start) for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
         self._shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}  # of the whole file
-        if not keep_all:
-            self.blocks = self.blocks[: max(self.layers) + 1]
+        self.blocks = self.blocks[: max(self.layers) + 1]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-        self._grids, self._resized = {}, False  # what depends on the grid's size only; was resizing said?
+        self._grids, self._told = {}, False  # what depends on the grid's size only; was resizing said?
         self.requires_grad_(False).eval()
-        if weights is None:
-            print("notice: da3 has `weights: null`: RANDOM features, unless its weights come from elsewhere")
 
     def load_weights(self) -> Path:
         """Reads `weights`, every tensor of the backbone as float32 or as built; the file. UserError lists what differs.
 
         Tensors are `model.backbone.pretrained.*` of the published files, or have no prefix; heads are ignored.
         """
-        file = locate(self.weights, self.licence)
-        tensors = {k.removeprefix(PREFIX): v for k, v in read_tensors(file).items() if not k.startswith(IGNORED)}
-        source = f"weights: {self.weights}, {self.licence}"
-        require(self._shapes, tensors, f"{file} ({source}): not the weights of this da3{described(tensors)}")
+        licence = LICENCES.get(self.weights, LICENCES.get(self.published, UNKNOWN))
+        file = locate(self.weights, licence)
+        tensors, source = backbone(read_tensors(file)), f"weights: {self.weights}, {licence}"
+        held = described({key: value.shape for key, value in tensors.items()})
+        require(self._shapes, tensors, f"{file} ({source}): not the weights of this da3; the file has {held}")
         self.load_state_dict({key: tensors[key] for key in self.state_dict()})
+        if licence == NON_COMMERCIAL:
+            print(f"notice: {source}")
         return file
 
     def train(self, mode=True):
@@ -195,8 +206,8 @@ class DepthAnything3(nn.Module):
         old = tuple(image.shape[2:])
         new = tuple(max(1, (side + PATCH // 2) // PATCH) * PATCH for side in old)
         if new != old:
-            if not self._resized and not torch.compiler.is_compiling():
-                self._resized = True
+            if not self._told and not torch.compiler.is_compiling():
+                self._told = True
                 print(f"notice: da3 resizes pictures to multiples of 14: {old[0]} x {old[1]} to {new[0]} x {new[1]}")
             image = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
         image = (image.float() - self.mean) / self.std if self.normalize else image
@@ -218,14 +229,30 @@ class DepthAnything3(nn.Module):
         return torch.stack([features[i] for i in self.layers], 1)
 
 
-def described(tensors: dict[str, Tensor]) -> str:
-    """The sizes of the backbone that a file holds, for a message."""
-    table = tensors["pos_embed"].shape if "pos_embed" in tensors else ()
-    blocks = [key.split(".") for key in tensors if re.match(r"blocks\.\d+\.", key)]
+def backbone(tensors: dict) -> dict:
+    """What of a file is the backbone's, without the prefix."""
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items() if not key.startswith(IGNORED)}
+
+
+def sizes_of(shapes: dict[str, tuple]) -> dict | None:
+    """DepthAnything3's arguments for the backbone that a file holds; None if it holds none."""
+    table = shapes.get("pos_embed", ())
+    blocks = [key.split(".") for key in shapes if re.match(r"blocks\.\d+\.", key)]
     if len(table) != 3 or not blocks:
-        return " nor of another"
-    depth = 1 + max(int(key[1]) for key in blocks)
-    start = min((int(key[1]) for key in blocks if "q_norm" in key), default=None)
-    names = [name for name, (dim, *rest) in PRESETS.items() if (dim, rest[0], rest[2]) == (table[2], depth, start)]
-    text = f"; the file has embed_dim {table[2]}, depth {depth}, alt_start {'null' if start is None else start}, "
-    return text + f"table_side {math.isqrt(table[1] - 1)}" + (f" (model: {' or '.join(names)})" if names else "")
+        return None
+    start = min((int(key[1]) for key in blocks if "q_norm" in key), default=-1)
+    sizes = {"embed_dim": table[2], "depth": 1 + max(int(key[1]) for key in blocks), "alt_start": start}
+    return sizes | {"table_side": math.isqrt(table[1] - 1)}
+
+
+def presets(sizes: dict) -> list[str]:
+    """The published models of these sizes."""
+    return [name for name, (_, preset) in PRESETS.items() if preset.items() <= sizes.items()]
+
+
+def described(shapes: dict[str, tuple]) -> str:
+    """The sizes of the backbone that a file holds, for a message."""
+    if (sizes := sizes_of(shapes)) is None:
+        return "none"
+    names = f" (model: {' or '.join(presets(sizes))})" if presets(sizes) else ""
+    return ", ".join(f"{key} {value}" for key, value in sizes.items()) + names

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.blocks.weights import read_tensors
 from common.build import block
 from common.config import UserError
-from common.parts import read_tensors
 
 
 @block("tiny_cnn")
@@ -63,7 +63,7 @@ class TimmBackbone(nn.Module):
 
     def load_weights(self) -> Path:
         """Reads `weights`; the file. Raises UserError that lists what differs."""
-        file, classifier = Path(self.weights), self.model.pretrained_cfg.get("classifier") or ()
+        file, classifier = Path(self.weights).absolute(), self.model.pretrained_cfg.get("classifier") or ()
         heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
         tensors = {key: value for key, value in read_tensors(file).items() if not key.startswith(heads)}
         try:
