@@ -208,13 +208,12 @@ def prune(save_dir: Path, keep_last: int, step: int):
         shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # half deleted, it would look damaged
 
 
-def load(folder: Path, policy, optimizers=None, average=None) -> dict:
-    """Put a checkpoint into a policy of the same components; meta.json. With optimizers: raw weights, to train on."""
+def load(folder: Path, policy, optimizers, average) -> dict:
+    """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
     meta, parts, problems = read_meta(folder), policy.parts, []
     was = {"components": set(meta["components"]), "frozen": set(meta["frozen"]), "shared": {*meta["aliases"].items()}}
     now = {"components": {*parts, *parts.aliases}, "frozen": parts.frozen, "shared": {*parts.aliases.items()}}
-    if optimizers is not None:
-        was["optimizers"], now["optimizers"] = {*meta["schedules"].items()}, {*_schedules(optimizers).items()}
+    was["optimizers"], now["optimizers"] = {*meta["schedules"].items()}, {*_schedules(optimizers).items()}
     for what in [what for what in now if was[what] != now[what]]:
         here, there = (sorted(x) or "none" for x in (now[what] - was[what], was[what] - now[what]))
         problems.append(f"{what}: {there} in the checkpoint, {here} configured")
@@ -227,8 +226,6 @@ def load(folder: Path, policy, optimizers=None, average=None) -> dict:
         advice = "a run keeps its components; for a new one from these weights set train.save_dir and train.load_dir"
         raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems, f"    {advice}"]))
     policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
-    if optimizers is None:
-        return meta
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
         if name not in parts.sources:
@@ -287,13 +284,10 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None):
     import_plugins(cfg.plugins)
     files = {name: _frozen_file(folder, name, record, weights.get(name)) for name, record in meta["frozen"].items()}
     cfg.model.component_build_args = {
-        name: Part(init=files.get(name, "scratch"), freeze=name in files, same_as=meta["aliases"].get(name))
+        name: Part(init=files.get(name), freeze=name in files, same_as=meta["aliases"].get(name))
         for name in meta["components"]
     }
     sources = {name: Yaml.parse(text, f"{folder}/meta.json:{name}") for name, text in meta["components"].items()}
-    parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras)
-    policy = script.Policy(
-        parts, Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors")), cfg
-    )
-    load(folder, policy)
-    return policy.eval(), cfg
+    parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
+    stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
+    return script.Policy(parts, stats, cfg).eval(), cfg

@@ -20,7 +20,7 @@ class Parts(nn.ModuleDict):
     def __init__(self, modules, frozen=(), aliases=None, sources=None):
         super().__init__(modules)
         self.frozen, self.aliases = set(frozen), dict(aliases or {})
-        self.sources = dict(sources or {})  # frozen component -> the file that its weights come from
+        self.sources = dict(sources or {})  # frozen component -> the file that all of its weights come from
         self.hashes = {}  # frozen component -> sha256 of that file, once it was needed
         for name in self.frozen:
             self[name].requires_grad_(False)
@@ -114,8 +114,9 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     """Every listed component, its weights as component_build_args and load_dir say.
 
     model: the config's section; sources: component -> its Yaml; facts: of the dataset. A component called
-    `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice. `da3`
-    is always frozen. A block with load_weights() reads published files, of `weights` or of `init`, in its own way.
+    `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice. What
+    has nothing to learn is frozen. A block with load_weights() reads published files, of `weights` or of `init`, in its
+    own way; one that nothing is loaded into starts random, with a notice.
     """
     groups = {}  # the component that names a shared module -> those that share it
     for name in sources:
@@ -134,27 +135,42 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     if "da3" in owners and not cameras:
         raise ConfigError("model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at")
     modules = {name: build(sources[name], facts) for name in owners}
-    frozen = [name for name in modules if args[name].freeze or name == "da3"]
-    files = {}
+    learning = [name for name, module in modules.items() if any(p.requires_grad for p in module.parameters())]
+    frozen = [name for name in modules if args[name].freeze or name not in learning]
+    for name in [name for name in frozen if name in model.component_optims]:
+        raise ConfigError(f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own")
+    files, whole = {}, []
     for name, module in modules.items():
-        init, own = args[name].init, [inner for inner in module.modules() if hasattr(inner, "load_weights")]
-        if init == "scratch":
-            continue
-        if init and own and not module.state_dict().keys() & read_tensors(init).keys():
-            own[0].weights = str(init)  # the block's kind of file, moved
-            files[name] = own[0].load_weights()
-        elif init:
-            files[name] = load_component(module, init, name)
-        elif load_dir and (load_dir / f"{name}.safetensors").is_file():
-            files[name] = load_component(module, load_dir / f"{name}.safetensors", name)
-        else:
-            for inner in [inner for inner in own if inner.weights]:
-                files[name] = inner.load_weights()
+        file, holds_all = initialise(module, name, args[name].init, load_dir)
+        files |= {name: file} if file else {}
+        whole += [name] if holds_all else []
     if load_dir and not any(file.parent == load_dir for file in files.values()):
         raise ConfigError(f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}")
     for name, file in files.items():
         print(f"{name}: weights from {file}")
-    return Parts(modules, frozen, aliases, {name: file for name, file in files.items() if name in frozen})
+    return Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
+
+
+def initialise(module: nn.Module, name: str, init, load_dir: Path | None) -> tuple[Path | None, bool]:
+    """Weights of one component: the file they are from, if there is one, and whether it holds all of the component."""
+    own = {prefix: inner for prefix, inner in module.named_modules() if hasattr(inner, "load_weights")}
+    blocks, keys = [*own.values()], module.state_dict().keys()
+    saved = load_dir and load_dir / f"{name}.safetensors"
+    if init == "scratch":
+        named = []
+    elif init and len(own) == 1 and not keys & read_tensors(init).keys():
+        blocks[0].weights = str(init)  # the block's kind of file, moved
+        named = blocks
+    elif init or (saved and saved.is_file()):
+        return load_component(module, init or saved, name), True
+    else:
+        named = [inner for inner in blocks if getattr(inner, "weights", None)]
+    for inner in [inner for inner in blocks if inner not in named]:
+        usual = getattr(inner, "weights", None) or getattr(inner, "published", None)
+        print(f"NOTICE: {name} starts with RANDOM weights" + (f", not those of {usual}" if usual else ""))
+    files = [inner.load_weights() for inner in named]
+    whole = len(files) == len(own) == 1 and all(key.startswith(f"{next(iter(own))}.") for key in keys)
+    return (files[-1] if files else None), whole
 
 
 def load_component(module: nn.Module, file: Path, name: str) -> Path:

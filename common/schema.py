@@ -41,7 +41,7 @@ class Model:
                 raise reader.error(here, f"init and freeze are those of '{other}': set them there")
         for name, changes in self.component_optims.items():
             here, part = (*keys, "component_optims", name), args.get(name, Part())
-            if part.freeze or part.same_as or name == "da3":
+            if part.freeze or part.same_as:
                 why = f"the same as '{part.same_as}'" if part.same_as else "frozen"
                 raise reader.error(here, f"'{name}' is {why}: it has no optimizer of its own")
             for k in [k for k in changes if k not in optim]:

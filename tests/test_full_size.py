@@ -21,7 +21,7 @@ from common import checkpoint, config, run
 from common.config import UserError, Yaml
 from common.data.loader import Normalizer, to_device
 from common.parts import Parts, build_parts
-from common.schema import Part
+from common.schema import Model, Part
 
 FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
 FACTS = {"action_dim": 24, "state_dim": 48, "num_cameras": 3, "action_horizon": 40, "proprio_history": 40}
@@ -52,7 +52,9 @@ def test_full_size_without_allocating_anything(name, counts, tokens):
     sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
     args = {key: Part(init="scratch") for key in sources}
     with torch.device("meta"):
-        parts = build_parts(SimpleNamespace(component_build_args=args), sources, FACTS, cfg.data.cameras)
+        parts = build_parts(
+            Model(component_config_paths={}, component_build_args=args), sources, FACTS, cfg.data.cameras
+        )
         stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
         policy = train_vfp.Policy(parts, Normalizer("mean_std", stats), cfg)
         batch = {f"observation.images.{camera}": torch.zeros(2, 3, 240, 320) for camera in cfg.data.cameras}
@@ -93,14 +95,12 @@ def small(folder, demos, freeze=("left_backbone",)):
     """exp2's structure at small size, its backbones and da3 from files in the public layouts."""
     exp = Experiment(folder, demos, "train_vfp")
     torch.manual_seed(0)
-    paths, args = {}, {name: {"freeze": True} for name in ("da3", *freeze)}
+    paths, args = {}, {name: {"freeze": True} for name in freeze}
     for name, path in configured("exp2").model.component_config_paths.items():
         data = Yaml.read(path).data
         data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
         if name == "da3":
-            save_file(
-                test_depth_anything.published(test_depth_anything.tiny(keep_all=True)), folder / "da3.safetensors"
-            )
+            save_file(test_depth_anything.published(test_depth_anything.tiny()), folder / "da3.safetensors")
             data["args"] = {"weights": "./da3.safetensors", "layers": [1, 3], **test_depth_anything.SIZES}
         elif data["block"] == "RadioV3":
             save_file(test_radio.published(test_radio.timms()), folder / f"{name}.safetensors")
@@ -297,14 +297,93 @@ def test_look_takes_cached_features_in_place_of_running_a_component():
 
 def test_da3_needs_a_camera_and_no_optimizer(tmp_path, demos):
     exp = small(tmp_path / "exp", demos, freeze=())
-    del exp.config["model"]["component_build_args"]["da3"]
-    exp.write()
-    with pytest.raises(UserError, match=r"da3: 'da3' is frozen: it has no optimizer of its own"):
+    with pytest.raises(UserError, match=r"model.component_optims.da3: 'da3' is frozen: it has no optimizer of its own"):
         exp.main("model.component_optims={da3: {peak_lr: 1e-5}}")
     assert exp.main("train.total_steps=1") == 0
     assert exp.job.policy.parts.frozen == {"da3"}
     with pytest.raises(UserError, match=r"'da3' is listed, but data.cameras names no camera"):
         exp.main("data.cameras={}")
+
+
+def graph(exp, name, blocks, result):
+    data = {"inputs": ["image"], "blocks": blocks, "return": result}
+    (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+
+
+def test_frozen_is_what_has_nothing_to_learn_by_whatever_name(tmp_path, demos):
+    """The da3 block is frozen as a hand extractor, too; a projection after it learns, though the component is `da3`."""
+    exp = small(tmp_path / "exp", demos, freeze=())
+    paths = exp.config["model"]["component_config_paths"]
+    paths["left_hand_extractor"] = paths["da3"]
+    depth = Yaml.read(exp.folder / "da3.yaml").data | {"in": ["$image"]}
+    narrow = {"block": "nn.Linear", "in": ["$depth"], "args": {"in_features": 32, "out_features": 32}}
+    graph(exp, "narrowed", {"depth": depth, "narrow": narrow}, "$narrow")
+    paths["da3"] = "./narrowed.yaml"
+    data = Yaml.read(exp.folder / "info_embedder.yaml").data
+    data["args"]["extra_visual_dims"] = [32, 32]
+    (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(data))
+    exp.write()
+    assert exp.main(*STEPS, "model.component_optims={da3: {peak_lr: 1e-2}}") == 0
+    assert exp.job.policy.parts.frozen == {"left_hand_extractor"}
+    now = exp.job.policy.state_dict()
+    changed = {key for key in now if key.startswith("parts.da3.") and not torch.equal(now[key], exp.start[key])}
+    assert changed == {"parts.da3.narrow.weight", "parts.da3.narrow.bias"}
+    opened = checkpoint.open_policy(exp.save_dir)[0].state_dict()
+    assert torch.equal(opened["parts.da3.depth.pos_embed"], now["parts.da3.depth.pos_embed"])
+
+
+def test_a_frozen_component_that_is_more_than_a_published_file_is_saved_whole(tmp_path, demos):
+    exp = small(tmp_path / "exp", demos, freeze=("head_backbone", "left_backbone", "right_backbone"))
+    eyes = {name: Yaml.read(exp.folder / f"{name}_backbone.yaml").data for name in ("head", "left")}
+    first = {**eyes["head"], "in": ["$image"], "out": ["f", "s"]}
+    second = {**eyes["left"], "in": ["$image"], "out": ["g", "u"]}
+    more = {"block": "nn.Conv2d", "in": ["$f"], "args": {"in_channels": 32, "out_channels": 32, "kernel_size": 1}}
+    graph(exp, "head_backbone", {"eye": first, "more": more}, ["$more", "$s"])
+    graph(exp, "left_backbone", {"eye": first, "other": second}, ["$f", "$u"])
+    exp.main("train.total_steps=1")
+    frozen = exp.meta("step_1")["frozen"]
+    assert [frozen[f"{name}_backbone"]["path"].split("/")[0] for name in ("head", "left")] == ["frozen"] * 2
+    assert frozen["right_backbone"]["path"] == str(exp.folder / "right_backbone.safetensors")
+    saved = exp.job.policy.state_dict()
+    opened, _ = checkpoint.open_policy(exp.save_dir)
+    exp.main("train.total_steps=2", "seed=7")  # another seed would draw another convolution
+    for policy in (opened, exp.job.policy):
+        for name in ("head_backbone", "left_backbone"):
+            keys = [key for key in saved if key.startswith(f"parts.{name}.")]
+            assert all(torch.equal(policy.state_dict()[key], saved[key]) for key in keys)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_checkpoint_knows_the_sizes_that_a_file_gave(tmp_path, demos, frozen):
+    exp = small(tmp_path / "exp", demos, freeze=("left_backbone",) if frozen else ())
+    for name in ("left_backbone", "da3"):
+        data = Yaml.read(exp.folder / f"{name}.yaml").data
+        data["args"] = {k: v for k, v in data["args"].items() if k in ("weights", "layers", "num_heads", "channels")}
+        (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    exp.main("train.total_steps=1", "train.ema=null")
+    moved = {name: exp.folder / f"{name}_moved.safetensors" for name in ("left_backbone", "da3")}
+    for name, file in moved.items():
+        (exp.folder / f"{name}.safetensors").rename(file)
+    policy, _ = checkpoint.open_policy(exp.save_dir, {k: file for k, file in moved.items() if frozen or k == "da3"})
+    now, opened = exp.job.policy.state_dict(), policy.state_dict()
+    keys = [key for key in now if key.startswith(("parts.left_backbone", "parts.da3"))]
+    assert all(torch.equal(now[key], opened[key]) for key in keys)
+    with pytest.raises(UserError, match=r"no such file .*\n    The sizes come from that file; to do without it, give"):
+        exp.main("train.total_steps=2")
+
+
+def test_random_weights_are_said_once_with_what_they_are_not(tmp_path, demos, capsys):
+    exp = small(tmp_path / "exp", demos)
+    file = exp.folder / "head_backbone.yaml"
+    file.write_text(file.read_text().replace("weights: ./head_backbone.safetensors", "weights: null"))
+    scratch = "{da3: {init: scratch}, left_backbone: {init: ./left_backbone.safetensors}}"
+    exp.main("train.total_steps=1", f"model.component_build_args={scratch.replace('./', f'{exp.folder}/')}")
+    notices = [line for line in capsys.readouterr().out.splitlines() if "RANDOM" in line]
+    start = "starts with RANDOM weights, not those of"
+    da3 = f"NOTICE: da3 {start} {exp.folder}/da3.safetensors"
+    assert sorted(notices) == [da3, f"NOTICE: head_backbone {start} nvidia/C-RADIOv3-L"]
+    checkpoint.open_policy(exp.save_dir)
+    assert "RANDOM" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -313,7 +392,7 @@ def test_five_real_steps_at_full_size(tmp_path, demos, name):
     """RADIO-L is random, shared by the cameras, and no EMA is kept: 14 GiB of memory, 7 GiB of disk."""
     exp = Experiment(tmp_path / "exp", demos, "train_vfp")
     exp.file = FOLDER / name / "train.yaml"
-    args = {"head_backbone": {"init": "scratch"}, "da3": {"init": "scratch", "freeze": True}}
+    args = {"head_backbone": {"init": "scratch"}, "da3": {"init": "scratch"}}
     args |= {f"{camera}_backbone": {"same_as": "head_backbone"} for camera in ("left", "right")}
     args = json.dumps({key: value for key, value in args.items() if key != "da3" or name == "exp2"})
     data = [f"data.root={demos}", "data.HZ=10", "data.batch_size=1", "data.num_workers=0", "data.val_episodes=[5]"]
