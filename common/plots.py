@@ -1,6 +1,8 @@
-"""Pictures and videos of an evaluation. matplotlib takes half a second to import, so only where something is drawn."""
+"""Pictures and videos of runs and evaluations. matplotlib takes half a second to import, so only where one is drawn."""
 
+import json
 import math
+from pathlib import Path
 
 import av
 import numpy as np
@@ -166,3 +168,20 @@ def velocity_loss(loss, file):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=110)
+
+
+def draw_curves(folder: Path):
+    """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axis, keys in zip(figure.subplots(1, 2), (("loss", "val/loss"), ("lr",)), strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+        axis.set(xlabel="optimizer step", yscale="log" if "loss" in keys and points else "linear")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)

@@ -27,6 +27,7 @@ from common.data.features import jobs
 from common.data.loader import Data, Normalizer, to_device
 from common.losses import Noise, seed_of
 from common.parts import Parts, build_parts
+from common.plots import draw_curves
 
 
 def cli(main):
@@ -352,6 +353,8 @@ class Run:
         _, scalars = policy.train()(two)
         print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         policy.eval()
+        if self.cfg.data.cache == "features":
+            self.data.cache_features(policy.parts, self.sources, self.accelerator, dry_run=True)
         one = {key: value[:1] for key, value in batch.items()}
         chunk = policy.sample(policy.encode(one), torch.zeros_like(one["action"]), steps=2)
         print(f"sample {tuple(chunk.shape)}; {self.total} steps of {self.steps_per_epoch} per epoch")
@@ -359,9 +362,9 @@ class Run:
         return 0
 
 
-HARMLESS = (
-    r"train\.(project_name|save|keep|load|tracker|log)|data\.(num_workers|cache|root|val_samples|batch_size)"
-    r"|model\.component_config_paths"
+HARMLESS = (  # keys whose change is not told, and changes of one
+    r"train\.(project_name|save|keep|load|tracker|log)|model\.component_config_paths"
+    r"|data\.(num_workers|cache_max_gb|root|val_samples|batch_size|cache: (none|frames) (none|frames)$)"
 )
 
 
@@ -380,23 +383,6 @@ def parameters_of(loss):
 def changes(was, now, path=""):
     """(key, old, new) of every key that matters to training and differs between two configs."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
-        return [(path, was, now)] if was != now and not re.match(HARMLESS, path) else []
+        return [(path, was, now)] if was != now and not re.match(HARMLESS, f"{path}: {was} {now}") else []
     keys = [*was, *(key for key in now if key not in was)]
     return [one for key in keys for one in changes(was.get(key), now.get(key), f"{path}.{key}" if path else key)]
-
-
-def draw_curves(folder: Path):
-    """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
-    from matplotlib.figure import Figure  # half a second to import, only where a picture is drawn
-
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axis, keys in zip(figure.subplots(1, 2), (("loss", "val/loss"), ("lr",)), strict=True):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
-        axis.set(xlabel="optimizer step", yscale="log" if "loss" in keys and points else "linear")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)

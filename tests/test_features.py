@@ -1,5 +1,6 @@
 """Cached features (`data.cache: features`): the same losses, no frozen forward in training, a cache that survives."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_radio
 import torch
 import yaml
 from conftest import CAMERAS, COMPONENTS
@@ -27,12 +29,14 @@ from common.checkpoint import open_policy
 from common.config import ConfigError, DataError, UserError
 from common.data import features
 from common.data.features import FeatureCache
+from common.data.lerobot import cache_folder
 from common.data.loader import to_device
 from common.losses import Noise
 from common.parts import IMAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 FRAMES = 100
+SAME = 5e-5  # relative difference of losses, from float16 on disk
 DEPTH = {"block": "da3", "args": {"layers": [1, 0], "embed_dim": 8, "depth": 2, "alt_start": 1, "table_side": 3}}
 ENCODER = COMPONENTS["info_embedder"]
 
@@ -57,6 +61,43 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(kind, "forward", counted)
     return seen
+
+
+@pytest.fixture
+def awake(monkeypatch):
+    """Components in which every number matters: gates start at zero, and would hide what features say."""
+    build = run.build_parts
+
+    @torch.no_grad()
+    def disturbed(*args):
+        parts = build(*args)
+        for part in parts.values():
+            random = torch.Generator().manual_seed(1)  # components that were equal stay so
+            for p in part.parameters():
+                p += 0.2 * torch.randn(p.shape, generator=random)
+        return parts
+
+    monkeypatch.setattr(run, "build_parts", disturbed)
+
+
+def every_feature_counts(exp):
+    """Losses move by more than SAME where one entry of a batch, or one layer of da3, is zero or another's."""
+    policy, batch = exp.job.policy.eval(), to_device(exp.job.data.windows[[1, 20, 60]], "cpu")
+
+    @torch.no_grad()
+    def losses(**changed):
+        inputs = [batch | changed | {"noise": Noise(i, device="cpu"), "progress": 1.0} for i in range(4)]
+        return np.array([policy(x)[0].item() for x in inputs])
+
+    entries, changes = {key: x.float() for key, x in batch.items() if key.startswith("features")}, {}
+    for key, x in entries.items():
+        changes |= {f"{key} zero": {key: 0 * x}, f"{key} of other samples": {key: x.roll(1, 0)}}
+        if ".da3." in key:
+            changes["layers swapped"] = {key: x.flip(1)}
+            changes |= {f"layer {i} zero": {key: x.index_fill(1, torch.tensor([i]), 0)} for i in range(x.shape[1])}
+    usual = losses()
+    moved = {name: abs(losses(**change) / usual - 1).max() for name, change in changes.items()}
+    assert min(moved.values()) > 2 * SAME, moved
 
 
 @pytest.fixture
@@ -97,7 +138,7 @@ def arrays():
         ("train_flow_matching", True, True, 2),
     ],
 )
-def test_losses_are_those_through_the_frozen_components(cached, calls, script, frozen, depth, history):
+def test_losses_are_those_through_the_frozen_components(cached, awake, calls, script, frozen, depth, history):
     exp = cached(script, frozen, depth)
     settings = [f"data.obs_images_history={history}", "train.micro_steps=1"]
     exp.main(*settings, "data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
@@ -110,7 +151,7 @@ def test_losses_are_those_through_the_frozen_components(cached, calls, script, f
     assert set(calls) == (set() if frozen else {"TinyCNN"})
     a, b = exp.log(save_dir=exp.folder / "slow"), exp.log()
     assert list(a) == list(b) == [1, 2, 3, 4]
-    np.testing.assert_allclose([*a.values()], [*b.values()], rtol=3e-4)
+    np.testing.assert_allclose([*a.values()], [*b.values()], rtol=SAME)
 
     fast = exp.job.data.windows[[3, 40]]
     shown = {key for key in fast if key.startswith(IMAGE)}
@@ -118,7 +159,7 @@ def test_losses_are_those_through_the_frozen_components(cached, calls, script, f
     if depth:
         assert fast["features.da3.head"].shape == (2, 2, 2 * history, 2, 8)
         assert "features.da3.left" not in fast
-    policy.eval()
+    every_feature_counts(exp)
     with torch.no_grad():
         expected = policy.parts.look(to_device(slow, "cpu"), [*CAMERAS])
         found = policy.parts.look(to_device(fast, "cpu") | {}, [*CAMERAS])
@@ -127,7 +168,7 @@ def test_losses_are_those_through_the_frozen_components(cached, calls, script, f
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
-def test_losses_with_radio_and_two_layers_of_depth(cached):
+def test_losses_with_radio_and_two_layers_of_depth(cached, awake):
     exp = cached("train_vfp", depth=True)
     radio = {"size": "B", "embed_dim": 64, "depth": 2, "table": 4, "channels": [64, 192]}
     (exp.folder / "backbone.yaml").write_text(yaml.safe_dump({"block": "RadioV3", "args": radio}))
@@ -139,8 +180,32 @@ def test_losses_with_radio_and_two_layers_of_depth(cached):
     exp.main(*settings, "data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
     exp.main(*settings)
     assert exp.job.data.windows[[0]]["features.backbone.left"].shape == (1, 2, 3, 64)
+    every_feature_counts(exp)
     slow, fast = exp.log(save_dir=exp.folder / "slow"), exp.log()
-    np.testing.assert_allclose([*slow.values()], [*fast.values()], rtol=3e-4)
+    np.testing.assert_allclose([*slow.values()], [*fast.values()], rtol=SAME)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_hand_extractor_with_a_summary(cached, awake, same):
+    """Of its results only the grid is kept; one that equals the backbone shares the file of it."""
+    exp = cached()
+    weights = exp.folder / "same.safetensors"
+    save_file({f"block.{key}": value for key, value in TinyCNN(dim=8, width=4).state_dict().items()}, weights)
+    hand = COMPONENTS["backbone"] if same else {"block": "tiny_cnn", "args": {"dim": 8, "width": 8}}
+    (exp.folder / "left_hand_extractor.yaml").write_text(yaml.safe_dump(hand))
+    wide = {**ENCODER, "args": {**ENCODER["args"], "extra_visual_dims": [8]}}
+    (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(wide))
+    exp.config["model"]["component_config_paths"]["left_hand_extractor"] = "./left_hand_extractor.yaml"
+    args = {"backbone": {"freeze": True, "init": str(weights)}, "left_hand_extractor": {"freeze": True}}
+    args["left_hand_extractor"] |= {"init": str(weights)} if same else {}
+    exp.config["model"]["component_build_args"] = args
+    exp.write()
+    exp.main("data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
+    exp.main()
+    np.testing.assert_allclose([*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=SAME)
+    assert len(arrays()) == (6 if same else 7)
+    assert "features.left_hand_extractor.left" in exp.job.data.windows[[0]]
+    every_feature_counts(exp)
 
 
 def test_frames_of_a_history_are_stacked(tmp_path):
@@ -160,7 +225,7 @@ def test_frames_of_a_history_are_stacked(tmp_path):
             np.testing.assert_array_equal(batch["da3"][i, layer], both)
 
 
-def test_gradients_are_the_same(cached):
+def test_gradients_are_the_same(cached, awake):
     exp = cached("train_vfp", depth=True)
     exp.main()
     policy, grads = exp.job.policy, []
@@ -213,7 +278,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
     exp.main()
     whole = arrays()
     shutil.rmtree(cache_files()[0].parent)
-    look, size = features.look, features.CPU_BATCH
+    look, size = features.features_of, features.CPU_BATCH
 
     def fork(batches):
         def dying(*args):
@@ -225,7 +290,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(features, "MARK", 0.0)
-            patch.setattr(features, "look", dying)
+            patch.setattr(features, "features_of", dying)
             pid = exp.fork(f"train.save_dir={exp.folder / 'killed'}")
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
@@ -242,14 +307,15 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
         seen = {}
         exp.main(f"train.save_dir={exp.folder / 'again'}")
     assert f"going on after {done} of {3 * FRAMES}" in capsys.readouterr().out
-    tried = 3 * 2 + 2 * 2 * size + 3 * 3  # try_out, shapes and time of two cameras, three rows of each for the check
+    tried = 3 * 2 + 2 * 2 * size + 3 * 8  # try_out, shapes and time of two cameras, eight rows of each for the check
     assert seen["TinyCNN"] == 2 * FRAMES - done + tried
     assert arrays().keys() == whole.keys()
     assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())
 
 
-def test_ctrl_c_notes_how_far_it_came(cached, monkeypatch):
-    exp, look, count = cached(), features.look, iter(range(100))
+def interrupt(exp, *settings):
+    """A build of three cameras that is cut short after 32 frames; its note of that."""
+    look, count = features.features_of, iter(range(100))
 
     def interrupted(*args):
         if next(count) == 2 * 3 + 4:
@@ -257,12 +323,49 @@ def test_ctrl_c_notes_how_far_it_came(cached, monkeypatch):
         return look(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "look", interrupted)
+        patch.setattr(features, "features_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            exp.main()
-    assert [path.read_text() for path in cache_files() if path.suffix == ".rows"] == ["32"]
+            exp.main(*settings)
+    (note,) = left("rows")
+    return note
+
+
+def left(*kinds):
+    return [path for path in cache_files() if path.suffix[1:] in kinds]
+
+
+def test_ctrl_c_notes_how_far_it_came(cached):
+    exp = cached()
+    assert interrupt(exp).read_text() == "32"
     exp.main()
-    assert not [path for path in cache_files() if path.suffix in (".rows", ".tmp")]
+    assert not left("rows", "tmp")
+
+
+@pytest.mark.parametrize("damage", ["", "3?", "101", "-8", "half"])
+def test_a_build_that_left_nonsense_begins_anew(cached, capsys, damage):
+    exp = cached()
+    note = interrupt(exp)
+    if damage == "half":
+        file = note.with_suffix(".tmp")
+        file.write_bytes(file.read_bytes()[:999])
+    else:
+        note.write_text(damage)
+    exp.main()
+    assert "going on after" not in capsys.readouterr().out
+    assert not left("rows", "tmp")
+
+
+def test_what_other_builds_left_is_removed_unless_a_process_is_at_it(cached):
+    exp = cached()
+    note = interrupt(exp)
+    with note.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'other'}")
+        assert [path.stem.partition(".")[0] for path in left("rows", "tmp")] == [note.stem] * 3
+    exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'there'}", "train.total_steps=5")
+    assert len(left("rows", "tmp")) == 3  # no build began
+    exp.main("data.image_size=[32, 48]", f"train.save_dir={exp.folder / 'third'}")
+    assert not left("rows", "tmp")
 
 
 def test_other_weights_sizes_and_settings_have_another_cache(cached, calls):
@@ -291,13 +394,82 @@ def test_other_weights_sizes_and_settings_have_another_cache(cached, calls):
     assert files("i", "data.cameras={head: observation.images.cam_left}") == 1 + 0  # da3 looks at another camera
 
 
+def test_the_key_is_what_makes_the_features(cached, monkeypatch):
+    """Where the weights are, and how a trained one would use memory, change none; precision does."""
+    exp = cached()
+    files = [exp.folder / f"{name}.safetensors" for name in "ab"]
+    torch.manual_seed(0)
+    radio = test_radio.timms()
+    for file in files:
+        save_file(test_radio.published(radio), file)
+    wide = {**ENCODER, "args": {**ENCODER["args"], "visual_dim": 32, "semantic_dim": 96}}
+    (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(wide))
+
+    def made(name, **args):
+        before, data = set(arrays()), {"block": "RadioV3", "args": {"num_heads": 2, **args}}
+        (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(data))
+        exp.main("train.total_steps=1", f"train.save_dir={exp.folder / name}")
+        return len(set(arrays()) - before)
+
+    assert made("a", weights=str(files[0])) == 6
+    assert made("b", weights=str(files[1]), gradient_checkpointing=True, tune=2) == 0
+    assert made("c", weights=str(files[0]), align_corners=True) == 6
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert made("d", weights=str(files[0])) == 6
+
+
+def test_in_bf16_losses_are_close_and_the_check_knows_it(cached, awake, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    exp, forward = cached(depth=True), TinyCNN.forward
+    exp.main("data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
+    exp.main()
+    assert exp.job.accelerator.mixed_precision == "bf16"
+    np.testing.assert_allclose([*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=2e-2)
+    every_feature_counts(exp)
+    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: tuple(1.03 * x for x in forward(self, image)))
+    exp.main("train.total_steps=5")
+    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: tuple(1.07 * x for x in forward(self, image)))
+    with pytest.raises(UserError, match="'backbone' gives other features now"):
+        exp.main("train.total_steps=6")
+
+
 def test_changed_code_is_noticed(cached, monkeypatch):
+    exp, forward = cached(), TinyCNN.forward
+    exp.main("train.total_steps=1")
+
+    def times(grid, summary):
+        def changed(self, image):
+            features, positions = forward(self, image)
+            return grid * features, summary * positions
+
+        monkeypatch.setattr(TinyCNN, "forward", changed)
+
+    times(1.005, 0.995)  # as another device might
+    exp.main("train.total_steps=2")
+    for factors, file in (((1.02, 1), r"\w\.npy"), ((1, 1.02), r"\.summary\.npy")):
+        times(*factors)
+        with pytest.raises(UserError, match=rf"{file}: 'backbone' gives other features now: did its code change\?"):
+            exp.main("train.total_steps=3")
+
+
+def test_files_that_lost_something_are_noticed(cached):
     exp = cached()
     exp.main("train.total_steps=1")
-    forward = TinyCNN.forward
-    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: forward(self, 1 - image))
-    with pytest.raises(UserError, match=r"\.npy: 'backbone' gives other features now: did its code change\?"):
-        exp.main("train.total_steps=1", f"train.save_dir={exp.folder / 'b'}")
+    for path in left("npy")[:2]:  # a grid and its summary
+        whole = path.read_bytes()
+        for n in (0, 50, len(whole) - 1):
+            path.write_bytes(whole[:n])
+            with pytest.raises(
+                UserError, match=rf"{path}: the file is not whole \(.*\). Delete it: it is computed again"
+            ):
+                exp.main("train.total_steps=2")
+        path.write_bytes(whole)
+        np.load(path, mmap_mode="r+")[5:35] = 0  # neither an end nor the middle
+        with pytest.raises(UserError, match=rf"{path}: 'backbone' gives other features now"):
+            exp.main("train.total_steps=2")
+        path.unlink()
+        exp.main("train.total_steps=1", f"train.save_dir={exp.folder / path.stem}")
+        assert path.read_bytes() == whole
 
 
 def test_several_processes_build_once(cached):
@@ -311,6 +483,28 @@ def test_several_processes_build_once(cached):
     assert sorted("features of" in path.read_text() for path in outputs) == [False, False, True]
     assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())
     assert len({json.dumps(exp.log(save_dir=path.with_suffix(""))) for path in outputs}) == 1
+
+
+def test_it_says_once_that_it_waits_for_another_process(cached, capsys, monkeypatch):
+    exp = cached()
+    exp.main("train.total_steps=1")
+    assert "waiting" not in capsys.readouterr().out
+    for path in left("npy"):
+        path.unlink()
+    flock, held = fcntl.flock, {str(path): path.open("w") for path in left("lock")}
+    for lock in held.values():
+        flock(lock, fcntl.LOCK_EX)
+
+    def released_when_waited_for(lock, how):
+        if how == fcntl.LOCK_EX and lock.name in held:
+            held.pop(lock.name).close()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", released_when_waited_for)
+    exp.main("train.total_steps=2")
+    first = min(path for path in left("npy") if "summary" not in path.name)
+    assert re.findall("waiting.*", capsys.readouterr().out) == [f"waiting for {first}: another process computes it"]
+    assert not held
 
 
 def test_two_processes_of_one_run(cached):
@@ -365,7 +559,7 @@ def test_evaluation_looks_at_pictures(cached, calls):
 
 def test_errors(cached):
     exp = cached()
-    why = r"train.yaml:\d+: data.augment: not with data.cache: features: features are computed once, of the pictures as"
+    why = r"train.yaml:\d+: data.augment: set it to null: data.cache: features looks at plain pictures, once"
     exp.config["data"]["augment"] = {}
     exp.write()
     with pytest.raises(ConfigError, match=why):
@@ -374,15 +568,36 @@ def test_errors(cached):
         exp.main("data.augment=null", "model.component_build_args={}")
 
 
-def test_a_cache_above_the_limit(cached):
+@pytest.fixture
+def wide(cached):
+    """Features of 3.7 MB from pictures of 0.9 MB."""
     exp = cached()
     sizes = {"visual_dim": 1024, "semantic_dim": 2048}
     for name, changes in (("backbone", {"dim": 1024}), ("info_embedder", sizes)):
         content = {**COMPONENTS[name], "args": {**COMPONENTS[name]["args"], **changes}}
         (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return exp
+
+
+def test_a_cache_above_the_limit(wide):
     with pytest.raises(DataError, match=r"features of 100 frames .* take 0.00 GB, above data.cache_max_gb: 0.002; rai"):
-        exp.main("data.cache_max_gb=0.002")
+        wide.main("data.cache_max_gb=0.002")
     assert {path.suffix for path in cache_files()} == {".lock"}
+
+
+def test_the_limit_is_for_all_files_of_the_run(wide):
+    wide.main("train.total_steps=1")
+    for path in left("npy")[:2]:  # of one camera of three
+        path.unlink()
+    limit, text = (
+        "data.cache_max_gb=0.003",
+        r"features of 100 frames \(backbone of head, .* right\) take 0.00 GB, above",
+    )
+    with pytest.raises(DataError, match=text):
+        wide.main("train.total_steps=2", limit)
+    wide.main("train.total_steps=2")
+    with pytest.raises(DataError, match=text):
+        wide.main("train.total_steps=3", limit)
 
 
 def test_a_full_disk(cached, monkeypatch):
@@ -403,9 +618,31 @@ def test_values_that_do_not_fit_are_refused(cached):
     init = f"{{backbone: {{freeze: true, init: {exp.folder / 'big.safetensors'}}}}}"
     with pytest.raises(UserError, match="'backbone' makes of camera 'head' from frame 0 on what float16 cannot hold"):
         exp.main(f"model.component_build_args={init}")
+    assert {path.suffix for path in cache_files()} == {".lock"}
 
 
-def test_dry_run_caches_nothing(cached):
-    exp = cached()
-    exp.main("--dry_run")
+def test_a_dry_run_says_what_the_cache_takes_and_leaves_it(wide, capsys):
+    wide.main("--dry_run")
+    line = r"features of 100 frames \(backbone of head, .* right\) take 0.00 GB: about 0.1 minutes on cpu, once"
+    assert re.search(line, capsys.readouterr().out)
     assert cache_files() == []
+    assert not cache_folder().joinpath("features").exists()
+    with pytest.raises(DataError, match=r"above data.cache_max_gb: 0.002"):
+        wide.main("--dry_run", "data.cache_max_gb=0.002")
+    wide.main("train.total_steps=1")
+    capsys.readouterr()
+    wide.main("--dry_run")
+    assert "features of" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_warns_where_pictures_become_features(cached, capsys):
+    exp = cached()
+    for step, cache, warned in (
+        (1, "none", 0),
+        (2, "frames", 0),
+        (3, "features", 1),
+        (4, "features", 0),
+        (5, "none", 1),
+    ):
+        exp.main(f"train.total_steps={step}", f"data.cache={cache}")
+        assert capsys.readouterr().out.count("warning: data.cache was") == warned

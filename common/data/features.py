@@ -1,4 +1,4 @@
-"""What frozen backbones and da3 make of every frame, computed once (`data.cache: features`); training never runs them.
+"""What frozen components make of every frame, computed once (`data.cache: features`); training never runs them.
 
 Batches then hold `features.<component>.<camera>`: a grid, channels last, and of a backbone `....summary`. Pictures come
 only of cameras that a trained component looks at.
@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,10 @@ from common.data.frames import reserve
 DTYPE = np.float16
 CPU_BATCH, BATCH = 8, 64  # frames at a time
 MARK = 10.0  # seconds between notes of how far a build is
-TOLERANCE = 0.05  # relative l2 error: bfloat16 on another device gives 0.01
+CHECKED = 8  # frames, spread over a file, that are compared with what the component makes of them now
+TOLERANCE, ROUGH = 0.01, 0.05  # relative l2 error in float32, and in bfloat16 or float16 (another device gives 0.01)
 ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
+SAME_FEATURES = ("weights", "gradient_checkpointing", "tune")  # arguments that change none: the tensors are in the key
 
 
 def jobs(parts, cameras) -> list[tuple[str, str]]:
@@ -71,40 +73,40 @@ class FeatureCache:
         return batch
 
     @classmethod
-    def open(cls, frames, parts, sources, accelerator, folder: Path, max_gb: float):
+    def open(cls, frames, parts, sources, accelerator, folder: Path, max_gb: float, dry_run=False):
         """The cache in `folder`; what isn't there is computed now, other processes wait for it.
 
         frames: the FrameCache; sources: component -> its Yaml. The weights, the YAML, the pictures and the run's
         precision are a file's key. Raises DataError if it takes more than max_gb (10^9 bytes) or than the disk has
-        left, and UserError if the files hold other features than the component gives now.
+        left, and UserError if the files hold other features than the component gives now. dry_run: only say what it
+        takes.
         """
+        paths, work = plan(frames, parts, sources, accelerator, folder)
+        if dry_run:
+            announce(work, accelerator, folder, max_gb)
+            return None
         folder.mkdir(parents=True, exist_ok=True)
-        eyes, made_by, paths, work = parts.lookers(list(frames.paths))[0], {}, {}, {}
-        for name, camera in jobs(parts, frames.paths):
-            if name not in made_by:
-                settings = [sources[name].data, accelerator.mixed_precision, np.dtype(DTYPE).name]
-                made_by[name] = json.dumps([digest(parts[name]), *settings], sort_keys=True)
-            pictures = frames.paths[camera].stem
-            what = hashlib.sha256(f"{pictures} {made_by[name]}".encode()).hexdigest()[:16]
-            path = folder / f"{pictures.partition('-')[0]}-{what}.npy"
-            files = [path, path.with_suffix(".summary.npy")] if (name, camera) in eyes else [path]
-            paths |= zip([f"features.{name}.{camera}", f"features.{name}.{camera}.summary"], files, strict=False)
-            work[path] = Job(name, camera, parts[name].to(accelerator.device).eval(), frames[camera], files)
         with ExitStack() as locks:
-            for path, job in sorted(work.items()):
-                if not all(file.exists() for file in job.files):
-                    fcntl.flock(locks.enter_context(path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
-            missing = [job for job in work.values() if not all(file.exists() for file in job.files)]
-            if missing:
-                build(missing, accelerator, folder, max_gb)
-        cache = cls(paths)
-        for path, job in work.items():
-            rows = np.unique([0, len(job.pictures) // 2, len(job.pictures) - 1])
-            now = look(job.module, job.pictures[rows], accelerator)[0].astype(np.float32)
-            kept = cache[f"features.{job.name}.{job.camera}"][rows].astype(np.float32)
-            if now.shape != kept.shape or not np.linalg.norm(now - kept) <= TOLERANCE * np.linalg.norm(now):
-                raise UserError(f"{path}: '{job.name}' gives other features now: did its code change? Delete this file")
-        return cache
+            told = not accelerator.is_local_main_process  # one process says it, and once
+            for path in sorted(job.files[0] for job in work if not job.is_whole()):
+                lock = locks.enter_context(path.with_suffix(".lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not told:
+                        print(f"waiting for {path}: another process computes it", flush=True)
+                    told = True
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = [job for job in work if not job.is_whole()]
+            clear(folder, missing)
+            lacking = announce(work, accelerator, folder, max_gb)
+            shown = {"total": sum(len(job.pictures) for job in missing), "unit": " frames", "desc": "features"}
+            with tqdm(initial=sum(done for _, done in lacking), disable=not missing, **shown) as bar:
+                for job, (shapes, done) in zip(missing, lacking, strict=True):
+                    fill(job, shapes, done, accelerator, bar)
+        for job in work:
+            check(job, accelerator)
+        return cls(paths)
 
 
 class Job(NamedTuple):
@@ -114,7 +116,46 @@ class Job(NamedTuple):
     camera: str
     module: nn.Module
     pictures: np.ndarray
-    files: list[Path]
+    files: list[Path]  # of the grid[, of the summary]
+
+    def is_whole(self) -> bool:
+        return all(file.exists() for file in self.files)
+
+    @property
+    def unfinished(self) -> list[Path]:
+        return [file.with_suffix(".tmp") for file in self.files]
+
+    @property
+    def note(self) -> Path:
+        """Says how many frames of the unfinished files are done."""
+        return self.files[0].with_suffix(".rows")
+
+
+def plan(frames, parts, sources, accelerator, folder: Path) -> tuple[dict[str, Path], list[Job]]:
+    """The file of each key of a batch, and the jobs that make them. Equal components share files."""
+    eyes, made_by, paths, work = parts.lookers(list(frames.paths))[0], {}, {}, {}
+    for name, camera in jobs(parts, frames.paths):
+        if name not in made_by:
+            settings = [digest(parts[name]), seeing(sources[name].data), accelerator.mixed_precision, DTYPE.__name__]
+            made_by[name] = json.dumps(settings, sort_keys=True)
+        pictures = frames.paths[camera].stem
+        what = hashlib.sha256(f"{pictures} {made_by[name]}".encode()).hexdigest()[:16]
+        path = folder / f"{pictures.partition('-')[0]}-{what}.npy"
+        own = {f"features.{name}.{camera}": path}
+        if (name, camera) in eyes:
+            own[f"features.{name}.{camera}.summary"] = path.with_suffix(".summary.npy")
+        module = parts[name].to(accelerator.device).eval()
+        # Backbones come first: a hand extractor that is the same takes the grid of their two files.
+        work.setdefault(path, Job(name, camera, module, frames[camera], [*own.values()]))
+        paths |= own
+    return paths, [*work.values()]
+
+
+def seeing(data: dict) -> dict:
+    """A component YAML without the arguments that change no feature."""
+    if "blocks" in data:
+        return data | {"blocks": {name: seeing(entry) for name, entry in data["blocks"].items()}}
+    return data | {"args": {k: v for k, v in (data.get("args") or {}).items() if k not in SAME_FEATURES}}
 
 
 def digest(module) -> str:
@@ -127,68 +168,104 @@ def digest(module) -> str:
 
 
 @torch.no_grad()
-def look(module, pictures: np.ndarray, accelerator) -> list[np.ndarray]:
-    """uint8 (n, 3, h, w) -> a frozen component's [grid, summary], or [grid], as they are kept."""
+def features_of(job: Job, rows, accelerator) -> list[np.ndarray]:
+    """Some of a job's pictures -> what is kept of them: [grid, summary], or [grid]."""
     with accelerator.autocast():
-        result = module(image=torch.from_numpy(np.array(pictures)).to(accelerator.device) / 255)
+        pictures = torch.from_numpy(np.array(job.pictures[rows])).to(accelerator.device)
+        result = job.module(image=pictures / 255)
     result = [result] if isinstance(result, torch.Tensor) else [result[0].permute(0, 2, 3, 1), result[1]]
-    return [x.to(torch.float16).cpu().numpy() for x in result]
+    return [x.to(torch.float16).cpu().numpy() for x in result[: len(job.files)]]
 
 
-def build(work: list[Job], accelerator, folder: Path, max_gb: float):
-    """Say what it will take, and fill the files."""
-    device, frames = accelerator.device, len(work[0].pictures)
-    size = CPU_BATCH if device.type == "cpu" else BATCH
-    shapes, done, gb, seconds = [], [], [], 0.0
+def check(job: Job, accelerator):
+    """Raises UserError unless the files hold what the component makes of the pictures now."""
+    rows = np.unique(np.linspace(0, len(job.pictures) - 1, CHECKED).astype(int))
+    tolerance = TOLERANCE if accelerator.mixed_precision == "no" else ROUGH
+    for path, now in zip(job.files, features_of(job, rows, accelerator), strict=True):
+        try:
+            kept = np.load(path, mmap_mode="r")[rows].astype(np.float32)
+        except (ValueError, EOFError, IndexError) as error:
+            raise UserError(f"{path}: the file is not whole ({error}). Delete it: it is computed again") from error
+        now = now.astype(np.float32)
+        if now.shape != kept.shape or not np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(now):
+            raise UserError(f"{path}: '{job.name}' gives other features now: did its code change? Delete this file")
+
+
+def announce(work: list[Job], accelerator, folder: Path, max_gb: float) -> list[tuple]:
+    """Say what the missing files will take; of each job that lacks some: shapes of its files, frames done.
+
+    Raises DataError if all files of the run are above max_gb, or the missing ones above what the disk has left.
+    """
+    frames, found, gb, needed, seconds = len(work[0].pictures), [], 0.0, 0.0, 0.0
     for job in work:
+        if job.is_whole():
+            gb += sum(file.stat().st_size for file in job.files) / 1e9
+            continue
         for _ in range(2):  # the first call also warms up
             since = time.perf_counter()
-            trial = look(job.module, job.pictures[:size], accelerator)
+            trial = features_of(job, slice(batch_size(accelerator)), accelerator)
             once = (time.perf_counter() - since) / len(trial[0])
-        shapes.append([(frames, *x.shape[1:]) for x in trial])
-        done.append(progress(job.files, shapes[-1]))
-        gb.append(sum(frames * x[0].nbytes for x in trial) / 1e9)
-        seconds += once * (frames - done[-1])
+        shapes = [(frames, *x.shape[1:]) for x in trial]
+        found.append((shapes, progress(job, shapes)))
+        size, done = sum(frames * x[0].nbytes for x in trial) / 1e9, found[-1][1]
+        gb, needed = gb + size, needed + (0 if done else size)  # a build cut short keeps its space
+        seconds += once * (frames - done)
     text = ", ".join(f"{job.name} of {job.camera}" for job in work)
-    text = f"features of {frames} frames ({text}) take {sum(gb):.2f} GB"
-    needed = sum(x for x, rows in zip(gb, done, strict=True) if not rows)  # a build cut short keeps its space
-    free = shutil.disk_usage(folder).free / 1e9
-    if sum(gb) > max_gb:
+    text = f"features of {frames} frames ({text}) take {gb:.2f} GB"
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
+    if gb > max_gb:
         raise DataError(f"{text}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
     if needed > free:
         raise DataError(f"{folder}: {text}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME")
-    total, past = frames * len(work), sum(done)
-    again = f", going on after {past} of {total}" if past else ""
-    print(f"{text}: about {duration(seconds)} on {device}{again}, once, into {folder}", flush=True)
-    with tqdm(total=total, initial=past, unit=" frames", desc="features") as bar:
-        for job, shape, rows in zip(work, shapes, done, strict=True):
-            fill(job, shape, rows, size, accelerator, bar)
+    if found:
+        past = sum(done for _, done in found)
+        again = f", going on after {past} of {frames * len(found)}" if past else ""
+        print(f"{text}: about {duration(seconds)} on {accelerator.device}{again}, once, into {folder}", flush=True)
+    return found
 
 
-def fill(job: Job, shapes, done: int, size: int, accelerator, bar):
+def progress(job: Job, shapes) -> int:
+    """The frames that a build which was cut short has left, 0 if there are none to go on with."""
+    with suppress(OSError, ValueError, EOFError):  # not there, or not whole
+        done = int(job.note.read_text())
+        if 0 <= done <= len(job.pictures) and [np.load(x, mmap_mode="r").shape for x in job.unfinished] == shapes:
+            return done
+    return 0
+
+
+def clear(folder: Path, missing: list[Job]):
+    """Remove what builds that were cut short have left, but for those that go on, here or in another process."""
+    going_on = {job.note.stem for job in missing}
+    for left in [path for path in folder.iterdir() if path.suffix in (".tmp", ".rows", ".new")] if missing else ():
+        stem = left.name.partition(".")[0]
+        if stem not in going_on:
+            with (folder / f"{stem}.lock").open("w") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink(missing_ok=True)
+
+
+def fill(job: Job, shapes, done: int, accelerator, bar):
     """Frames from `done` on, into `*.tmp`, with the frames done in `*.rows`; renamed when whole."""
-    unfinished, note = [path.with_suffix(".tmp") for path in job.files], job.files[0].with_suffix(".rows")
-    if done:
-        maps = [np.load(path, mmap_mode="r+") for path in unfinished]
-    else:
-        note.unlink(missing_ok=True)
-        try:
-            maps = [reserve(path, shape, DTYPE) for path, shape in zip(unfinished, shapes, strict=True)]
-        except DataError:
-            for path in unfinished:
-                path.unlink(missing_ok=True)
-            raise
+    size, marked = batch_size(accelerator), time.monotonic()
+
+    def leave_nothing():
+        for path in (job.note, *job.unfinished):
+            path.unlink(missing_ok=True)
 
     def mark():
         for array in maps:
             array.flush()
-        note.with_suffix(".new").write_text(str(done))
-        note.with_suffix(".new").replace(note)
+        job.note.with_suffix(".new").write_text(str(done))
+        job.note.with_suffix(".new").replace(job.note)
 
-    marked = time.monotonic()
     try:
+        if done:
+            maps = [np.load(path, mmap_mode="r+") for path in job.unfinished]
+        else:
+            leave_nothing()
+            maps = [reserve(path, shape, DTYPE) for path, shape in zip(job.unfinished, shapes, strict=True)]
         while done < len(job.pictures):
-            made = look(job.module, job.pictures[done : done + size], accelerator)
+            made = features_of(job, slice(done, done + size), accelerator)
             if not all(np.isfinite(x).all() for x in made):
                 where = f"of camera '{job.camera}' from frame {done} on"
                 raise UserError(f"'{job.name}' makes {where} what float16 cannot hold: set data.cache: frames")
@@ -199,20 +276,20 @@ def fill(job: Job, shapes, done: int, size: int, accelerator, bar):
             if time.monotonic() - marked >= MARK:
                 mark()
                 marked = time.monotonic()
-    finally:
+    except UserError:  # no space, or no hope: nothing to go on with
+        leave_nothing()
+        raise
+    except BaseException:  # Ctrl-C, too
         mark()
-    for old, path in zip(unfinished, job.files, strict=True):
+        raise
+    mark()
+    for old, path in zip(job.unfinished, job.files, strict=True):
         old.rename(path)
-    note.unlink()
+    job.note.unlink()
 
 
-def progress(files, shapes) -> int:
-    """The frames that a build which was cut short has left, 0 if there are none to go on with."""
-    unfinished, note = [path.with_suffix(".tmp") for path in files], files[0].with_suffix(".rows")
-    if not all(path.exists() for path in [note, *unfinished]):
-        return 0
-    fits = [np.load(path, mmap_mode="r").shape for path in unfinished] == shapes
-    return int(note.read_text()) if fits else 0
+def batch_size(accelerator) -> int:
+    return CPU_BATCH if accelerator.device.type == "cpu" else BATCH
 
 
 def duration(seconds: float) -> str:

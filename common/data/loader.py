@@ -222,10 +222,15 @@ class Data:
             "proprio_history": cfg.obs_proprio_history,
         }
 
-    def cache_features(self, parts, sources, accelerator):
-        """From now on, batches hold the features of frozen components in place of what only these look at."""
-        folder, cameras = cache_folder() / "features", list(self.cfg.cameras)
-        made = FeatureCache.open(self.windows.frames, parts, sources, accelerator, folder, self.cfg.cache_max_gb)
+    def cache_features(self, parts, sources, accelerator, dry_run=False):
+        """From now on, batches hold the features of frozen components in place of what only these look at.
+
+        dry_run: only say what it takes, and change nothing.
+        """
+        folder, cameras, gb = cache_folder() / "features", list(self.cfg.cameras), self.cfg.cache_max_gb
+        made = FeatureCache.open(self.windows.frames, parts, sources, accelerator, folder, gb, dry_run)
+        if dry_run:
+            return
         needed = {camera for some in parts.lookers(cameras) for name, camera in some if name not in parts.frozen}
         self.windows.features, self.windows.pictures = made, [name for name in cameras if name in needed]
 
