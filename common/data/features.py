@@ -88,7 +88,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as locks:
             told = not accelerator.is_local_main_process  # one process says it, and once
-            for path in sorted(job.files[0] for job in work if not job.is_whole()):
+            for path in sorted(job.files[0] for job in work if not job.exists()):
                 lock = locks.enter_context(path.with_suffix(".lock").open("w"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,8 +97,9 @@ class FeatureCache:
                         print(f"waiting for {path}: another process computes it", flush=True)
                     told = True
                     fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = [job for job in work if not job.is_whole()]
-            clear(folder, missing)
+            missing = [job for job in work if not job.exists()]
+            if missing:
+                clear(folder, missing)
             lacking = announce(work, accelerator, folder, max_gb)
             shown = {"total": sum(len(job.pictures) for job in missing), "unit": " frames", "desc": "features"}
             with tqdm(initial=sum(done for _, done in lacking), disable=not missing, **shown) as bar:
@@ -118,7 +119,7 @@ class Job(NamedTuple):
     pictures: np.ndarray
     files: list[Path]  # of the grid[, of the summary]
 
-    def is_whole(self) -> bool:
+    def exists(self) -> bool:
         return all(file.exists() for file in self.files)
 
     @property
@@ -173,7 +174,7 @@ def features_of(job: Job, rows, accelerator) -> list[np.ndarray]:
     with accelerator.autocast():
         pictures = torch.from_numpy(np.array(job.pictures[rows])).to(accelerator.device)
         result = job.module(image=pictures / 255)
-    result = [result] if isinstance(result, torch.Tensor) else [result[0].permute(0, 2, 3, 1), result[1]]
+    result = [result] if isinstance(result, torch.Tensor) else [result[0].movedim(1, -1), result[1]]
     return [x.to(torch.float16).cpu().numpy() for x in result[: len(job.files)]]
 
 
@@ -198,7 +199,7 @@ def announce(work: list[Job], accelerator, folder: Path, max_gb: float) -> list[
     """
     frames, found, gb, needed, seconds = len(work[0].pictures), [], 0.0, 0.0, 0.0
     for job in work:
-        if job.is_whole():
+        if job.exists():
             gb += sum(file.stat().st_size for file in job.files) / 1e9
             continue
         for _ in range(2):  # the first call also warms up
@@ -236,7 +237,7 @@ def progress(job: Job, shapes) -> int:
 def clear(folder: Path, missing: list[Job]):
     """Remove what builds that were cut short have left, but for those that go on, here or in another process."""
     going_on = {job.note.stem for job in missing}
-    for left in [path for path in folder.iterdir() if path.suffix in (".tmp", ".rows", ".new")] if missing else ():
+    for left in [path for path in folder.iterdir() if path.suffix in (".tmp", ".rows", ".new")]:
         stem = left.name.partition(".")[0]
         if stem not in going_on:
             with (folder / f"{stem}.lock").open("w") as lock, suppress(BlockingIOError):
@@ -246,7 +247,7 @@ def clear(folder: Path, missing: list[Job]):
 
 def fill(job: Job, shapes, done: int, accelerator, bar):
     """Frames from `done` on, into `*.tmp`, with the frames done in `*.rows`; renamed when whole."""
-    size, marked = batch_size(accelerator), time.monotonic()
+    size, marked, maps = batch_size(accelerator), time.monotonic(), []
 
     def leave_nothing():
         for path in (job.note, *job.unfinished):
