@@ -18,6 +18,7 @@ from torch import nn
 import evaluate
 import train_vfp
 from common import checkpoint, config, run
+from common.build import block
 from common.config import UserError, Yaml
 from common.data.loader import Normalizer, to_device
 from common.parts import Parts, build_parts
@@ -384,6 +385,17 @@ def test_random_weights_are_said_once_with_what_they_are_not(tmp_path, demos, ca
     assert sorted(notices) == [da3, f"NOTICE: head_backbone {start} nvidia/C-RADIOv3-L"]
     checkpoint.open_policy(exp.save_dir)
     assert "RANDOM" not in capsys.readouterr().out
+
+
+def test_a_block_of_ones_own_may_read_files_without_an_argument_that_names_them(capsys):
+    class OwnFiles(nn.Linear):
+        def load_weights(self):
+            raise AssertionError("nothing to load")
+
+    block("own_files")(OwnFiles)
+    source = Yaml.parse("block: own_files\nargs: {in_features: 1, out_features: 1}\n", "own.yaml")
+    build_parts(Model(component_config_paths={}), {"own": source}, {}, {})
+    assert capsys.readouterr().out == "NOTICE: own starts with RANDOM weights\n"
 
 
 @pytest.mark.slow
