@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from common.blocks.weights import read_tensors, require
 from common.build import build
 from common.config import ConfigError
+from common.data.loader import IMAGE
 from common.schema import Part
-
-IMAGE = "observation.images."
 
 
 class Parts(nn.ModuleDict):
