@@ -114,8 +114,11 @@ class Run:
         self.sources |= {name: completed(self.sources[name], part) for name, part in parts.items()}
         if self.options.dry_run:
             print(parts.table(self.cfg))
-        if self.cfg.data.cache == "features":
+        features = self.cfg.data.cache == "features"
+        if features:
             jobs(parts, self.cfg.data.cameras)  # nothing to cache is an error now
+        if self.cfg.data.cache != "none":  # last: decoding takes minutes
+            self.data.cache_frames(dry_run=self.options.dry_run and not features)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
     def try_out(self, policy):

@@ -348,6 +348,8 @@ def test_loader_reads_it_without_cameras(written, cache):
     kind, root = written
     sizes = {"action_horizon": 25, "obs_proprio_history": 2, "batch_size": 64, "num_workers": 0, "cache": cache}
     data = Data(Settings(root=str(root), cameras={}, HZ=10.0, **sizes))
+    if cache == "frames":
+        data.cache_frames()  # of no camera
     assert (len(data.windows), len(data.train_rows), data.val_episodes) == (24_000, 21_600, list(range(864, 960)))
     assert (data.facts["action_dim"], data.facts["state_dim"], data.facts["num_cameras"]) == (2, 4, 0)
     paths = demonstrations(kind.COUNTS)[2]

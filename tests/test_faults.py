@@ -21,7 +21,8 @@ import train_vfp
 from common import build, checkpoint, run
 from common.blocks.vision import TinyCNN
 from common.build import UnknownBlock
-from common.config import UserError
+from common.config import DataError, UserError
+from common.data.lerobot import cache_folder
 
 FREEZE = "model.component_build_args={backbone: {freeze: true}}"
 
@@ -492,6 +493,22 @@ def test_dry_run_prints_components_and_writes_nothing(experiment, capsys):
     assert "sample (1, 6, 4); 20 steps of 10 per epoch" in out
     config = yaml.safe_load(out[out.index("\nmodel:") :])
     assert config["train"]["save_dir"] == str(exp.save_dir)
+
+
+def test_pictures_are_decoded_last(experiment, capsys):
+    exp, size = experiment("train_vfp"), "data.image_size=[26, 38]"
+    frames = cache_folder() / "frames"
+    before = {*frames.glob("*.npy")}
+    save_file({"other": torch.zeros(1)}, exp.folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: not the weights of component 'backbone'"):
+        exp.main(size, f"model.component_build_args={{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}")
+    assert exp.main("--dry_run", size) == 0
+    assert {*frames.glob("*.npy")} == before
+    assert re.search(r"frames of \d cameras? at 26 x 38 take .* GB: decoding \w+.* once", capsys.readouterr().out)
+    with pytest.raises(DataError, match=r"above data\.cache_max_gb: 0\.0001"):
+        exp.main("--dry_run", size, "data.cache_max_gb=0.0001")
+    assert exp.main(size, "train.total_steps=1") == 0
+    assert {*frames.glob("*.npy")} > before
 
 
 def test_a_tracker_that_cannot_start_costs_a_warning(experiment, capsys):

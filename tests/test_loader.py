@@ -18,7 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def load(demos, **settings):
     given = {"cameras": CAMERAS, "action_horizon": 6, "obs_proprio_history": 3, "HZ": 10.0, "image_size": [32, 32]}
     given |= {"val_episodes": [5], "batch_size": 8, "num_workers": 0}
-    return Data(Settings(root=str(demos), **{**given, **settings}))
+    data = Data(Settings(root=str(demos), **{**given, **settings}))
+    if data.cfg.cache != "none":
+        data.cache_frames()
+    return data
 
 
 @pytest.mark.parametrize(

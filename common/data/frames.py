@@ -138,9 +138,18 @@ class FrameCache:
         return self[name].view(np.ndarray)[np.asarray(rows)]
 
     @classmethod
-    def open(cls, dataset: LeRobotDataset, cameras: dict[str, str], size, episodes, folder: Path, max_gb: float):
+    def open(
+        cls,
+        dataset: LeRobotDataset,
+        cameras: dict[str, str],
+        size,
+        episodes,
+        folder: Path,
+        max_gb: float,
+        dry_run=False,
+    ):
         """The cache in `folder`, decoded now if it isn't there; other processes wait for it. Raises DataError if it
-        takes more than max_gb (10^9 bytes) or than the disk has left."""
+        takes more than max_gb (10^9 bytes) or than the disk has left. dry_run: only say what it takes."""
         dataset.require_cameras(cameras.values())
         numbers, paths = [episode.index for episode in dataset.select(episodes)], {}
         for name, key in cameras.items():
@@ -165,6 +174,8 @@ class FrameCache:
                 if gb * len(missing) > free:
                     raise DataError(f"{folder}: {total}, but {free:.2f} GB are free; {advice}, or move XDG_CACHE_HOME")
                 print(f"{total}: decoding {', '.join(missing)} once, into {folder}", flush=True)
+                if dry_run:
+                    return None
                 build(dataset, missing, tuple(size), numbers, paths)
         cache = cls(paths)
         if missing and cache.warnings:

@@ -202,12 +202,9 @@ class Data:
         keys = [*cfg.state_keys, cfg.action_key]
         for warning in check(dataset, list(cfg.cameras.values()), keys, cfg.episodes):
             print(f"warning: {warning}")
-        if cfg.cache == "none":
-            frames = VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes)
-        else:
-            folder = cache_folder() / "frames"
-            frames = FrameCache.open(dataset, cfg.cameras, tuple(cfg.image_size), episodes, folder, cfg.cache_max_gb)
-        self.windows = Windows(cfg, dataset, episodes, frames)
+        self.windows = Windows(
+            cfg, dataset, episodes, VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes)
+        )
         self.train_rows = self.windows.rows(set(episodes) - held_out, cfg.first_frames)
         rows = self.windows.rows(held_out, cfg.first_frames)
         self.val_rows = rows[np.linspace(0, len(rows) - 1, min(cfg.val_samples, len(rows))).astype(int)]
@@ -221,6 +218,16 @@ class Data:
             "action_horizon": cfg.action_horizon,
             "proprio_history": cfg.obs_proprio_history,
         }
+
+    def cache_frames(self, dry_run=False):
+        """From now on, pictures are not decoded but read from the frame cache, which is filled first.
+
+        dry_run: only say what it takes, and change nothing.
+        """
+        cfg, decoded = self.cfg, self.windows.frames
+        chosen = (decoded.dataset, decoded.cameras, decoded.size, [episode.index for episode in decoded.episodes])
+        made = FrameCache.open(*chosen, cache_folder() / "frames", cfg.cache_max_gb, dry_run)
+        self.windows.frames = made or decoded
 
     def cache_features(self, parts, sources, accelerator, dry_run=False):
         """From now on, batches hold the features of frozen components in place of what only these look at.
