@@ -62,6 +62,8 @@ def arguments(argv):
     add("--ensemble", type=amount, metavar="M", help="average the chunks that cover a step, weights exp(-M age rank)")
     add("--hold", type=amount, default=2.0, help="seconds for which a latent keeps its noise; 0: new at each look (2)")
     add("--max_steps", type=count, default=5000, help="after which an episode has failed (5000)")
+    add("--guidance", type=amount, metavar="W", help="of a policy with classifier-free guidance (as it was configured)")
+    add("--temperature", type=amount, metavar="TAU", help="of such a policy's prior; 0: the most likely codes")
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
     add("--seed", type=int, default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
@@ -312,6 +314,10 @@ def main(argv=None):
     folder = given if (given / "meta.json").is_file() else newest(given) or given
     policy, cfg = open_policy(folder, dict(item.partition("=")[::2] for item in args.weights))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    for name in [name for name in ("guidance", "temperature") if getattr(args, name) is not None]:
+        if not hasattr(getattr(policy, "sampling", None), name):
+            raise UserError(f"--{name}: {args.checkpoint} holds a policy without it")
+        setattr(policy.sampling, name, getattr(args, name))
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -319,6 +325,7 @@ def main(argv=None):
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
     meta = read_meta(folder)
     args.about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
+    args.about["sampling"] = vars(policy.sampling) if hasattr(policy, "sampling") else {}
     args.about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
     (closed_loop if args.env else open_loop)(policy, cfg, args)
     print(f"\nwritten to {args.out}")

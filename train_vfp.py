@@ -20,15 +20,6 @@ from common.losses import Noise, camera_drop, gaussian_kl, given_prefix, kot, li
 
 
 @dataclass
-class Sinkhorn:
-    weight: float = key(0.05, "of the K-OT term")
-    lam_state: float = key(2.0, "cost of pairing different states")
-    blur: float = key(0.05, "entropic regularisation as a share of the median cost")
-    iterations: int = key(100, "of the annealed Sinkhorn solver")
-    solver: Literal["sinkhorn", "exact"] = key("sinkhorn", "exact: optimal assignment on the host")
-
-
-@dataclass
 class Loss:
     target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
     draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
@@ -41,7 +32,7 @@ class Loss:
     commitment: float = key(0.25, "of |z_e - its code|^2, where there is a codebook")
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
     revive_until: float = key(0.6, "share of the run in which such codes are moved to where they are needed")
-    sinkhorn: Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
+    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
 
 
 @dataclass
@@ -113,7 +104,7 @@ class Policy(nn.Module):
             code = self.codebook(posterior.tokens, noise if self.training else None)
             prior_loss = prior.loss(code.indices if isinstance(prior, Codes) else code.zq.detach(), noise)
             commitment = (posterior.tokens - code.zq.detach()).square().mean()
-            scalars = {"commitment": commitment, "prior": prior_loss, "perplexity": self.codebook.perplexity()}
+            scalars = {"commitment": commitment, "prior": prior_loss, **self.codebook.state()}
             return code.z, prior, self.loss.commitment * commitment + prior_loss, scalars
         z = posterior.sample(noise)
         kl_weight = self.loss.kl * ramp(progress, self.loss.kl_ramp) / x1[0].numel()

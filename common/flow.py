@@ -19,6 +19,21 @@ def velocity(decode, target: str, x: Tensor, t: float, fixed: Tensor | None = No
     return predicted if fixed is None else predicted.masked_fill(fixed[:, None], 0)
 
 
+def guided(decode, w: float):
+    """A decoder bound to [z; null] -> what it says of chunks x, null + w (z - null), in one call.
+
+    Ho & Salimans 2022 (arXiv:2207.12598) eq. 6, whose w is ours less one. As the velocity is affine in x1, this holds
+    of either target.
+    """
+
+    def both(x_t, t, **known):
+        known = {name: torch.cat([value, value]) for name, value in known.items()}
+        conditional, null = decode(x_t=torch.cat([x_t, x_t]), t=torch.cat([t, t]), **known).chunk(2)
+        return null + w * (conditional - null)
+
+    return both
+
+
 def euler(velocity, x0: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; `steps` evaluations (NFE)."""
     x = x0

@@ -92,9 +92,10 @@ def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
     """Flow-matching loss on held-out windows, mean squared error of the normalised velocity, at the middle of each bin.
 
     {"t": [...], "posterior": [...], "prior": [...]}, by where the latent is from (posterior: policies with infer()),
-    or {"t", "none"} of a policy without; all with the same noise. What z settles shows as the gap between the lines.
+    or {"t", "none"} of a policy without; all with the same noise, without guidance. The gap is what z settles.
     """
     t, sums, entries = [(k + 0.5) / bins for k in range(bins)], {}, 0
+    unguided = {"w": 1.0} if hasattr(policy, "sampling") else {}
     device = next(policy.parameters()).device
     for rows in tqdm(np.array_split(data.val_rows, -(-len(data.val_rows) // 64)), desc="velocity loss"):
         batch = to_device(data.windows[rows], device)
@@ -109,7 +110,8 @@ def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
         elif hasattr(policy, "infer"):
             latents = {"posterior": policy.infer(memory, x1, RowNoise(keys, device))[0], **latents}
         for arm, z in latents.items():
-            policy.sample(memory, x0, bins, z, solver=_probe(x1, valid, t, sums.setdefault(arm, [0.0] * bins)))
+            probe = _probe(x1, valid, t, sums.setdefault(arm, [0.0] * bins))
+            policy.sample(memory, x0, bins, z, solver=probe, **unguided)
     return {"t": t, **{arm: [value / entries for value in values] for arm, values in sums.items()}}
 
 

@@ -1,4 +1,4 @@
-"""The sections of train.yaml that all scripts share; each script adds its own `loss`."""
+"""The sections of train.yaml that scripts share; each has its own `loss`."""
 
 import typing
 from dataclasses import dataclass
@@ -128,3 +128,12 @@ class Train:
     load_dir: Path | None = key(None, "checkpoint of another run whose components a new run starts from")
     tracker: str | None = key(None, "any of Accelerate's; null: log.jsonl only")
     log_every: int = key(20, "optimizer steps between lines of the log", low=1)
+
+
+@dataclass
+class Sinkhorn:
+    weight: float = key(0.05, "of the K-OT term")
+    lam_state: float = key(2.0, "cost of pairing different states")
+    blur: float = key(0.05, "entropic regularisation as a share of the median cost")
+    iterations: int = key(100, "of the annealed Sinkhorn solver")
+    solver: Literal["sinkhorn", "exact"] = key("sinkhorn", "exact: optimal assignment on the host")

@@ -48,12 +48,16 @@ CODES = {key: value for key, value in LATENT_COMPONENTS.items() if not key.start
         "args": {**LATENT["args"], "latent_dim": None, "head": "codes", "num_codes": 6},
     },
 }
+GUIDED = {"info_encoder" if name == "info_embedder" else name: component for name, component in CODES.items()}
+GUIDED |= {"vqvae_codebook": {"block": "vq_codebook", "args": {"num_codes": 6, "latent_dim": 4, "null_tokens": 2}}}
 POLICIES = {  # script, or script:variant -> its components
     "train_flow_matching": COMPONENTS,
     "train_vfp": LATENT_COMPONENTS,
     "train_vfp:flow": LATENT_COMPONENTS | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
     "train_vfp:codes": CODES,
     "train_vfp:point": CODES | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
+    "train_cfg_vqvae": GUIDED,
+    "train_cfg_vqvae:point": GUIDED | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
 }
 
 

@@ -239,7 +239,7 @@ def test_perplexity_counts_codes_in_use():
     for step in range(1500):
         book(torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None, None], Noise(step))
         book.after_step(None, [], NoAverage)
-    assert book.perplexity() == pytest.approx(2**1.5, rel=1e-3)
+    assert book.state()["perplexity"] == pytest.approx(2**1.5, rel=1e-3)
 
 
 def test_forget_puts_a_schedule_free_row_where_the_parameter_is():

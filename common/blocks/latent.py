@@ -75,13 +75,13 @@ class Codes(NamedTuple):
     def size(self):
         return self.h.shape[1], self.head.num_codes
 
-    def sample(self, noise, codes: Tensor) -> Tensor:
-        """z (B, n, D) of `codes` (K, D): the largest of logits plus Gumbel noise, slot by slot.
+    def sample(self, noise, codes: Tensor, temperature=1.0) -> Tensor:
+        """z (B, n, D) of `codes` (K, D): the largest of logits plus Gumbel noise times temperature, slot by slot.
 
         The gradient reaches the logits as if z were the mean of the softmax (straight through: Jang et al. 2017,
         arXiv:1611.01144, section 2.2), and not the codes.
         """
-        codes, gumbel = codes.detach(), -(-noise.uniform(len(self.h), *self.size).log()).log()
+        codes, gumbel = codes.detach(), -temperature * (-noise.uniform(len(self.h), *self.size).log()).log()
         indices = torch.zeros(self.h.shape[:2], dtype=torch.long, device=self.h.device)
         for slot in range(indices.shape[1]):
             indices[:, slot] = (self.head.logits(self.h, indices) + gumbel)[:, slot].argmax(-1)
@@ -91,9 +91,10 @@ class Codes(NamedTuple):
             z = z + mean - mean.detach()
         return z
 
-    def loss(self, indices: Tensor, noise) -> Tensor:
+    def loss(self, indices: Tensor, noise, smoothing=0.0) -> Tensor:
         """Cross-entropy in nats, mean over slots."""
-        return nn.functional.cross_entropy(self.head.logits(self.h, indices).transpose(1, 2), indices)
+        logits = self.head.logits(self.h, indices).transpose(1, 2)
+        return nn.functional.cross_entropy(logits, indices, label_smoothing=smoothing)
 
 
 class GaussianHead(nn.Linear):

@@ -132,7 +132,7 @@ class MLPActionDecoder(nn.Module):
         return self.bind(memory, z)(x_t, t, fixed=fixed)
 
     def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z, fixed])."""
+        """memory, z -> callable(x_t, t[, z, fixed]); z may hold several latents of each observation, (k B, n, D)."""
         return BoundMLP(self, self.memory(memory).mean(1, keepdim=True), z)
 
     def run(self, x_t, t, known, fixed):
@@ -154,7 +154,7 @@ class BoundMLP:
         self.known = memory if z is None else self._join(z)
 
     def _join(self, z):
-        return self.memory + self.decoder.latent(z.flatten(1))[:, None]
+        return self.memory.repeat(len(z) // len(self.memory), 1, 1) + self.decoder.latent(z.flatten(1))[:, None]
 
     def detach(self):
         """The same without gradient to the memory and its projection."""

@@ -232,7 +232,10 @@ class ActionDecoder(nn.Module):
         return self.bind(memory, z)(x_t, t, fixed=fixed)
 
     def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z, fixed]) with every layer's keys and values computed."""
+        """memory, z -> callable(x_t, t[, z, fixed]) with every layer's keys and values computed.
+
+        z may hold k latents per observation, (k B, n, D): all observations with the first, then with the next.
+        """
         return BoundDecoder(self, [layer.cross.keys_values(memory) for layer in self.layers], z)
 
     def run(self, x_t, t, keys_values, latent, fixed):
@@ -259,7 +262,9 @@ class BoundDecoder:
     def _join(self, z):
         latent = self.decoder.latent(z)
         of_z = [layer.cross.keys_values(latent) for layer in self.decoder.layers]
-        pairs = zip(self.keys_values, of_z, strict=True)
+        times = len(z) // len(self.keys_values[0][0])
+        known = [tuple(x.repeat(times, 1, 1, 1) if times > 1 else x for x in kv) for kv in self.keys_values]
+        pairs = zip(known, of_z, strict=True)
         return latent, [tuple(torch.cat(both, 2) for both in zip(kv, kvz, strict=True)) for kv, kvz in pairs]
 
     def detach(self):
