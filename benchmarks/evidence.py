@@ -21,10 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-NAIVE, VFP = "naive_flow_matching_policy", "vfp_single_expert"
-SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py"}
+NAIVE, VFP, CFG = "naive_flow_matching_policy", "vfp_single_expert", "cfg_vqvae_flow_matching"
+SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py", CFG: "train_cfg_vqvae.py"}
 FLOW_PRIOR = f"model.component_config_paths.vae_prior=./configs/{VFP}/avoid/vae_prior_flow.yaml"
-POINT_PRIOR = f"model.component_config_paths.vqvae_prior=./configs/{VFP}/avoid/vqvae_prior_point.yaml"
+POINT_PRIOR = {
+    policy: f"model.component_config_paths.vqvae_prior=./configs/{policy}/avoid/vqvae_prior_point.yaml"
+    for policy in (VFP, CFG)
+}
 
 
 class Row(NamedTuple):
@@ -71,7 +74,16 @@ TABLES = {
         Row("vfp, Gaussian prior", VFP, "avoid/train_gaussian.yaml", (), ONE_SHOT),
         Row("vfp, flow prior", VFP, "avoid/train_gaussian.yaml", (FLOW_PRIOR,), ONE_SHOT),
         Row("vfp, categorical prior", VFP, "avoid/train.yaml", (), ONE_SHOT),
-        Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR,), ONE_SHOT),
+        Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR[VFP],), ONE_SHOT),
+        Row("cfg_vqvae", CFG, "avoid/train.yaml", (), ONE_SHOT),
+        Row("cfg_vqvae, deterministic prior (control)", CFG, "avoid/train.yaml", (POINT_PRIOR[CFG],), ONE_SHOT),
+    ],
+    "avoid_guidance": [
+        *(
+            Row(f"cfg_vqvae, w = {w}", CFG, "avoid/train.yaml", (), (*ONE_SHOT, "--guidance", w))
+            for w in ("0", "1", "1.5", "2", "3")
+        ),
+        Row("cfg_vqvae, w = 1, greedy", CFG, "avoid/train.yaml", (), (*ONE_SHOT, "--temperature", "0")),
     ],
     "avoid_naive": [
         Row("naive, as configured (x1, rate 4e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
@@ -99,6 +111,7 @@ TABLES = {
     "tabletop": [
         Row("naive", NAIVE, "tabletop/train.yaml", (), TABLETOP),
         Row("vfp, Gaussian prior", VFP, "tabletop/train.yaml", (), TABLETOP),
+        Row("cfg_vqvae", CFG, "tabletop/train.yaml", (), TABLETOP),
     ],
     "tabletop_late": [
         Row("on time", VFP, "tabletop/train.yaml", (), TABLETOP),
