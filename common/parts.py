@@ -38,10 +38,10 @@ class Parts(nn.ModuleDict):
         """What a batch shows -> visual inputs, and per camera a summary (B, 1, S).
 
         Visual inputs: per camera a grid (B, h', w', C); then tokens (B, n, C) of each `<camera>_hand_extractor`; then
-        what `da3` makes of the first camera, (B, L h', w', C): its layers stacked along h'. Several frames are stacked
-        likewise. Cameras that share a component go through it in one call. Where obs holds what a component would say,
-        under `features.<component>.<camera>` (channels last) and for a backbone `features.<component>.<camera>.summary`
-        (B, 1, S), it is not run, and the pictures need not be there.
+        what `da3` makes of the first camera, and `<camera>_da3` of its own, (B, L h', w', C): layers are stacked along
+        h', and so are several frames. Cameras that share a component go through it in one call. Where obs holds what a
+        component would say, under `features.<component>.<camera>` (channels last) and for a backbone
+        `features.<component>.<camera>.summary` (B, 1, S), it is not run, and the pictures need not be there.
         """
         eyes, hands, depth = self.lookers(cameras)
         seen = self._seen(obs, [*eyes, *hands, *depth])
@@ -58,14 +58,14 @@ class Parts(nn.ModuleDict):
     def lookers(self, cameras: list[str]) -> tuple[list, list, list]:
         """(component, camera) of what looks at pictures: backbones, hand extractors, da3 (at the first camera).
 
-        A camera's component is its own, the one that it shares, or the one of all cameras.
+        A camera's component is its own, `<camera>_da3`, or one that this shares; or one without a camera in its name.
         """
         found = []
-        for kind in ("backbone", "hand_extractor"):
+        for kind, serves in {"backbone": cameras, "hand_extractor": [], "da3": cameras[:1]}.items():
             own = {camera: self.aliases.get(f"{camera}_{kind}", f"{camera}_{kind}") for camera in cameras}
-            eyes = [(kind if kind in self else name, camera) for camera, name in own.items()]
+            eyes = [(kind if kind in self and camera in serves else name, camera) for camera, name in own.items()]
             found.append([(name, camera) for name, camera in eyes if name in self])
-        return *found, [("da3", camera) for camera in cameras[:1] if "da3" in self]
+        return tuple(found)
 
     def _seen(self, obs, wanted):
         """{(component, camera): (features, channels last[, summary])} of those wanted: (B, F, ...), or as obs has them.
@@ -113,13 +113,13 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     """Every listed component, its weights as component_build_args and load_dir say.
 
     model: the config's section; sources: component -> its Yaml; facts: of the dataset. A component called
-    `<camera>_backbone` or `<camera>_hand_extractor` of a camera that the dataset lacks is left out with a notice. What
+    `<camera>_backbone` (`_hand_extractor`, `_da3`) of a camera that the dataset lacks is left out with a notice. What
     has nothing to learn is frozen. A block with load_weights() reads published files, of `weights` or of `init`, in its
     own way; one that nothing is loaded into starts random, with a notice.
     """
     groups = {}  # the component that names a shared module -> those that share it
     for name in sources:
-        of_camera = re.fullmatch(r"(.+)_(backbone|hand_extractor)", name)
+        of_camera = re.fullmatch(r"(.+)_(backbone|hand_extractor|da3)", name)
         if of_camera and of_camera[1] not in cameras:
             print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
             continue

@@ -1,9 +1,11 @@
 """cfg_vqvae_flow_matching: guidance, null tokens, the prior's likelihood, the codebook's start, the slow posterior."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from test_full_size import configured, on_meta
 
 import train_cfg_vqvae
 from common import flow
@@ -249,3 +251,19 @@ def test_a_codebook_with_half_its_codes_far_away_is_rescued():
     assert used[False][1] == 8
     assert used[True][1] == 0
     assert used[True][0] > 1.4 * used[False][0]
+
+
+def test_exp1_at_full_size_without_allocating_anything():
+    folder = Path(train_cfg_vqvae.__file__).parent / "configs/cfg_vqvae_flow_matching"
+    cfg = configured("exp1", train_cfg_vqvae, folder)
+    policy, memory, z, velocity = on_meta(cfg, train_cfg_vqvae)
+    assert policy.parts.frozen == {"backbone", "da3"}
+    depth = 4 * 17 * 23  # layers of 238 x 322 pixels in patches of 14
+    assert memory.shape == (2, 3 * 300 + depth + 3 + 40, 1024)
+    assert (z.shape, velocity.shape) == ((2, 4, 256), (2, 1, 40, 24))
+    assert policy.codebook.null.shape == (4, 256)
+    named = {Path(path).stem for path in cfg.model.component_config_paths.values()}
+    assert {path.stem for path in (folder / "exp1").iterdir()} == named | {"train", "info_encoder"}
+    cfg.model.component_config_paths["info_encoder"] = folder / "exp1/info_encoder.yaml"
+    del cfg.model.component_config_paths["proprio_projector"]
+    assert on_meta(cfg, train_cfg_vqvae)[1].shape == memory.shape

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,30 +44,39 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
 
 
-def configured(name):
-    return config.load(train_vfp.Config, train_vfp.__file__, ["--config", str(FOLDER / name / "train.yaml")])[0]
+def configured(name, script=train_vfp, folder=FOLDER):
+    return config.load(script.Config, script.__file__, ["--config", str(folder / name / "train.yaml")])[0]
+
+
+def on_meta(cfg, script=train_vfp):
+    """(policy, memory, z, velocity) of two observations at full size, nothing of it allocated."""
+    sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
+    args = cfg.model.component_build_args | {
+        key: replace(cfg.model.component_build_args.get(key, Part()), init="scratch")
+        for key in sources
+        if not cfg.model.component_build_args.get(key, Part()).same_as
+    }
+    with torch.device("meta"):
+        model = Model(component_config_paths={}, component_build_args=args)
+        parts = build_parts(model, sources, FACTS, list(cfg.data.cameras))
+        stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
+        policy = script.Policy(parts, Normalizer("mean_std", stats), cfg)
+        batch = {f"observation.images.{camera}": torch.zeros(2, 3, 240, 320) for camera in cfg.data.cameras}
+        memory = policy.encode(batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0)
+        z = policy.latent(memory, SimpleNamespace(normal=torch.zeros, uniform=torch.zeros))
+        tokens = getattr(memory, "tokens", memory)
+        velocity = parts["action_decoder"](x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1), memory=tokens, z=z)
+    assert all(x.is_meta for x in policy.state_dict().values())
+    return policy, tokens, z, velocity
 
 
 @pytest.mark.parametrize(("name", "counts", "tokens"), [("exp1", EXP1, 943), ("exp2", EXP2, 1725)])
 def test_full_size_without_allocating_anything(name, counts, tokens):
     cfg = configured(name)
-    sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
-    args = {key: Part(init="scratch") for key in sources}
-    with torch.device("meta"):
-        parts = build_parts(
-            Model(component_config_paths={}, component_build_args=args), sources, FACTS, cfg.data.cameras
-        )
-        stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
-        policy = train_vfp.Policy(parts, Normalizer("mean_std", stats), cfg)
-        batch = {f"observation.images.{camera}": torch.zeros(2, 3, 240, 320) for camera in cfg.data.cameras}
-        memory = policy.encode(batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0)
-        z = policy.latent(memory, SimpleNamespace(normal=torch.zeros))
-        velocity = parts["action_decoder"](
-            x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1), memory=memory.tokens, z=z
-        )
-    assert all(x.is_meta for x in policy.state_dict().values())
+    policy, memory, z, velocity = on_meta(cfg)
+    parts = policy.parts
     assert {key: sum(p.numel() for p in part.parameters()) for key, part in parts.items()} == counts
-    assert (memory.tokens.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
+    assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
     assert parts.frozen == {"da3"} & counts.keys()
     table = {line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()}
     assert table["head_backbone"][:3] == [str(RADIO), str(RADIO), "0"]
