@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_full_size import configured, on_meta
+from test_latent import NoAverage
 
 import train_cfg_vqvae
 from common import flow
@@ -207,10 +208,6 @@ def test_temperature_zero_is_the_most_likely_code_and_one_the_prior_s_own_draw()
     assert likely[0] > likely[1] > likely[2]
     many = torch.cat([prior.sample(Noise(i), codes, 0.5).detach()[:1, 0] for i in range(2000)]).mean(0)
     torch.testing.assert_close(many, (logits[0] / 0.5).softmax(-1), atol=0.04, rtol=0)
-
-
-class NoAverage:
-    raw, ema = {}, {}
 
 
 def test_codes_start_at_the_centres_of_what_the_posterior_says():

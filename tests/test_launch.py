@@ -52,8 +52,9 @@ conftest.forget_accelerator = keep_the_group
 folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
 names = ("even", "codes", "dropout")
 even, codes, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
+guided = conftest.Experiment(folder / "guided", demos, "train_cfg_vqvae", write=False)
 
-for experiment in (even, codes):
+for experiment in (even, codes, guided):
     assert experiment.main("train.total_steps=10") == 0
     for value in experiment.job.policy.state_dict().values():
         both = [torch.empty_like(value), torch.empty_like(value)]
@@ -83,9 +84,9 @@ print(f"rank {rank} done")
 
 def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
-    codes = experiment("train_vfp:codes", "codes")
-    no_dropout(even)
-    no_dropout(codes)
+    codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
+    for exp in (even, codes, guided):
+        no_dropout(exp)
     folder = even.folder.parent
     (folder / "worker.py").write_text(WORKER)
     command = [*TWO, str(folder / "worker.py"), str(folder), str(demos)]
@@ -94,7 +95,7 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     assert done.stdout.count("done") == 2
 
     kinds = (even, ("kl", "norm/vae_prior"), 1e-5), (codes, ("perplexity", "norm/vqvae_codebook"), 1e-4)
-    for exp, keys, atol in kinds:
+    for exp, keys, atol in (*kinds, (guided, ("perplexity", "prior"), 1e-4)):
         one = exp.folder / "one"
         exp.main("train.total_steps=10", f"train.save_dir={one}")
         for key in ("loss", "flow", "lr", *keys):

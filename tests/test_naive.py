@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_full_size import configured, on_meta
 
 import train_flow_matching
+from common import checkpoint
 
 FOLDER = Path(train_flow_matching.__file__).parent / "configs/naive_flow_matching_policy"
 
@@ -33,3 +36,17 @@ def test_schedules():
     assert (exp1.optim.type, exp1.optim.peak_lr, exp1.optim.betas) == ("schedule_free_radam", 1e-4, [0.9, 0.995])
     assert (exp2.optim.type, exp2.optim.peak_lr, exp2.optim.warmup_steps) == ("adamw_warmup_cosine_decay", 1e-4, 6500)
     assert exp1.total_steps == exp2.total_steps == 130_000
+
+
+def test_a_schedule_free_checkpoint_holds_the_average_and_where_training_was(experiment):
+    exp = experiment()
+    exp.main("train.optim={type: schedule_free_radam, peak_lr: 1e-2, betas: [0.9, 0.995]}", "train.total_steps=8")
+    policy, kept = exp.job.policy, checkpoint.newest(exp.save_dir) / "resume/raw.safetensors"
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    for name, value in load_file(kept).items():
+        assert torch.equal(value, trained[name])
+    exp.job.optimizers[0].optimizer.eval()  # schedulefree's own way to the averaged weights
+    averaged = dict(policy.named_parameters())
+    assert sum(not torch.equal(trained[name], averaged[name]) for name in trained) > 0.8 * len(trained)
+    for name, p in checkpoint.open_policy(exp.save_dir)[0].named_parameters():
+        assert torch.equal(p, averaged[name])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_cfg_vqvae
 import train_flow_matching
 import train_vfp
 from common import checkpoint, run
@@ -48,7 +49,8 @@ def assert_same_run(a, b, name):
 
 
 def test_the_mains_are_the_same_lines():
-    assert inspect.getsource(train_flow_matching.main) == inspect.getsource(train_vfp.main)
+    scripts = (train_flow_matching, train_vfp, train_cfg_vqvae)
+    assert len({inspect.getsource(script.main) for script in scripts}) == 1
 
 
 SETTINGS = {
@@ -61,6 +63,7 @@ SETTINGS = {
 
 RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
 RESUMED += [("train_vfp:codes", "adamw"), ("train_vfp:codes", "schedule_free"), ("train_vfp:point", "adamw")]
+RESUMED += [("train_cfg_vqvae", "adamw"), ("train_cfg_vqvae", "schedule_free"), ("train_cfg_vqvae:point", "adamw")]
 
 
 @pytest.mark.parametrize(("script", "setting"), RESUMED)
