@@ -504,7 +504,7 @@ def test_pictures_are_decoded_last(experiment, capsys):
         exp.main(size, f"model.component_build_args={{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}")
     assert exp.main("--dry_run", size) == 0
     assert {*frames.glob("*.npy")} == before
-    assert re.search(r"frames of \d cameras? at 26 x 38 take .* GB: decoding \w+.* once", capsys.readouterr().out)
+    assert re.search(r"frames of \d cameras? at 26 x 38 take .* GB: \w+.* decoded once", capsys.readouterr().out)
     with pytest.raises(DataError, match=r"above data\.cache_max_gb: 0\.0001"):
         exp.main("--dry_run", size, "data.cache_max_gb=0.0001")
     assert exp.main(size, "train.total_steps=1") == 0

@@ -173,7 +173,7 @@ class FrameCache:
                 free = shutil.disk_usage(folder).free / 1e9
                 if gb * len(missing) > free:
                     raise DataError(f"{folder}: {total}, but {free:.2f} GB are free; {advice}, or move XDG_CACHE_HOME")
-                print(f"{total}: decoding {', '.join(missing)} once, into {folder}", flush=True)
+                print(f"{total}: {', '.join(missing)} decoded once, into {folder}", flush=True)
                 if dry_run:
                     return None
                 build(dataset, missing, tuple(size), numbers, paths)
