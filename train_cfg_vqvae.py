@@ -10,15 +10,16 @@ the policy, copy this file too.
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import config, flow, optim, run, schema
 from common.blocks.latent import Codes, check, nearest
 from common.config import key
 from common.losses import Noise, camera_drop, given_prefix, kot, linear_path, masked_mse, sample_time
+from common.parts import Memory, first_camera
 
 
 @dataclass
@@ -53,13 +54,6 @@ class Config:
     train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
     seed: int = key(0, "weights, order, noise")
-
-
-class Memory(NamedTuple):
-    """What a look gives: tokens (B, N, d) for the decoder; what posterior and prior read of the first camera."""
-
-    tokens: Tensor
-    first_camera: dict
 
 
 class Policy(nn.Module):
@@ -103,10 +97,9 @@ class Policy(nn.Module):
             # One step from noise, on the same keys and values without gradient: K-OT moves decoder and prior only.
             end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=self.draw(prior, noise))
             end = end if self.loss.target == "x1" else x0[:, :1] + end
-            settings = vars(self.loss.sinkhorn).copy()
-            weight, valid = settings.pop("weight"), ~batch["action_is_pad"][:, None, :, None]
-            ot_loss, ot = kot(end * valid, x1[:, :1] * valid, memory.first_camera["cond_proprio"][:, -1], **settings)
-            loss, scalars = loss + weight * ot_loss, scalars | ot | {"kot": ot_loss}
+            state = memory.first_camera["cond_proprio"][:, -1]
+            ot_loss, ot = kot(end, x1[:, :1], state, batch["action_is_pad"], **vars(self.loss.sinkhorn))
+            loss, scalars = loss + ot_loss, scalars | ot
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
 
     def infer(self, memory, x1, noise):
@@ -131,12 +124,7 @@ class Policy(nn.Module):
         visual, semantic = self.parts.look(obs, self.cameras)
         hidden = self.parts.hidden(drop, self.cameras)
         tokens = self.parts[self.encoder](cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=hidden)
-        # Posterior and prior read features that the flow loss shapes; they don't shape them.
-        first_camera = {
-            "cond_visual": [x.detach() for x in visual[:1]],
-            "cond_semantic": [x.detach() for x in semantic[:1]],
-        }
-        return Memory(tokens, {**first_camera, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]})
+        return Memory(tokens, first_camera(proprio, visual, semantic, drop))
 
     def latent(self, memory, noise):
         """z (B, n, D) from the prior: which way to do the task."""

@@ -34,6 +34,16 @@ def guided(decode, w: float):
     return both
 
 
+def weighted(decode, weights: Tensor):
+    """A decoder bound to k experts of each observation -> the mean of what they say, under weights (B, k)."""
+
+    def mean(x_t, t, **known):
+        said = decode(x_t=x_t, t=t, **known).unflatten(1, (weights.shape[1], -1))
+        return torch.einsum("bk, bkrta -> brta", weights.to(said.dtype), said)
+
+    return mean
+
+
 def euler(velocity, x0: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; `steps` evaluations (NFE)."""
     x = x0

@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 
 
@@ -92,6 +93,38 @@ def masked_mse(prediction: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
     return (prediction - target).square().masked_fill(ignored[..., None], 0).mean()
 
 
+def mixture_mse(prediction: Tensor, target: Tensor, ignored: Tensor, weights: Tensor, sigma: float | None = None):
+    """masked_mse of k experts: prediction (B, k R, T, A) for target (B, R, T, A), weights (B, k) that sum to 1.
+
+    The mean of each chunk's errors under the weights; with sigma the negative log-likelihood of their mixture,
+    -2 sigma^2 log sum_k w_k exp(-error_k / (2 sigma^2)): the fewer experts explain a chunk, the more of it they get
+    (Jacobs et al. 1991, DOI 10.1162/neco.1991.3.1.79, eq. 1.3).
+    """
+    ignored = ignored[:, None] if ignored.ndim == 2 else ignored
+    error = (prediction.unflatten(1, (weights.shape[1], -1)) - target[:, None]).square()
+    error = error.masked_fill(ignored[:, None, ..., None], 0).mean((-2, -1))
+    if sigma is None:
+        return (weights[..., None] * error).sum(1).mean()
+    scale = 2 * sigma**2
+    return -scale * torch.logsumexp(weights.log()[..., None] - error / scale, 1).mean()
+
+
+def load_balance(probabilities: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate probabilities (B, E), chosen experts (B, k) -> E sum_e share_e mean p_e, 1 where all are used alike; shares.
+
+    The shares (E,) are of the samples of all processes (Fedus et al. 2022, arXiv:2101.03961, eq. 4, per sample here).
+    """
+    count = probabilities.shape[1]
+    chosen = reduce(torch.nn.functional.one_hot(experts.flatten(), count).sum(0).float(), "sum")
+    shares = chosen / chosen.sum()
+    return count * (shares * probabilities.mean(0)).sum(), shares
+
+
+def router_z(logits: Tensor) -> Tensor:
+    """Logits (B, E) -> mean squared log of their partition sums (Zoph et al. 2022, arXiv:2202.08906, eq. 5)."""
+    return logits.logsumexp(-1).square().mean()
+
+
 def nsvq(z_e: Tensor, zq: Tensor, eps: Tensor) -> Tensor:
     """z_e and its codes zq (B, n, D), Gaussian eps -> z_e plus noise as long as z_e - zq.
 
@@ -137,15 +170,29 @@ def transport_plan(cost: Tensor, eps: Tensor, iterations=100, anneal=0.7) -> Ten
     return ((f + g - cost) / now + log_n + log_m).exp()
 
 
-def kot(predicted: Tensor, expert: Tensor, state: Tensor, lam_state=2.0, blur=0.05, iterations=100, solver="sinkhorn"):
-    """K-OT: transport cost between predicted and demonstrated (state, chunk) pairs of one batch -> (), scalars.
+def kot(
+    predicted: Tensor,
+    expert: Tensor,
+    state: Tensor,
+    ignored: Tensor | None = None,
+    weight=1.0,
+    lam_state=2.0,
+    blur=0.05,
+    iterations=100,
+    solver="sinkhorn",
+):
+    """K-OT: weighted transport cost between predicted and demonstrated (state, chunk) pairs of a batch -> (), scalars.
 
-    predicted, expert (B, T, A), state (B, S); cost C_ij = mean |a_hat_i - a_j|^2 + lam_state * mean |s_i - s_j|^2.
+    predicted, expert (B, ..., T, A), state (B, S), ignored (B, T): steps that count as equal; cost
+    C_ij = mean |a_hat_i - a_j|^2 + lam_state * mean |s_i - s_j|^2.
     `sinkhorn`: the debiased divergence OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 (Feydy et al. 2019, arXiv:1810.08278)
     with eps = blur * median(C); `exact`: the optimal assignment. Plans are detached (envelope theorem), so gradients
     reach `predicted` through C only. float32 throughout.
     """
     with torch.autocast(predicted.device.type, enabled=False):
+        if ignored is not None:
+            ignored = ignored.view(len(state), *[1] * (predicted.ndim - 3), -1, 1)
+            predicted, expert = (chunk.masked_fill(ignored, 0) for chunk in (predicted, expert))
         x, y, s = (tensor.float().flatten(1) for tensor in (predicted, expert, state))
 
         labels = lam_state * mean_squares(s, s)
@@ -161,7 +208,7 @@ def kot(predicted: Tensor, expert: Tensor, state: Tensor, lam_state=2.0, blur=0.
             ot = (plans * costs).sum((-2, -1)) + eps * entropy
             loss, plan = ot[0] - 0.5 * (ot[1] + ot[2]), plans[0]
         identity = plan.diagonal().sum()
-        return loss, {"kot_identity": identity.detach()}
+        return weight * loss, {"kot": loss.detach(), "kot_identity": identity.detach()}
 
 
 def mean_squares(a: Tensor, b: Tensor) -> Tensor:

@@ -11,17 +11,15 @@ from torch import nn
 def build(parts: nn.ModuleDict, cfg) -> list[torch.optim.Optimizer]:
     """One optimizer per distinct type, one group per component with and one without weight decay.
 
-    parts: the policy's components; cfg: train.yaml. No decay on what has one axis or is an embedding (biases, norms,
-    codebooks, learned tokens): everything but the weights of linear and convolution layers.
+    parts: the policy's components; cfg: train.yaml. Decay is for what a layer calls `weight` and has two axes or more
+    (linear layers, convolutions, experts); not for embeddings, biases, norms, codebooks and learned tokens.
     """
     by_type = {}
     for name in parts.trainable():
         settings = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
-        decayed = {
-            id(module.weight)
-            for module in parts[name].modules()
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        }
+        layers = [module for module in parts[name].modules() if not isinstance(module, nn.Embedding)]
+        weights = [getattr(module, "weight", None) for module in layers]
+        decayed = {id(x) for x in weights if isinstance(x, nn.Parameter) and x.ndim > 1}
         for decay in (True, False):
             chosen = [p for p in parts[name].parameters() if p.requires_grad and (id(p) in decayed) == decay]
             group = {**settings, "component": name, "params": chosen, "lr": 0.0}

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,19 @@ from common.build import build
 from common.config import ConfigError
 from common.data.loader import IMAGE
 from common.schema import Part
+
+
+class Memory(NamedTuple):
+    """What a look gives: tokens (B, N, d) for the decoder; what a latent's posterior and prior read."""
+
+    tokens: Tensor
+    first_camera: dict
+
+
+def first_camera(proprio, visual, semantic, drop=None) -> dict[str, Tensor]:
+    """What a latent's posterior and prior read. The flow loss shapes these features; posterior and prior do not."""
+    seen = {"cond_visual": [x.detach() for x in visual[:1]], "cond_semantic": [x.detach() for x in semantic[:1]]}
+    return {**seen, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]}
 
 
 class Parts(nn.ModuleDict):

@@ -135,15 +135,15 @@ class MLPActionDecoder(nn.Module):
         """memory, z -> callable(x_t, t[, z, fixed]); z may hold several latents of each observation, (k B, n, D)."""
         return BoundMLP(self, self.memory(memory).mean(1, keepdim=True), z)
 
-    def run(self, x_t, t, known, fixed):
+    def run(self, x_t, t, known, fixed, *routing):
         x = self.embed(x_t.flatten(2))
         if fixed is not None:
             x = x + known_prefix(self.prefix)(fixed.to(x.dtype))
         c = nn.functional.silu(known + self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype)))
         for layer, modulation in zip(self.layers, self.modulation, strict=True):
             scale, shift = modulation(c).chunk(2, -1)
-            x = x + layer(self.norm(x) * (1 + scale) + shift)
-        return self.out(self.norm(x)).view_as(x_t)
+            x = x + layer(self.norm(x) * (1 + scale) + shift, *routing)
+        return self.out(self.norm(x), *routing).view_as(x_t)
 
 
 class BoundMLP:
@@ -160,5 +160,5 @@ class BoundMLP:
         """The same without gradient to the memory and its projection."""
         return BoundMLP(self.decoder, self.memory.detach(), self.z)
 
-    def __call__(self, x_t, t, z=None, fixed=None) -> Tensor:
-        return self.decoder.run(x_t, t, self.known if z is None else self._join(z), fixed)
+    def __call__(self, x_t, t, z=None, fixed=None, *routing) -> Tensor:
+        return self.decoder.run(x_t, t, self.known if z is None else self._join(z), fixed, *routing)

@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
         self.table = nn.Parameter(torch.zeros(9, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, modulation, keys_values, causal):
+    def forward(self, x, modulation, keys_values, causal, *routing):
         """x (B, R, T, d), modulation (B, R, 9, d), keys and values (B, heads, N, d / heads) shared by the R rows."""
         rows = x.shape[1]
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (modulation + self.table)[
@@ -200,7 +200,7 @@ class DecoderLayer(nn.Module):
         x = x + gate1 * self.dropout(self.self_attention(y, causal=causal)).unflatten(0, (-1, rows))
         y = (self.norm(x) * (1 + scale2) + shift2).flatten(1, 2)
         x = x + gate2 * self.dropout(self.cross(y, keys_values)).unflatten(1, (rows, -1))
-        return x + gate3 * self.dropout(self.ff(self.norm(x) * (1 + scale3) + shift3))
+        return x + gate3 * self.dropout(self.ff(self.norm(x) * (1 + scale3) + shift3, *routing))
 
 
 @block("vfp_single_action_decoder")
@@ -238,7 +238,7 @@ class ActionDecoder(nn.Module):
         """
         return BoundDecoder(self, [layer.cross.keys_values(memory) for layer in self.layers], z)
 
-    def run(self, x_t, t, keys_values, latent, fixed):
+    def run(self, x_t, t, keys_values, latent, fixed, *routing):
         x = self.embed(x_t)
         if fixed is not None:
             x = x + fixed[..., None] * known_prefix(self.prefix)
@@ -248,8 +248,8 @@ class ActionDecoder(nn.Module):
             c = c + latent.mean(1, keepdim=True)
         modulation = self.modulation(c).unflatten(-1, (9, -1))
         for layer, kv in zip(self.layers, keys_values, strict=True):
-            x = layer(x, modulation, kv, self.causal)
-        return self.out(self.norm(x))
+            x = layer(x, modulation, kv, self.causal, *routing)
+        return self.out(self.norm(x), *routing)
 
 
 class BoundDecoder:
@@ -262,7 +262,7 @@ class BoundDecoder:
     def _join(self, z):
         latent = self.decoder.latent(z)
         of_z = [layer.cross.keys_values(latent) for layer in self.decoder.layers]
-        times = len(z) // len(self.keys_values[0][0])
+        times = len(z) // max(len(self.keys_values[0][0]), 1)  # of nobody, too
         known = [tuple(x.repeat(times, 1, 1, 1) if times > 1 else x for x in kv) for kv in self.keys_values]
         pairs = zip(known, of_z, strict=True)
         return latent, [tuple(torch.cat(both, 2) for both in zip(kv, kvz, strict=True)) for kv, kvz in pairs]
@@ -271,6 +271,6 @@ class BoundDecoder:
         """The same without gradient to the memory and to its key and value projections."""
         return BoundDecoder(self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z)
 
-    def __call__(self, x_t, t, z=None, fixed=None) -> Tensor:
+    def __call__(self, x_t, t, z=None, fixed=None, *routing) -> Tensor:
         latent, keys_values = self.known if z is None else self._join(z)
-        return self.decoder.run(x_t, t, keys_values, latent, fixed)
+        return self.decoder.run(x_t, t, keys_values, latent, fixed, *routing)
