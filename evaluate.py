@@ -64,6 +64,7 @@ def arguments(argv):
     add("--max_steps", type=count, default=5000, help="after which an episode has failed (5000)")
     add("--guidance", type=amount, metavar="W", help="of a policy with classifier-free guidance (as it was configured)")
     add("--temperature", type=amount, metavar="TAU", help="of such a policy's prior; 0: the most likely codes")
+    add("--experts", type=count, metavar="K", help="of a mixture, that decode together (as it was configured: 1)")
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
     add("--seed", type=int, default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
@@ -74,12 +75,14 @@ def arguments(argv):
 
 @dataclass
 class Episode:
-    """What is kept of one: how it ended, where the robot was at each tick, the obstacles (n, 3), pictures if filmed."""
+    """What is kept of one: how it ended, where the robot was at each tick, which expert each look chose, the obstacles
+    (n, 3), pictures if filmed."""
 
     success: bool = False
     mode: str | None = None
     failure: str | None = None
     path: list = field(default_factory=list)
+    experts: list = field(default_factory=list)
     obstacles: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     pictures: list = field(default_factory=list)
 
@@ -112,14 +115,18 @@ class Looker:
 
 @torch.no_grad()
 def act(policy, args, looker, rows, keys, nfe, prefix):
-    """Chunks (B, T, A) for the environments `rows`, with noise of their keys, continuing `prefix` (B, d, A) or None."""
+    """Chunks (B, T, A) for the environments `rows`, with noise of their keys, continuing `prefix` (B, d, A) or None.
+
+    Beside them, of a mixture, the expert of each.
+    """
     memory, noise = policy.encode(looker.batch(rows)), RowNoise(keys, looker.device)
     # With its noise held, the latent changes with what is seen, and only so.
     ticks = max(round(args.hold * looker.cfg.HZ), 1)
     z = policy.latent(memory, RowNoise([("latent", *key[:-1], key[-1] // ticks) for key in keys], looker.device))
     x0 = noise.normal(len(rows), looker.cfg.action_horizon, len(policy.stats.action_mean))
     known = {} if prefix is None else {"prefix": torch.from_numpy(prefix).to(x0)}
-    return policy.sample(memory, x0, nfe, z, **known).cpu().numpy()
+    experts = policy.chosen(z)[0][:, 0].tolist() if "gate" in policy.parts else []
+    return policy.sample(memory, x0, nfe, z, **known).cpu().numpy(), experts
 
 
 def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
@@ -146,7 +153,10 @@ def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
             prefix = robots.prefix(active) if args.conditioned else None
             if timed and robots.tick == 0:
                 times = metrics.times(partial(act, policy, args, looker, active[:1], keys[:1], nfe, None))
-            robots.add(active, act(policy, args, looker, active, keys, nfe, prefix))
+            chunks, experts = act(policy, args, looker, active, keys, nfe, prefix)
+            robots.add(active, chunks)
+            for i, expert in zip(active, experts, strict=False):
+                episodes[i].experts.append(expert)
         actions = robots.next(active)
         look = bool(cfg.data.cameras) and -robots.tick % args.execute < cfg.data.obs_images_history
         for i, action in zip(list(active), actions, strict=True):
@@ -218,6 +228,8 @@ def closed_loop(policy, cfg, args):
                 episodes, times = episodes + played[0], times + played[1]
         panels[f"NFE {nfe}"] = episodes
         rows.append({"nfe": nfe, **metrics.summary(episodes, names, shares, times)})
+        if "gate" in policy.parts and names:
+            rows[-1]["experts"] = metrics.experts(episodes, names, policy.table.shape[1])
     late, held = "acts at once", f"; the latent's noise is held for {args.hold:g} s"
     if args.delay:
         how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
@@ -227,6 +239,9 @@ def closed_loop(policy, cfg, args):
     has_latent = any("prior" in name for name in policy.parts)
     print(f"\n{every} {late}{averaged}{held if has_latent else ''}")
     print(metrics.table(rows, names))
+    if "experts" in rows[-1]:
+        told, load = rows[-1]["experts"]["information"], rows[-1]["experts"]["load"]
+        print(f"experts, NFE {nfe}: load {', '.join(f'{x:.2f}' for x in load)}; the mode tells {told:.3f} of which")
     settings = {
         key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
     }
@@ -236,6 +251,8 @@ def closed_loop(policy, cfg, args):
         plots.tracks(panels, names or (), args.out / "tracks.png")
     if names:
         plots.modes(rows, names, shares, args.out / "modes.png")
+    if "experts" in rows[-1]:
+        plots.experts(rows[-1]["experts"], args.log, args.out / "experts.png")
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
         plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
 
@@ -314,7 +331,7 @@ def main(argv=None):
     folder = given if (given / "meta.json").is_file() else newest(given) or given
     policy, cfg = open_policy(folder, dict(item.partition("=")[::2] for item in args.weights))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    for name in [name for name in ("guidance", "temperature") if getattr(args, name) is not None]:
+    for name in [name for name in ("guidance", "temperature", "experts") if getattr(args, name) is not None]:
         if not hasattr(getattr(policy, "sampling", None), name):
             raise UserError(f"--{name}: {args.checkpoint} holds a policy without it")
         setattr(policy.sampling, name, getattr(args, name))
@@ -323,7 +340,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
-    meta = read_meta(folder)
+    meta, args.log = read_meta(folder), folder.parent / "log.jsonl"
     args.about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
     args.about["sampling"] = vars(policy.sampling) if hasattr(policy, "sampling") else {}
     args.about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)

@@ -156,7 +156,7 @@ class Policy(nn.Module):
         logits = self.parts["gate"](zq)
         experts = logits.topk(k).indices
         weights, probabilities = logits.gather(1, experts).softmax(-1), logits.softmax(-1)
-        (balance, shares), z_loss = losses.load_balance(probabilities, experts), losses.router_z(logits)
+        (balance, shares), z_loss = losses.load_balance(probabilities, experts[:, :1]), losses.router_z(logits)
         scalars = {"balance": balance, "router_z": z_loss, **{f"load/{i}": share for i, share in enumerate(shares)}}
         gate_loss = self.loss.load_balance * balance + self.loss.router_z * z_loss
         return {"experts": experts}, weights, gate_loss, scalars

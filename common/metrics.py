@@ -38,6 +38,32 @@ def kl(counts, shares) -> float | None:
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
+def information(table) -> float | None:
+    """Mutual information of rows and columns of a table of counts, as a share of its maximum, log of the shorter side;
+    None without counts."""
+    joint = np.array(table, float) / max(np.sum(table), 1e-12)
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    some = joint > 0
+    nats = float((joint[some] * np.log(joint[some] / expected[some])).sum())
+    return nats / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
+
+
+def experts(episodes, names, count) -> dict:
+    """Which of `count` experts drove which mode: {"modes": {name: [looks of each expert]}, "load": shares of all looks,
+    "information": of mode and expert, as a share of its maximum}. Of successes, each counting as one."""
+    looks = {name: np.zeros(count) for name in names}
+    for episode in episodes:
+        if episode.success and episode.mode in looks:
+            looks[episode.mode] += np.bincount(episode.experts, minlength=count) / len(episode.experts)
+    table = np.array([*looks.values()])
+    load = table.sum(0) / max(table.sum(), 1e-12)
+    return {
+        "modes": {name: row.round(6).tolist() for name, row in looks.items()},
+        "load": load.tolist(),
+        "information": information(table),
+    }
+
+
 def summary(episodes, names, shares, times) -> dict:
     """One row of results.json: of episodes at one NFE and times (s) of single chunks.
 
@@ -95,7 +121,7 @@ def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
     or {"t", "none"} of a policy without; all with the same noise, without guidance. The gap is what z settles.
     """
     t, sums, entries = [(k + 0.5) / bins for k in range(bins)], {}, 0
-    unguided = {"w": 1.0} if hasattr(policy, "sampling") else {}
+    unguided = {"w": 1.0} if hasattr(getattr(policy, "sampling", None), "guidance") else {}
     device = next(policy.parameters()).device
     for rows in tqdm(np.array_split(data.val_rows, -(-len(data.val_rows) // 64)), desc="velocity loss"):
         batch = to_device(data.windows[rows], device)

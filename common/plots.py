@@ -104,6 +104,24 @@ def modes(rows, names, shares, file):
     figure.savefig(file, dpi=110)
 
 
+def experts(found, log, file):
+    """Which expert drove which mode (`found` as metrics.experts has it), and in training the share of each by step."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [line for line in lines if "load/0" in line]
+    looks = np.array([*found["modes"].values()])
+    figure, axes = sheet(1 + bool(lines), 2, 5.2, max(3.2, 0.16 * len(looks) + 1))
+    image = axes[0].imshow(looks / np.maximum(looks.sum(1, keepdims=True), 1e-12), aspect="auto", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes[0], label="share of the mode's successes")
+    axes[0].set(xlabel="expert", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode")
+    axes[0].set_yticklabels(found["modes"], fontsize=6)
+    if lines:
+        for i in range(looks.shape[1]):
+            axes[1].plot([line["step"] for line in lines], [line[f"load/{i}"] for line in lines], label=f"expert {i}")
+        axes[1].set(xlabel="training step", ylabel="share of the samples", ylim=(0, None))
+        axes[1].legend(fontsize=8, frameon=False, ncols=2)
+    figure.savefig(file, dpi=110)
+
+
 def film(episodes, fps, file):
     """A video of episodes [(pictures [(h, w, 3) uint8], whether it succeeded)] side by side, as wide as a screen.
 
