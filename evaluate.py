@@ -125,7 +125,7 @@ def act(policy, args, looker, rows, keys, nfe, prefix):
     z = policy.latent(memory, RowNoise([("latent", *key[:-1], key[-1] // ticks) for key in keys], looker.device))
     x0 = noise.normal(len(rows), looker.cfg.action_horizon, len(policy.stats.action_mean))
     known = {} if prefix is None else {"prefix": torch.from_numpy(prefix).to(x0)}
-    experts = policy.chosen(z)[0][:, 0].tolist() if "gate" in policy.parts else []
+    experts = policy.chosen(z)[0]["experts"][:, 0].tolist() if "gate" in policy.parts else []
     return policy.sample(memory, x0, nfe, z, **known).cpu().numpy(), experts
 
 
@@ -229,7 +229,7 @@ def closed_loop(policy, cfg, args):
         panels[f"NFE {nfe}"] = episodes
         rows.append({"nfe": nfe, **metrics.summary(episodes, names, shares, times)})
         if "gate" in policy.parts and names:
-            rows[-1]["experts"] = metrics.experts(episodes, names, policy.table.shape[1])
+            rows[-1] |= metrics.experts(episodes, names, policy.parts["moe_action_decoder"].block.experts)
     late, held = "acts at once", f"; the latent's noise is held for {args.hold:g} s"
     if args.delay:
         how = "conditioned on what runs meanwhile" if args.conditioned else "what would run meanwhile is skipped"
@@ -239,9 +239,9 @@ def closed_loop(policy, cfg, args):
     has_latent = any("prior" in name for name in policy.parts)
     print(f"\n{every} {late}{averaged}{held if has_latent else ''}")
     print(metrics.table(rows, names))
-    if "experts" in rows[-1]:
-        told, load = rows[-1]["experts"]["information"], rows[-1]["experts"]["load"]
-        print(f"experts, NFE {nfe}: load {', '.join(f'{x:.2f}' for x in load)}; the mode tells {told:.3f} of which")
+    if "experts" in (last := rows[-1]):
+        least = f"the least used expert has {last['least_load']:.2f} of an even share"
+        print(f"NFE {nfe}: the mode tells {last['expert_information'] or 0:.3f} of which expert drives; {least}")
     settings = {
         key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
     }
@@ -335,6 +335,9 @@ def main(argv=None):
         if not hasattr(getattr(policy, "sampling", None), name):
             raise UserError(f"--{name}: {args.checkpoint} holds a policy without it")
         setattr(policy.sampling, name, getattr(args, name))
+    count = policy.parts["moe_action_decoder"].block.experts if "gate" in policy.parts else 1
+    if args.experts and args.experts > count:
+        raise UserError(f"--experts: {args.experts}, of {count}")
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from common import config, flow, losses, optim, run, schema
 from common.blocks.latent import Codes, Gaussian, check, nearest
+from common.blocks.moe import choose
 from common.config import ConfigError, key
 from common.losses import Noise
 from common.parts import Memory, first_camera
@@ -154,12 +155,11 @@ class Policy(nn.Module):
         if "gate" not in self.parts:
             return {}, self.stats.action_mean.new_ones(1, 1), 0.0, {}
         logits = self.parts["gate"](zq)
-        experts = logits.topk(k).indices
-        weights, probabilities = logits.gather(1, experts).softmax(-1), logits.softmax(-1)
-        (balance, shares), z_loss = losses.load_balance(probabilities, experts[:, :1]), losses.router_z(logits)
+        experts, weights = choose(logits, k)
+        (balance, shares), z_loss = losses.load_balance(logits.softmax(-1)), losses.router_z(logits)
         scalars = {"balance": balance, "router_z": z_loss, **{f"load/{i}": share for i, share in enumerate(shares)}}
         gate_loss = self.loss.load_balance * balance + self.loss.router_z * z_loss
-        return {"experts": experts}, weights, gate_loss, scalars
+        return experts, weights, gate_loss, scalars
 
     def encode(self, obs, drop=None):
         """Observation (state in raw units, pictures in [0, 1]) -> Memory, once per look."""
@@ -184,11 +184,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def chosen(self, z, k=1):
-        """Experts (B, k) of codes z (B, 1, D) and their weights, from a table of all codes that is made once."""
+        """What `route` says of codes z (B, 1, D) first, from a table of all codes that is made once."""
+        if "gate" not in self.parts:
+            return {}, z.new_ones(len(z), 1)
         if self.table is None:
             self.table = self.parts["gate"](self.codebook.codes[:, None])
-        logits, experts = self.table[nearest(z, self.codebook.codes)[:, 0]].topk(k)
-        return experts, logits.softmax(-1)
+        return choose(self.table[nearest(z, self.codebook.codes)[:, 0]], k)
 
     @torch.no_grad()
     def sample(self, memory, x0, steps=10, z=None, solver=flow.euler, prefix=None):
@@ -197,12 +198,9 @@ class Policy(nn.Module):
         z from the prior where none is given; of several experts only those that z chooses run.
         """
         z = self.latent(memory, Noise(device=x0.device)) if z is None else z
-        if "gate" in self.parts:
-            experts, weights = self.chosen(z, self.sampling.experts)
-            decode = self.parts[self.decoder].bind(memory=memory.tokens, z=z, experts=experts)
-            decode = flow.weighted(decode, weights) if self.sampling.experts > 1 else decode
-        else:
-            decode = self.parts[self.decoder].bind(memory=memory.tokens, z=z)
+        experts, weights = self.chosen(z, self.sampling.experts)
+        decode = self.parts[self.decoder].bind(memory=memory.tokens, z=z, **experts)
+        decode = flow.weighted(decode, weights) if self.sampling.experts > 1 else decode
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
         return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 NAIVE, VFP, CFG = "naive_flow_matching_policy", "vfp_single_expert", "cfg_vqvae_flow_matching"
-SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py", CFG: "train_cfg_vqvae.py"}
+MOE = "variational_flow_matching_policy"
+SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py", CFG: "train_cfg_vqvae.py", MOE: "train_vfp.py"}
 FLOW_PRIOR = f"model.component_config_paths.vae_prior=./configs/{VFP}/avoid/vae_prior_flow.yaml"
 POINT_PRIOR = {
     policy: f"model.component_config_paths.vqvae_prior=./configs/{policy}/avoid/vqvae_prior_point.yaml"
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     config: str  # in configs/<policy>/
     overrides: tuple = ()
     evaluate: tuple = ()
+    script: str | None = None  # the policy's
 
     def folder(self, out, seed):
         """Rows that train the same share a run."""
@@ -68,6 +70,10 @@ PREFIX = (
     "loss.prefix=6",
     f"model.component_config_paths.action_decoder=./configs/{VFP}/tabletop/action_decoder_prefix.yaml",
 )
+EXPERTS = Row("4 experts", MOE, "avoid/train.yaml", (), ONE_SHOT)
+RESEARCH = Row(
+    "research objective (control)", MOE, "avoid/train_research.yaml", (), ONE_SHOT, "benchmarks/research_objective.py"
+)
 TABLES = {
     "avoid": [
         Row("naive", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
@@ -78,6 +84,12 @@ TABLES = {
         Row("cfg_vqvae", CFG, "avoid/train.yaml", (), ONE_SHOT),
         Row("cfg_vqvae, deterministic prior (control)", CFG, "avoid/train.yaml", (POINT_PRIOR[CFG],), ONE_SHOT),
     ],
+    "avoid_mixture": [
+        EXPERTS,
+        Row("4 experts, two of them at inference", MOE, "avoid/train.yaml", (), (*ONE_SHOT, "--experts", "2")),
+        RESEARCH,
+    ],
+    "avoid_experts": [EXPERTS, RESEARCH],
     "avoid_guidance": [
         *(
             Row(f"cfg_vqvae, w = {w}", CFG, "avoid/train.yaml", (), (*ONE_SHOT, "--guidance", w))
@@ -127,7 +139,10 @@ TABLES = {
         Row("vfp, categorical prior", VFP, "tabletop_hard/train_state.yaml", (), HARD_STATE),
     ],
 }
-QUANTITIES = {"avoid_skewed": ("success", "kl")}  # what a table shows, if not success and entropy
+QUANTITIES = {  # what a table shows, if not success and entropy
+    "avoid_skewed": ("success", "kl"),
+    "avoid_experts": ("expert_information", "least_load"),
+}
 
 
 def arguments(argv):
@@ -171,7 +186,7 @@ def run(row, seed, args, core):
     folder, name = row.folder(args.out, seed), "evaluation" + "".join(row.evaluate).replace("--", "_")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trained").exists():
-        train = [SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *row.overrides]
+        train = [row.script or SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *row.overrides]
         call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
         (folder / "trained").touch()
     file = folder / name / "results.json"

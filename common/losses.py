@@ -109,14 +109,16 @@ def mixture_mse(prediction: Tensor, target: Tensor, ignored: Tensor, weights: Te
     return -scale * torch.logsumexp(weights.log()[..., None] - error / scale, 1).mean()
 
 
-def load_balance(probabilities: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate probabilities (B, E), chosen experts (B, k) -> E sum_e share_e mean p_e, 1 where all are used alike; shares.
+def load_balance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate probabilities (B, E) -> E sum_e share_e mean p_e, which is 1 where experts are used alike, and the shares.
 
-    The shares (E,) are of the samples of all processes (Fedus et al. 2022, arXiv:2101.03961, eq. 4, per sample here).
+    A share is that of the samples, of all processes, whose first choice the expert is (Fedus et al. 2022,
+    arXiv:2101.03961, eq. 4 to 6, per sample here). Second choices, if counted, let the first ones collapse.
     """
     count = probabilities.shape[1]
-    chosen = reduce(torch.nn.functional.one_hot(experts.flatten(), count).sum(0).float(), "sum")
-    shares = chosen / chosen.sum()
+    first = torch.nn.functional.one_hot(probabilities.argmax(-1), count).sum(0).float()
+    shares = reduce(first, "sum")
+    shares = shares / shares.sum()
     return count * (shares * probabilities.mean(0)).sum(), shares
 
 

@@ -49,18 +49,17 @@ def information(table) -> float | None:
 
 
 def experts(episodes, names, count) -> dict:
-    """Which of `count` experts drove which mode: {"modes": {name: [looks of each expert]}, "load": shares of all looks,
-    "information": of mode and expert, as a share of its maximum}. Of successes, each counting as one."""
-    looks = {name: np.zeros(count) for name in names}
+    """Which of `count` experts drove which mode, for a row of results.json: "experts", {mode: what each expert drove of
+    its successes}; "expert_information" of the two; "least_load", the least used expert's share in even shares."""
+    table = {name: np.zeros(count) for name in names}
     for episode in episodes:
-        if episode.success and episode.mode in looks:
-            looks[episode.mode] += np.bincount(episode.experts, minlength=count) / len(episode.experts)
-    table = np.array([*looks.values()])
-    load = table.sum(0) / max(table.sum(), 1e-12)
+        if episode.success and episode.mode in table:  # one that changes its expert counts in parts
+            table[episode.mode] += np.bincount(episode.experts, minlength=count) / len(episode.experts)
+    drove = np.array([*table.values()])
     return {
-        "modes": {name: row.round(6).tolist() for name, row in looks.items()},
-        "load": load.tolist(),
-        "information": information(table),
+        "experts": {mode: row.round(6).tolist() for mode, row in table.items()},
+        "expert_information": information(drove),
+        "least_load": float(drove.sum(0).min() * count / max(drove.sum(), 1e-12)),
     }
 
 

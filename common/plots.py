@@ -105,15 +105,15 @@ def modes(rows, names, shares, file):
 
 
 def experts(found, log, file):
-    """Which expert drove which mode (`found` as metrics.experts has it), and in training the share of each by step."""
+    """Which expert drove which mode ({mode: [of each expert]}), and the samples of each in training, from log.jsonl."""
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if "load/0" in line]
-    looks = np.array([*found["modes"].values()])
+    looks = np.array([*found.values()])
     figure, axes = sheet(1 + bool(lines), 2, 5.2, max(3.2, 0.16 * len(looks) + 1))
     image = axes[0].imshow(looks / np.maximum(looks.sum(1, keepdims=True), 1e-12), aspect="auto", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes[0], label="share of the mode's successes")
     axes[0].set(xlabel="expert", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode")
-    axes[0].set_yticklabels(found["modes"], fontsize=6)
+    axes[0].set_yticklabels(found, fontsize=6)
     if lines:
         for i in range(looks.shape[1]):
             axes[1].plot([line["step"] for line in lines], [line[f"load/{i}"] for line in lines], label=f"expert {i}")

@@ -50,12 +50,22 @@ CODES = {key: value for key, value in LATENT_COMPONENTS.items() if not key.start
 }
 GUIDED = {"info_encoder" if name == "info_embedder" else name: component for name, component in CODES.items()}
 GUIDED |= {"vqvae_codebook": {"block": "vq_codebook", "args": {"num_codes": 6, "latent_dim": 4, "null_tokens": 2}}}
+ONE = {"vqvae_posterior": {**POINT, "action_dim": None}, "vqvae_prior": CODES["vqvae_prior"]["args"]}
+EXPERTS = {name: component for name, component in CODES.items() if name != "action_decoder"} | {
+    name: {**CODES[name], "args": {**args, "tokens": 1}} for name, args in ONE.items()
+}
+EXPERTS["gate"] = {"block": "gate", "args": {"latent_size": 4, "dim": 16, "experts": 3}}
+EXPERTS["moe_action_decoder"] = {
+    "block": "moe_action_decoder",
+    "args": {**LATENT_COMPONENTS["action_decoder"]["args"], "experts": 3},
+}
 POLICIES = {  # script, or script:variant -> its components
     "train_flow_matching": COMPONENTS,
     "train_vfp": LATENT_COMPONENTS,
     "train_vfp:flow": LATENT_COMPONENTS | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
     "train_vfp:codes": CODES,
     "train_vfp:point": CODES | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
+    "train_vfp:experts": EXPERTS,
     "train_cfg_vqvae": GUIDED,
     "train_cfg_vqvae:point": GUIDED | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
 }

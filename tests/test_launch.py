@@ -50,11 +50,11 @@ def keep_the_group():
 
 conftest.forget_accelerator = keep_the_group
 folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-names = ("even", "codes", "dropout")
-even, codes, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
+names = ("even", "codes", "experts", "dropout")
+even, codes, experts, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
 guided = conftest.Experiment(folder / "guided", demos, "train_cfg_vqvae", write=False)
 
-for experiment in (even, codes, guided):
+for experiment in (even, codes, experts, guided):
     assert experiment.main("train.total_steps=10") == 0
     for value in experiment.job.policy.state_dict().values():
         both = [torch.empty_like(value), torch.empty_like(value)]
@@ -85,7 +85,8 @@ print(f"rank {rank} done")
 def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
     codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
-    for exp in (even, codes, guided):
+    experts = experiment("train_vfp:experts", "experts")
+    for exp in (even, codes, experts, guided):
         no_dropout(exp)
     folder = even.folder.parent
     (folder / "worker.py").write_text(WORKER)
@@ -95,7 +96,8 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     assert done.stdout.count("done") == 2
 
     kinds = (even, ("kl", "norm/vae_prior"), 1e-5), (codes, ("perplexity", "norm/vqvae_codebook"), 1e-4)
-    for exp, keys, atol in (*kinds, (guided, ("perplexity", "prior"), 1e-4)):
+    kinds += (guided, ("perplexity", "prior"), 1e-4), (experts, ("balance", "load/0", "norm/gate"), 1e-4)
+    for exp, keys, atol in kinds:
         one = exp.folder / "one"
         exp.main("train.total_steps=10", f"train.save_dir={one}")
         for key in ("loss", "flow", "lr", *keys):

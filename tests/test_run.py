@@ -63,6 +63,7 @@ SETTINGS = {
 
 RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
 RESUMED += [("train_vfp:codes", "adamw"), ("train_vfp:codes", "schedule_free"), ("train_vfp:point", "adamw")]
+RESUMED += [("train_vfp:experts", "adamw"), ("train_vfp:experts", "schedule_free")]
 RESUMED += [("train_cfg_vqvae", "adamw"), ("train_cfg_vqvae", "schedule_free"), ("train_cfg_vqvae:point", "adamw")]
 
 

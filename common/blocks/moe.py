@@ -32,6 +32,14 @@ class Gate(nn.Module):
         return self.layers(zq.flatten(1)).float()
 
 
+def choose(logits: Tensor, k: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits (B, E) -> {"experts": the k best (B, k)}, as decoders take it, and weights (B, k) that sum to 1."""
+    if k > logits.shape[1]:
+        raise ValueError(f"{k} experts asked for (loss.top_k, sampling.experts), of {logits.shape[1]}")
+    best, experts = logits.topk(k)
+    return {"experts": experts}, best.softmax(-1)
+
+
 class Routing:
     """Which of `count` experts serves each row, experts (B, R): rows are sorted by expert, and put back."""
 
