@@ -124,6 +124,7 @@ TABLES = {
         Row("naive", NAIVE, "tabletop/train.yaml", (), TABLETOP),
         Row("vfp, Gaussian prior", VFP, "tabletop/train.yaml", (), TABLETOP),
         Row("cfg_vqvae", CFG, "tabletop/train.yaml", (), TABLETOP),
+        Row("2 experts", MOE, "tabletop/train.yaml", (), TABLETOP),
     ],
     "tabletop_late": [
         Row("on time", VFP, "tabletop/train.yaml", (), TABLETOP),
@@ -133,6 +134,7 @@ TABLES = {
     "tabletop_hard": [
         Row("naive", NAIVE, "tabletop_hard/train.yaml", (), HARD),
         Row("vfp, categorical prior", VFP, "tabletop_hard/train.yaml", (), HARD),
+        Row("4 experts", MOE, "tabletop_hard/train.yaml", (), HARD),
     ],
     "tabletop_hard_state": [
         Row("naive", NAIVE, "tabletop_hard/train_state.yaml", (), HARD_STATE),

@@ -110,7 +110,9 @@ def experts(found, log, file):
     lines = [line for line in lines if "load/0" in line]
     looks = np.array([*found.values()])
     figure, axes = sheet(1 + bool(lines), 2, 5.2, max(3.2, 0.16 * len(looks) + 1))
-    image = axes[0].imshow(looks / np.maximum(looks.sum(1, keepdims=True), 1e-12), aspect="auto", vmin=0, vmax=1)
+    total = looks.sum(1, keepdims=True)
+    shares = np.divide(looks, total, out=np.full_like(looks, np.nan), where=total > 0)  # without a success: blank
+    image = axes[0].imshow(shares, aspect="auto", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes[0], label="share of the mode's successes")
     axes[0].set(xlabel="expert", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode")
     axes[0].set_yticklabels(found, fontsize=6)

@@ -58,7 +58,8 @@ def on_meta(cfg, script=train_vfp):
         for key in sources
         if not cfg.model.component_build_args.get(key, Part()).same_as
     }
-    with torch.device("meta"):
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "grouped_mm", lambda x, w, offs: x @ w[0])  # its own shapes need bfloat16
         model = Model(component_config_paths={}, component_build_args=args)
         parts = build_parts(model, sources, FACTS, list(cfg.data.cameras))
         stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
@@ -67,7 +68,9 @@ def on_meta(cfg, script=train_vfp):
         memory = policy.encode(batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0)
         z = policy.latent(memory, SimpleNamespace(normal=torch.zeros, uniform=torch.zeros))
         tokens = getattr(memory, "tokens", memory)
-        velocity = parts["action_decoder"](x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1), memory=tokens, z=z)
+        experts = policy.chosen(z, 2)[0] if "gate" in parts else {}
+        decode = parts["moe_action_decoder" if experts else "action_decoder"].bind(memory=tokens, z=z, **experts)
+        velocity = decode(x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1))
     assert all(x.is_meta for x in policy.state_dict().values())
     return policy, tokens, z, velocity
 

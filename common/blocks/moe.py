@@ -69,9 +69,9 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, size_out).uniform_(-bound, bound))
 
     def forward(self, x, chosen) -> Tensor:
-        size, dtype = self.weight.shape[-1], x.dtype
-        if torch.is_autocast_enabled(x.device.type):  # which does not know grouped products
-            dtype = torch.get_autocast_dtype(x.device.type)
+        size, dtype, device = self.weight.shape[-1], x.dtype, x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped products
         weight = F.pad(self.weight, (0, -size % 8)).to(dtype)  # rows must start at multiples of 16 bytes
         y = F.grouped_mm(x.to(dtype), weight, offs=chosen.sum(0).cumsum(0).int())[:, :size]
         return y + (chosen @ self.bias).to(dtype)
