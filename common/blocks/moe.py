@@ -72,7 +72,8 @@ class ExpertLinear(nn.Module):
         size, dtype, device = self.weight.shape[-1], x.dtype, x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped products
-        weight = F.pad(self.weight, (0, -size % 8)).to(dtype)  # rows must start at multiples of 16 bytes
+        # Rows must start at multiples of 16 bytes; a pad of nothing would copy the weights.
+        weight = (F.pad(self.weight, (0, -size % 8)) if size % 8 else self.weight).to(dtype)
         y = F.grouped_mm(x.to(dtype), weight, offs=chosen.sum(0).cumsum(0).int())[:, :size]
         return y + (chosen @ self.bias).to(dtype)
 
