@@ -8,7 +8,6 @@ Salimans 2022, arXiv:2207.12598). The same command again resumes. To fork an exp
 the policy, copy this file too.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from common import config, flow, optim, run, schema
 from common.blocks.latent import Codes, check, nearest
-from common.config import key
+from common.config import ConfigError, key
 from common.losses import Noise, camera_drop, given_prefix, kot, linear_path, masked_mse, sample_time
 from common.parts import Memory, first_camera
 
@@ -25,15 +24,15 @@ from common.parts import Memory, first_camera
 @dataclass
 class Loss:
     target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
-    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
-    camera_dropout: float = key(0.15, "probability that one camera of a sample is hidden behind learned mask tokens")
+    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them", low=1)
+    camera_dropout: float = key(0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
     prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
-    null: float = key(0.15, "probability that the decoder is told null tokens instead of a sample's codes")
-    null_from: float = key(0.02, "share of the run before the first null tokens")
+    null: float = key(0.15, "probability that the decoder is told null tokens, not the codes", low=0, high=1)
+    null_from: float = key(0.02, "share of the run before the first null tokens", low=0, high=1)
     commitment: float = key(0.25, "of |z_e - its code|^2")
     prior: float = key(1.0, "of the prior's cross-entropy")
-    smoothing: float = key(0.02, "label smoothing of that")
-    posterior_ema: float = key(0.999, "decay of the average posterior whose codes the prior learns")
+    smoothing: float = key(0.02, "label smoothing of that", low=0, high=1)
+    posterior_ema: float = key(0.999, "decay of the average posterior whose codes the prior learns", low=0, high=1)
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
     revive_until: float = key(0.6, "share of the run in which such codes are moved to where they are needed")
     sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
@@ -65,7 +64,9 @@ class Policy(nn.Module):
         self.parts, self.stats, self.loss, self.sampling = parts, stats, cfg.loss, cfg.sampling
         self.cameras = list(cfg.data.cameras)
         self.encoder = "info_encoder" if "info_encoder" in parts else "proprio_projector"
-        self.slow_posterior = copy.deepcopy(parts["vqvae_posterior"]).requires_grad_(False)
+        self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")
+        if cfg.sampling.guidance != 1 and not cfg.loss.null:
+            raise ConfigError("sampling.guidance: leads away from null tokens, which learn nothing with loss.null: 0")
 
     def train(self, mode=True):
         super().train(mode)
@@ -107,6 +108,11 @@ class Policy(nn.Module):
         seen = memory.first_camera
         posterior, prior = self.parts["vqvae_posterior"](**seen, action=x1), self.parts["vqvae_prior"](**seen)
         check(posterior, prior, self.codebook.codes)
+        if self.codebook.null_tokens != posterior.size[0]:
+            found = f"null_tokens: {self.codebook.null_tokens}"
+            raise ValueError(
+                f"vqvae_codebook has {found}, the posterior has {posterior.size[0]} tokens: make them equal"
+            )
         code = self.codebook(posterior.tokens, noise if self.training else None)
         commitment = (posterior.tokens - code.zq.detach()).square().mean()
         with torch.no_grad():  # codes that change more slowly are easier to learn
@@ -155,11 +161,11 @@ class Policy(nn.Module):
 
     def after_step(self, job):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
-        own = [p.detach() for p in self.parts["vqvae_posterior"].parameters()]
-        torch._foreach_lerp_(list(self.slow_posterior.parameters()), own, 1 - self.loss.posterior_ema)
+        optim.follow(self.slow_posterior, self.parts["vqvae_posterior"], self.loss.posterior_ema, job.step)
         due = job.step % self.loss.revive_every == 0 and job.step <= self.loss.revive_until * job.total
         noise = Noise("revive", job.cfg.seed, job.step, device=job.device) if due or job.step == 1 else None
-        self.codebook.after_step(noise, job.optimizers, job.average, first=job.step == 1)
+        first = job.step == 1 and "vqvae_codebook" not in self.parts.loaded
+        self.codebook.after_step(noise, job.optimizers, job.average, first)
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ from common.losses import camera_drop, given_prefix, linear_path, masked_mse, sa
 class Loss:
     target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
     draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
-    camera_dropout: float = key(0.0, "probability that one camera of a sample is hidden behind learned mask tokens")
+    camera_dropout: float = key(0.0, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
     prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
 
 

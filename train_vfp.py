@@ -8,7 +8,6 @@ there is a gate, z also chooses the expert that decodes it (Zhai et al. 2025, ar
 resumes. To fork an experiment, copy its config folder; to fork the policy, copy this file too.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,15 +25,15 @@ from common.parts import Memory, first_camera
 @dataclass
 class Loss:
     target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
-    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
-    camera_dropout: float = key(0.15, "probability that one camera of a sample is hidden behind learned mask tokens")
+    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them", low=1)
+    camera_dropout: float = key(0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
     prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
     kl: float = key(1.0, "of KL(posterior || prior) in units of 1 / (T A), the scale of the evidence bound")
     kl_ramp: float = key(0.05, "share of the run over which the KL weight rises from 0")
     balance: float = key(0.8, "share of the KL gradient that moves the prior")
     free_nats: float = key(0.25, "per latent token, below which the KL is not pushed")
     commitment: float = key(0.25, "of |z_e - its code|^2, where there is a codebook")
-    posterior_ema: float | None = key(None, "decay of an average posterior whose codes the prior learns; null: its own")
+    posterior_ema: float | None = key(None, "decay of an average posterior for the prior to learn", low=0, high=1)
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
     revive_until: float = key(0.6, "share of the run in which such codes are moved to where they are needed")
     sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
@@ -77,7 +76,7 @@ class Policy(nn.Module):
         if "gate" in parts and self.kind != "vqvae":
             raise ConfigError("gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well")
         if self.loss.posterior_ema:
-            self.slow_posterior = copy.deepcopy(parts[f"{self.kind}_posterior"]).requires_grad_(False)
+            self.slow_posterior = optim.slow_copy(parts, f"{self.kind}_posterior")
         self.table = None
 
     def train(self, mode=True):
@@ -207,8 +206,8 @@ class Policy(nn.Module):
     def after_step(self, job):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
         if self.loss.posterior_ema:
-            own = [p.detach() for p in self.parts[f"{self.kind}_posterior"].parameters()]
-            torch._foreach_lerp_(list(self.slow_posterior.parameters()), own, 1 - self.loss.posterior_ema)
+            own = self.parts[f"{self.kind}_posterior"]
+            optim.follow(self.slow_posterior, own, self.loss.posterior_ema, job.step)
         if self.kind == "vqvae":
             due = job.step % self.loss.revive_every == 0 and job.step <= self.loss.revive_until * job.total
             noise = Noise("revive", job.cfg.seed, job.step, device=job.device) if due else None

@@ -150,7 +150,7 @@ class Yaml:
 
 
 def key(default, meaning, **bounds):
-    """A field of a schema. default: ... if required. meaning: what --help prints. bounds: low, and size of a list."""
+    """A field of a schema. default: ... if required. meaning: what --help prints. bounds: low, high, size of a list."""
     made = {} if default is ... else {"default_factory": lambda: copy.deepcopy(default)}
     return field(kw_only=True, metadata={"meaning": meaning, **bounds}, **made)
 
@@ -211,9 +211,12 @@ class Reader:
             if name not in mapping and not is_dataclass(kind):
                 raise self.error(here, f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})")
             value = values[name] = self.read(kind, mapping.get(name, {}), here)
-            low, size, items = *map(entry.metadata.get, ("low", "size")), value if isinstance(value, list) else [value]
+            low, high, size = map(entry.metadata.get, ("low", "high", "size"))
+            items = value if isinstance(value, list) else [value]
             if low is not None and any(x < low for x in items if x is not None):
                 raise self.error(here, f"expected at least {low}, found {show(value)}")
+            if high is not None and any(x > high for x in items if x is not None):
+                raise self.error(here, f"expected at most {high}, found {show(value)}")
             if size not in (None, len(items)):
                 raise self.error(here, f"expected {size} numbers, found {show(value)}")
         made = schema(**values)

@@ -220,7 +220,7 @@ def mean_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _assignment(cost):
-    from scipy.optimize import linear_sum_assignment  # the only use of SciPy; not paid for by runs without it
+    from scipy.optimize import linear_sum_assignment  # not paid for by runs without it
 
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     plan = torch.zeros_like(cost)

@@ -1,11 +1,14 @@
 """Optimizers, learning rates as functions of the step, and the averaged weights that are the ones to run."""
 
+import copy
 import math
 from contextlib import contextmanager
 
 import torch
 from schedulefree import RAdamScheduleFree
 from torch import nn
+
+from common.config import ConfigError
 
 
 def build(parts: nn.ModuleDict, cfg) -> list[torch.optim.Optimizer]:
@@ -87,6 +90,26 @@ def forget(optimizers, average, parameter: nn.Parameter, rows: torch.Tensor):
         value[rows] = parameter[rows]
 
 
+def slow_copy(parts, name: str) -> nn.Module:
+    """A copy of a component for `follow`, without gradient."""
+    if name not in parts:
+        raise ConfigError(f"no component '{name}' is listed; there are {', '.join(parts)}")
+    return copy.deepcopy(parts[name]).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, own: nn.Module, decay: float, step: int):
+    """After optimizer step number `step` (from 1): the moving average of a component, with its buffers as they are."""
+    torch._foreach_lerp_(list(slow.parameters()), [p.detach() for p in own.parameters()], 1 - warmed(decay, step))
+    for buffer, value in zip(slow.buffers(), own.buffers(), strict=True):
+        buffer.copy_(value)
+
+
+def warmed(decay: float, step: int) -> float:
+    """The decay of a moving average after `step` updates: young averages forget faster."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 class Average:
     """The weights to run: an exponential moving average, the schedule-free average, or the weights themselves.
 
@@ -105,8 +128,8 @@ class Average:
     def update(self, step: int):
         """After optimizer step number `step` (from 1)."""
         if self.ema:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.raw.values()], weight)
+            now = [p.detach() for p in self.raw.values()]
+            torch._foreach_lerp_(list(self.ema.values()), now, 1 - warmed(self.decay, step))
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ class Parts(nn.ModuleDict):
         super().__init__(modules)
         self.frozen, self.aliases = set(frozen), dict(aliases or {})
         self.sources = dict(sources or {})  # frozen component -> the file that all of its weights come from
+        self.loaded = set()  # components whose weights are from a file
         self.hashes = {}  # frozen component -> sha256 of that file, once it was needed
         for name in self.frozen:
             self[name].requires_grad_(False)
@@ -161,7 +162,9 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
         raise ConfigError(f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}")
     for name, file in files.items():
         print(f"{name}: weights from {file}")
-    return Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
+    parts = Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
+    parts.loaded = set(files)
+    return parts
 
 
 def initialise(module: nn.Module, name: str, init, load_dir: Path | None) -> tuple[Path | None, bool]:

@@ -346,7 +346,7 @@ class Run:
 
     @torch.no_grad()
     def dry_run(self, policy) -> int:
-        """Print one batch, the loss of two samples of it, one chunk, the config. Nothing is written."""
+        """Print one batch, the loss of two samples of it, one chunk, the config. The run folder stays as it is."""
         batch = to_device(next(iter(self._batches())), self.device, self.cfg.data.augment)
         batch.pop("position")
         for key, value in batch.items():

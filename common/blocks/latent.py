@@ -81,7 +81,8 @@ class Codes(NamedTuple):
         The gradient reaches the logits as if z were the mean of the softmax (straight through: Jang et al. 2017,
         arXiv:1611.01144, section 2.2), and not the codes.
         """
-        codes, gumbel = codes.detach(), -temperature * (-noise.uniform(len(self.h), *self.size).log()).log()
+        codes, uniform = codes.detach(), noise.uniform(len(self.h), *self.size).clamp(min=1e-30)  # log 0 has no product
+        gumbel = -temperature * (-uniform.log()).log()
         indices = torch.zeros(self.h.shape[:2], dtype=torch.long, device=self.h.device)
         for slot in range(indices.shape[1]):
             indices[:, slot] = (self.head.logits(self.h, indices) + gumbel)[:, slot].argmax(-1)
