@@ -114,7 +114,7 @@ class Policy(nn.Module):
             end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=z, **best)
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             state = memory.first_camera["cond_proprio"][:, -1]
-            ot_loss, ot = losses.kot(end, x1[:, :1], state, batch["action_is_pad"], **vars(self.loss.sinkhorn))
+            ot_loss, ot = losses.kot(end, x1[:, :1], state, **vars(self.loss.sinkhorn), ignored=batch["action_is_pad"])
             loss, scalars = loss + ot_loss, scalars | ot
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
 

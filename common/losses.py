@@ -176,12 +176,12 @@ def kot(
     predicted: Tensor,
     expert: Tensor,
     state: Tensor,
-    ignored: Tensor | None = None,
-    weight=1.0,
     lam_state=2.0,
     blur=0.05,
     iterations=100,
     solver="sinkhorn",
+    weight=1.0,
+    ignored: Tensor | None = None,
 ):
     """K-OT: weighted transport cost between predicted and demonstrated (state, chunk) pairs of a batch -> (), scalars.
 

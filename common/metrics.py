@@ -45,7 +45,7 @@ def information(table) -> float | None:
     expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     some = joint > 0
     nats = float((joint[some] * np.log(joint[some] / expected[some])).sum())
-    return nats / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
+    return max(nats, 0.0) / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
 
 
 def experts(episodes, names, count) -> dict:
