@@ -237,11 +237,13 @@ def closed_loop(policy, cfg, args):
     averaged = "" if args.ensemble is None else f"; averaged with m = {args.ensemble:g}"
     every = f"a chunk of {cfg.data.action_horizon} every {args.execute} steps"
     has_latent = any("prior" in name for name in policy.parts)
-    print(f"\n{every} {late}{averaged}{held if has_latent else ''}")
+    drawn = "".join(f"; {name} {value:g}" for name, value in args.about["sampling"].items())
+    print(f"\n{every} {late}{averaged}{held if has_latent else ''}{drawn}")
     print(metrics.table(rows, names))
     if "experts" in (last := rows[-1]):
         least = f"the least used expert has {last['least_load']:.2f} of an even share"
-        print(f"NFE {nfe}: the mode tells {last['expert_information'] or 0:.3f} of which expert drives; {least}")
+        told = f"mutual information of mode and expert: {last['expert_information'] or 0:.3f} of its maximum"
+        print(f"NFE {nfe}: {told}; {least}")
     settings = {
         key: getattr(args, key) for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
     }
@@ -252,7 +254,7 @@ def closed_loop(policy, cfg, args):
     if names:
         plots.modes(rows, names, shares, args.out / "modes.png")
     if "experts" in rows[-1]:
-        plots.experts(rows[-1]["experts"], args.log, args.out / "experts.png")
+        plots.experts(rows[-1]["experts"], f"successes at NFE {nfe}, {args.env}", args.log, args.out / "experts.png")
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
         plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from common import config, flow, losses, optim, run, schema
 from common.blocks.latent import Codes, Gaussian, check, nearest
-from common.blocks.moe import choose
-from common.config import ConfigError, key
+from common.blocks.moe import check_mixture, choose
+from common.config import key
 from common.losses import Noise
 from common.parts import Memory, first_camera
 
@@ -73,8 +73,8 @@ class Policy(nn.Module):
         self.cameras = list(cfg.data.cameras)
         self.kind = "vqvae" if any(name.startswith("vqvae_") for name in parts) else "vae"
         self.decoder = "moe_action_decoder" if "gate" in parts else "action_decoder"
-        if "gate" in parts and self.kind != "vqvae":
-            raise ConfigError("gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well")
+        if {"gate", "moe_action_decoder"} & {*parts}:
+            check_mixture(parts)
         if self.loss.posterior_ema:
             self.slow_posterior = optim.slow_copy(parts, f"{self.kind}_posterior")
         self.table = None

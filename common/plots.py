@@ -104,7 +104,7 @@ def modes(rows, names, shares, file):
     figure.savefig(file, dpi=110)
 
 
-def experts(found, log, file):
+def experts(found, title, log, file):
     """Which expert drove which mode ({mode: [of each expert]}), and the samples of each in training, from log.jsonl."""
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if "load/0" in line]
@@ -113,13 +113,17 @@ def experts(found, log, file):
     total = looks.sum(1, keepdims=True)
     shares = np.divide(looks, total, out=np.full_like(looks, np.nan), where=total > 0)  # without a success: blank
     image = axes[0].imshow(shares, aspect="auto", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes[0], label="share of the mode's successes")
-    axes[0].set(xlabel="expert", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode")
+    figure.colorbar(image, ax=axes[0], label="share of the mode's successes (none: blank)")
+    axes[0].set(
+        title=title, xlabel="expert that acts", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode"
+    )
     axes[0].set_yticklabels(found, fontsize=6)
     if lines:
         for i in range(looks.shape[1]):
             axes[1].plot([line["step"] for line in lines], [line[f"load/{i}"] for line in lines], label=f"expert {i}")
-        axes[1].set(xlabel="training step", ylabel="share of the samples", ylim=(0, None))
+        axes[1].set(
+            title="first choice of the gate", xlabel="training step", ylabel="share of the samples", ylim=(0, None)
+        )
         axes[1].legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(file, dpi=110)
 

@@ -360,7 +360,26 @@ def test_a_gate_without_codes_is_an_error(experiment):
     exp = experiment("train_vfp")
     exp.file.write_text(exp.file.read_text().replace("vae_prior:", "gate: ./gate.yaml\n    vae_prior:"))
     (exp.folder / "gate.yaml").write_text("block: gate\nargs: {latent_size: 8, dim: 8, experts: 2}\n")
+    with pytest.raises(ConfigError, match="gate is listed: it needs moe_action_decoder as well"):
+        exp.main("train.total_steps=1")
+    moe = "block: moe_action_decoder\nargs: {dim: 16, heads: 2, ff: 32, layers: 1, experts: 2, action_dim: null}\n"
+    (exp.folder / "moe_action_decoder.yaml").write_text(moe)
+    exp.file.write_text(
+        exp.file.read_text().replace("gate:", "moe_action_decoder: ./moe_action_decoder.yaml\n    gate:")
+    )
     with pytest.raises(ConfigError, match="gate: it reads a code, so list vqvae_posterior"):
+        exp.main("train.total_steps=1")
+
+
+def test_gate_and_decoder_must_agree(experiment):
+    exp = experiment("train_vfp:experts")
+    gate = exp.folder / "gate.yaml"
+    gate.write_text(gate.read_text().replace("experts: 3", "experts: 5"))
+    with pytest.raises(ConfigError, match=r"gate has experts: 5, moe_action_decoder has experts: 3; make them equal"):
+        exp.main("train.total_steps=1")
+    del exp.config["model"]["component_config_paths"]["gate"]
+    exp.write()
+    with pytest.raises(ConfigError, match="moe_action_decoder is listed: it needs gate as well"):
         exp.main("train.total_steps=1")
 
 

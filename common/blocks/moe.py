@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.transformer import ActionDecoder
 from common.build import block
+from common.config import ConfigError
 
 
 @block("gate")
@@ -25,11 +26,24 @@ class Gate(nn.Module):
 
     def __init__(self, latent_size, dim, experts):
         super().__init__()
+        self.experts = experts
         hidden = nn.Linear(latent_size, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU()
         self.layers = nn.Sequential(*hidden, nn.Linear(dim, experts))
 
     def forward(self, zq) -> Tensor:
         return self.layers(zq.flatten(1)).float()
+
+
+def check_mixture(parts):
+    """Raises ConfigError where a policy's components do not make a mixture."""
+    for name, other in (("gate", "moe_action_decoder"), ("moe_action_decoder", "gate")):
+        if name not in parts:
+            raise ConfigError(f"{other} is listed: it needs {name} as well")
+    if not any(name.startswith("vqvae_") for name in parts):
+        raise ConfigError("gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well")
+    asked, there = parts["gate"].block.experts, parts["moe_action_decoder"].block.experts
+    if asked != there:
+        raise ConfigError(f"gate has experts: {asked}, moe_action_decoder has experts: {there}; make them equal")
 
 
 def choose(logits: Tensor, k: int) -> tuple[dict[str, Tensor], Tensor]:
