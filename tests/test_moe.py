@@ -1,5 +1,7 @@
 """Mixtures of experts: dispatch against dense computation, losses against hand and loops, the policy that routes."""
 
+import importlib.util
+import inspect
 import json
 import math
 from pathlib import Path
@@ -22,6 +24,7 @@ from common.data.loader import to_device
 from common.losses import Noise, load_balance, masked_mse, mixture_mse, router_z
 
 torch.set_num_threads(1)
+ROOT = Path(train_vfp.__file__).parent
 B, R, T, A, D, E = 5, 2, 6, 3, 4, 4
 CHOSEN = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [1, 2]])  # nobody chose the last
 
@@ -329,19 +332,34 @@ def test_kot_moves_the_best_expert_of_prior_samples(experiment):
     assert all(math.isfinite(x) for x in exp.log("kot").values())
 
 
-def test_a_slow_posterior_is_what_the_prior_learns(experiment):
-    exp = experiment("train_vfp:experts")
-    exp.main("train.total_steps=3", "loss.posterior_ema=0.9")
+def test_a_slow_posterior_is_what_the_prior_learns(experiment, monkeypatch):
+    exp, own = experiment("train_vfp:experts"), []
+    after = train_vfp.Policy.after_step
+
+    def watched(policy, job):
+        own.append([p.detach().clone() for p in policy.parts["vqvae_posterior"].parameters()])
+        after(policy, job)
+
+    monkeypatch.setattr(train_vfp.Policy, "after_step", watched)
+    exp.main("train.total_steps=3", "loss.posterior_ema=0.25")
     policy = exp.job.policy
-    slow = dict(policy.slow_posterior.named_parameters())
-    own = dict(policy.parts["vqvae_posterior"].named_parameters())
-    start = {name: exp.start[f"parts.vqvae_posterior.{name}"] for name in own}
-    for name, p in slow.items():
-        between = (p - start[name]).abs() <= (own[name] - start[name]).abs() + 0.02
-        assert between.all()
-    assert any(not torch.equal(p, own[name]) for name, p in slow.items())
+    expected = [p for name, p in exp.start.items() if name.startswith("parts.vqvae_posterior.")]
+    for decay, now in zip((2 / 11, 3 / 12, 0.25), own, strict=True):
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
+    torch.testing.assert_close([p.detach() for p in policy.slow_posterior.parameters()], expected)
+    name, p = next(policy.slow_posterior.named_parameters())
     saved = load_file(checkpoint.newest(exp.save_dir) / "resume/other.safetensors")
-    assert torch.equal(saved["slow_posterior." + next(iter(slow))], next(iter(slow.values())))
+    assert torch.equal(saved[f"slow_posterior.{name}"], p)
+    batch = to_device(exp.job.data.windows[exp.job.data.train_rows[:8]], torch.device("cpu"))
+    with torch.no_grad():
+        for p in policy.slow_posterior.parameters():
+            p.normal_()
+        _, scalars = policy.eval()(batch | {"noise": Noise(0), "progress": 0.5})
+        memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
+        codes = policy.codebook(policy.slow_posterior(**memory.first_camera, action=x1).tokens).indices
+        torch.testing.assert_close(
+            scalars["prior"], policy.parts["vqvae_prior"](**memory.first_camera).loss(codes, None)
+        )
 
 
 def test_expert_weights_decay_and_their_biases_do_not(experiment):
@@ -394,7 +412,7 @@ def test_more_experts_than_there_are_is_an_error(experiment):
 
 def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     """avoid for a few steps, through the command line."""
-    config = Path(train_vfp.__file__).parent / "configs/variational_flow_matching_policy/avoid/train.yaml"
+    config = ROOT / "configs/variational_flow_matching_policy/avoid/train.yaml"
     run = tmp_path / "run"
     train_vfp.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=200"])
     argv = ["--checkpoint", str(run), "--env", "avoid", "--execute", "25", "--episodes", "40", "--nfe", "10"]
@@ -405,8 +423,26 @@ def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     assert (tmp_path / "results/experts.png").stat().st_size > 5000
 
 
+def test_the_negative_control_trains_and_is_evaluated(tmp_path):
+    script = ROOT / "benchmarks/research_objective.py"
+    spec = importlib.util.spec_from_file_location("research_objective", script)
+    control = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(control)
+    assert inspect.getsource(control.main) == inspect.getsource(train_vfp.main)
+    config = ROOT / "configs/variational_flow_matching_policy/avoid/train_research.yaml"
+    run = tmp_path / "run"
+    control.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=2", "train.log_every=1"])
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(
+        line["loss"] == pytest.approx(line["flow"] + line["prior"], rel=1e-5) for line in lines if "flow" in line
+    )
+    argv = ["--checkpoint", str(run), "--env", "avoid", "--episodes", "4", "--nfe", "1", "--videos", "0"]
+    assert evaluate.main([*argv, "--out", str(tmp_path / "results")]) == 0
+    assert "experts" in json.loads((tmp_path / "results/results.json").read_text())["results"][0]
+
+
 def test_exp1_at_full_size_without_allocating_anything():
-    folder = Path(train_vfp.__file__).parent / "configs/variational_flow_matching_policy"
+    folder = ROOT / "configs/variational_flow_matching_policy"
     for name in ("exp1", "exp2"):
         cfg = configured(name, train_vfp, folder)
         policy, memory, z, velocity = on_meta(cfg)

@@ -62,12 +62,15 @@ class Routing:
         self.order = flat.argsort(stable=True)
         self.back = self.order.argsort()
         self.chosen = F.one_hot(flat[self.order], count).float()
+        self.of_tokens = {}  # tokens per row -> chosen of each: the same in all layers and steps
 
     def __call__(self, x: Tensor, network) -> Tensor:
         """x (B, R, ..., d) through network(tokens (N, d) in order of experts, their experts one-hot (N, E))."""
         rows = x.flatten(0, 1)[self.order]
         tokens = rows.shape[1:-1].numel()
-        y = network(rows.flatten(0, -2), self.chosen.repeat_interleave(tokens, 0))
+        if tokens not in self.of_tokens:
+            self.of_tokens[tokens] = self.chosen.repeat_interleave(tokens, 0)
+        y = network(rows.flatten(0, -2), self.of_tokens[tokens])
         return y.unflatten(0, rows.shape[:-1])[self.back].unflatten(0, x.shape[:2])
 
 
