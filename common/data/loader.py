@@ -20,6 +20,8 @@ GENERATED = {  # data.root -> what writes it on first use: module, and function 
     "tabletop-hard": ("common.envs.tabletop_hard", "generate"),
     "avoid": ("common.envs.avoid", "generate"),
     "avoid-skewed": ("common.envs.avoid", "generate_skewed"),
+    "avoid-mixed": ("common.envs.mixed", "generate_avoid"),
+    "tabletop-mixed": ("common.envs.mixed", "generate_tabletop"),
 }
 IMAGE = "observation.images."
 

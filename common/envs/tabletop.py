@@ -316,20 +316,27 @@ class Expert:
         return np.stack([np.convolve(np.interp(at, time, column), kernel, "valid") for column in knots.T], 1)
 
 
-def demonstrate(seed, world, image_size):
-    """One expert episode as dataset columns {key: (n, ...)}, None where the expert failed. The seed decides it all."""
+def demonstrate(seed, world, image_size, actions=None, look=True):
+    """One expert episode as dataset columns {key: (n, ...)}, None where the expert failed. The seed decides it all.
+
+    actions (m, 6): what is done in place of the expert's, the last one until the end. look: whether pictures are drawn.
+    """
     env = world(image_size)
+    env.look = look
     observation, info = env.reset(seed=seed)
     expert, rows, done = env.expert(world.demonstrated(seed), np.random.default_rng([seed, 1])), [], False
     while not done:
-        rows.append(observation | {"action": expert()})
-        observation, _, terminated, truncated, info = env.step(rows[-1]["action"])
+        action = expert() if actions is None else actions[min(len(rows), len(actions) - 1)]
+        rows.append(observation | {"action": action})
+        observation, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if info["success"] else None
 
 
-def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop):
+def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop, demonstrate=demonstrate, more=None):
     """Write `episodes` successful expert episodes of `world` to `root` as a LeRobot v3.0 dataset.
+
+    demonstrate: what makes an episode of a seed; more: features that it adds.
 
     Reset seeds count up from seed * 100000; the result does not depend on the number of processes. Evaluation resets
     with 50000 and up.
@@ -344,7 +351,7 @@ def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop):
     if world.ENVIRONMENT_NAMES:
         features["observation.environment_state"] = vector(world.ENVIRONMENT_NAMES)
     features |= {f"observation.images.{name}": picture for name in CAMERAS}
-    writer = DatasetWriter(root, world.fps, features | {"action": vector(world.STATE_NAMES)}, world.name)
+    writer = DatasetWriter(root, world.fps, features | {"action": vector(world.STATE_NAMES)} | (more or {}), world.name)
     run, reset_seed = partial(demonstrate, world=world, image_size=tuple(image_size)), seed * 100_000
     workers = min(os.cpu_count(), 16, episodes)
     with get_context("spawn").Pool(workers) as pool, tqdm(total=episodes, desc="demonstrations") as bar:
