@@ -263,7 +263,8 @@ def closed_loop(policy, cfg, args):
 def open_loop(policy, cfg, args):
     """Predicted against recorded chunks of held-out episodes; chunks_*.png, error_by_step.png, velocity_loss.png."""
     folder = locate(args.data or cfg.data.root)
-    data = Data(replace(cfg.data, root=str(folder), val_samples=max(cfg.data.val_samples, 512)))
+    unfiltered = {"scores": None, "keep_top": None}  # what is held out does not depend on them
+    data = Data(replace(cfg.data, root=str(folder), val_samples=max(cfg.data.val_samples, 512), **unfiltered))
     if not data.val_episodes:
         raise UserError("this run held no episodes out (data.val_episodes): nothing to compare with; or give --env")
     features = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))["features"]
@@ -332,6 +333,8 @@ def main(argv=None):
     given = args.checkpoint.expanduser()
     folder = given if (given / "meta.json").is_file() else newest(given) or given
     policy, cfg = open_policy(folder, dict(item.partition("=")[::2] for item in args.weights))
+    if not hasattr(policy, "sample"):
+        raise UserError(f"{args.checkpoint}: scores demonstrations, and draws no actions: train_mi.py --score {folder}")
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     for name in [name for name in ("guidance", "temperature", "experts") if getattr(args, name) is not None]:
         if not hasattr(getattr(policy, "sampling", None), name):

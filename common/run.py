@@ -160,6 +160,8 @@ class Run:
             for key, was, now in changes(meta["config"], to_dict(self.cfg)) if self.main else ():
                 print(f"warning: {key} was {was}, now {now}")
             self.step, self.epoch, self.offset = meta["step"], meta["epoch"], meta["offset"]
+            if meta.get("episodes", {}).get("trained on") != self.data.episodes and self.main:
+                print("warning: other training episodes than so far (data.episodes, val_episodes, scores, keep_top)")
             for what, now in self._circumstances().items():
                 if meta[what] != now and self.main:
                     print(f"warning: {what} was {meta[what]}, now {now}: training goes on, not bit for bit")
@@ -320,6 +322,7 @@ class Run:
             meta |= self._circumstances()
             meta["versions"] = {"torch": torch.__version__, "accelerate": accelerate.__version__}
             meta |= {"facts": self.data.facts, "aliases": self.policy.parts.aliases}
+            meta["episodes"] = {"trained on": self.data.episodes, "held out": self.data.val_episodes}
             meta["components"] = {
                 name: self.sources[name].text for name in [*self.policy.parts, *self.policy.parts.aliases]
             }
@@ -358,9 +361,12 @@ class Run:
         policy.eval()
         if self.cfg.data.cache == "features":
             self.data.cache_features(policy.parts, self.sources, self.accelerator, dry_run=True)
-        one = {key: value[:1] for key, value in batch.items()}
-        chunk = policy.sample(policy.encode(one), torch.zeros_like(one["action"]), steps=2)
-        print(f"sample {tuple(chunk.shape)}; {self.total} steps of {self.steps_per_epoch} per epoch")
+        sampled = ""
+        if hasattr(policy, "sample"):  # train_mi.py's draws no chunks
+            one = {key: value[:1] for key, value in batch.items()}
+            chunk = policy.sample(policy.encode(one), torch.zeros_like(one["action"]), steps=2)
+            sampled = f"sample {tuple(chunk.shape)}; "
+        print(f"{sampled}{self.total} steps of {self.steps_per_epoch} per epoch")
         print(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
         return 0
 

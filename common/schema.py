@@ -77,6 +77,8 @@ class Data:
     first_frames: int | None = key(None, "samples start at the first frames of an episode only; null: at all", low=1)
     neighbours: int = key(1, "samples of similar state that share a batch, for K-OT; 1: a plain shuffle", low=1)
     episodes: list[int] | None = key(None, "null: all", low=0)
+    scores: Path | None = key(None, "scores.parquet of train_mi.py; null: no episode is left out for its score")
+    keep_top: float | None = key(None, "share of the training episodes that data.scores keeps, the best", low=0)
     val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
     val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
     cache: Literal["none", "frames", "features"] = key("frames", "on disk; features: what frozen components see, too")
@@ -92,6 +94,10 @@ class Data:
             raise reader.error((*keys, "augment"), "set it to null: data.cache: features looks at plain pictures, once")
         if isinstance(self.val_episodes, float) and (held := self.val_episodes) >= 1:
             raise reader.error((*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}")
+        if (self.scores is None) != (self.keep_top is None):
+            raise reader.error((*keys, "keep_top"), "data.scores and data.keep_top go together: set both, or neither")
+        if self.keep_top is not None and not 0 < self.keep_top <= 1:
+            raise reader.error((*keys, "keep_top"), f"expected a share above 0, at most 1; found {self.keep_top}")
         for k in self.hold_keys:
             if k not in (known := [*self.state_keys, self.action_key]):
                 raise reader.error((*keys, "hold_keys"), f"'{k}' is no state or action key{suggest(k, known)}")

@@ -13,6 +13,7 @@ from common.config import ConfigError, DataError, suggest
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
+from common.information import keep
 from common.losses import seed_of
 
 GENERATED = {  # data.root -> what writes it on first use: module, and function of a folder
@@ -207,11 +208,14 @@ class Data:
         self.windows = Windows(
             cfg, dataset, episodes, VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes)
         )
-        self.train_rows = self.windows.rows(set(episodes) - held_out, cfg.first_frames)
+        self.dataset, self.episodes = dataset, sorted(set(episodes) - held_out)
+        if cfg.scores:
+            self.episodes = keep(cfg.scores, cfg.keep_top, dataset, self.episodes)
+        self.train_rows = self.windows.rows(self.episodes, cfg.first_frames)
         rows = self.windows.rows(held_out, cfg.first_frames)
         self.val_rows = rows[np.linspace(0, len(rows) - 1, min(cfg.val_samples, len(rows))).astype(int)]
         self.val_episodes = sorted(held_out)
-        seen = self.windows.rows(set(episodes) - held_out)  # chunks go on to the end of an episode
+        seen = self.windows.rows(self.episodes)  # chunks go on to the end of an episode
         self.stats = statistics(self.windows.state[seen], self.windows.action[seen])
         self.facts = {
             "action_dim": self.windows.action.shape[1],

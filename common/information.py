@@ -1,0 +1,159 @@
+"""How much each transition contributes to I(S; A), from nearest neighbours in two latent spaces; the best episodes.
+
+After Hejna et al. 2025 (arXiv:2502.08623): a demonstration is worth keeping where what it does follows from what it
+sees, and what it sees is not what all the others see.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import DataError, UserError
+from common.data.lerobot import reading
+from common.losses import seed_of
+
+COLUMNS, OF = ("episode", "transitions", "score", "quantile"), b"content_key"
+ACTIVE = 0.01  # variance of its mean over the data above which a latent dimension is used (arXiv:1509.00519, 5.2)
+
+
+def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window=0.0) -> Tensor:
+    """s (N, D), a (N, E), episode (N,), time (N,) in s -> contribution of each point to I(S; A), (N,) nats, float64.
+
+    c_i = -mean over k of psi(n_s + 1) + psi(n_a + 1), where n_s and n_a count the points nearer than the k-th
+    neighbour in max(d_s, d_a): the first estimator of Kraskov et al. 2004 (arXiv:cond-mat/0305641, eq. 8), whose
+    I(S; A) is mean psi(k) + psi(N) + mean c_i. Unlike there, points of the same episode within `window` seconds, the
+    point itself among them, are no neighbours: what follows each other is alike, whatever is done. Raises DataError
+    where fewer than k neighbours are left.
+    """
+    with torch.autocast(s.device.type, enabled=False):
+        # Not by way of a matrix product, which in float32 loses the short distances.
+        exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+        d_s, d_a = (torch.cdist(x.float(), x.float(), **exact) for x in (s, a))
+    close = (episode[:, None] == episode) & ((time[:, None] - time).abs() <= window)
+    d_s, d_a = (d.masked_fill_(close, torch.inf) for d in (d_s, d_a))
+    if max(k) > (left := int((~close).sum(1).min())):
+        raise DataError(
+            f"too few transitions for k = {max(k)}: among {len(s)} one has {left} neighbours that are not of its own "
+            f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
+        )
+    reach = torch.maximum(d_s, d_a).topk(max(k), largest=False).values
+    psi = digamma(len(s)).to(s.device)
+    return -sum(psi[(d < reach[:, i - 1, None]).sum(1)] for i in k for d in (d_s, d_a)) / len(k)
+
+
+def digamma(n: int) -> Tensor:
+    """psi(1), psi(2), ..., psi(n), float64: psi(i + 1) is -gamma + 1 + 1/2 + ... + 1/i."""
+    steps = torch.cat([torch.zeros(1, dtype=torch.float64), 1 / torch.arange(1, n, dtype=torch.float64)])
+    return steps.cumsum(0) - np.euler_gamma
+
+
+def contributions(
+    s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring, seed
+) -> tuple[np.ndarray, float]:
+    """Latent means s (N, D), a (N, E) of all transitions -> the contribution of each (N,), and I(S; A), in nats.
+
+    Within shuffled batches of at least scoring.batch (the rest of the division is spread over them), and averaged over
+    scoring.shuffles shuffles. Latents are used by standardise(). The same seed gives the same bits. Raises DataError.
+    """
+    latents = standardise(s, "state"), standardise(a, "action")
+    place = [torch.from_numpy(x).to(s.device) for x in (episode, time)]
+    total, count = torch.zeros(len(s), dtype=torch.float64), max(len(s) // scoring.batch, 1)
+    k, information = scoring.k, 0.0
+    with tqdm(total=scoring.shuffles * count, desc="neighbours", unit="batch") as bar:
+        for shuffle in range(scoring.shuffles):
+            order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(len(s))
+            for rows in map(torch.from_numpy, np.array_split(order, count)):
+                found = ksg(*(x[rows.to(s.device)] for x in (*latents, *place)), k, scoring.window).cpu()
+                total[rows] += found / scoring.shuffles
+                psi = digamma(max(len(rows), *k))
+                information += (found.mean() + psi[len(rows) - 1] + psi[np.array(k) - 1].mean()).item()
+                bar.update()
+    return total.numpy(), information / (scoring.shuffles * count)
+
+
+def standardise(mu: Tensor, name: str, least=3) -> Tensor:
+    """Latent means (N, D) -> (N, active D) with mean 0 and variance 1; dimensions that say nothing would be all noise.
+
+    Raises DataError where fewer than `least` dimensions, or than there are, are active: a collapsed latent.
+    """
+    variance = mu.var(0)
+    active = variance > ACTIVE
+    if active.sum() < min(least, mu.shape[1]):
+        raise DataError(
+            f"the {name} latent has collapsed: {int(active.sum())} of {mu.shape[1]} dimensions are active (variance of "
+            f"their means above {ACTIVE}; the largest is {variance.max():.2g}); train longer, or lower loss.{name}_beta"
+        )
+    return (mu[:, active] - mu[:, active].mean(0)) / variance[active].sqrt()
+
+
+def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:
+    """Contributions (N,) of transitions and the episode of each -> a row per episode, the best first.
+
+    Clipped to the 1st and 99th percentile, standardised; an episode's score is the mean over its transitions, its
+    quantile the share of episodes that score no more.
+    """
+    values = np.clip(values, *np.quantile(values, [0.01, 0.99]))
+    values = (values - values.mean()) / max(values.std(), 1e-12)
+    episodes, place, transitions = np.unique(episode, return_inverse=True, return_counts=True)
+    score = np.bincount(place, values) / transitions
+    best = np.lexsort((episodes, -score))
+    quantile = (score[:, None] >= score).mean(1)
+    return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
+
+
+def look_over(windows):
+    """Raises DataError where neighbours would say nothing: episodes that are copies, actions that never change."""
+    seen, starts = {}, windows.first
+    if np.ptp(windows.action, axis=0).max() == 0:
+        raise DataError(
+            f"data.action_key: {windows.cfg.action_key} never changes in {len(starts)} episodes, nothing ranks them"
+        )
+    for number, first, last in zip(windows.episode_index.tolist(), starts, windows.last, strict=True):
+        rows = slice(first, last + 1)
+        copy = seen.setdefault(windows.state[rows].tobytes() + windows.action[rows].tobytes(), number)
+        if copy != number:
+            raise DataError(
+                f"episodes {copy} and {number} are copies of each other, and copies score too well: leave one out "
+                "with data.episodes"
+            )
+
+
+def save(table: pa.Table, file: Path, content_key: str):
+    """Write scores.parquet, with the dataset's content_key in its metadata."""
+    unfinished = file.with_suffix(".tmp")
+    pq.write_table(table.replace_schema_metadata({OF: content_key}), unfinished)
+    unfinished.replace(file)
+
+
+def keep(file: Path, share: float, dataset, episodes) -> list[int]:
+    """The best `share` of `episodes` by a scores.parquet; of each task at least its best one.
+
+    Raises UserError where the file is gone, of another dataset, or lacks an episode.
+    """
+    if not file.is_file():
+        raise UserError(f"data.scores: no file {file}; train_mi.py writes it")
+    with reading(file):
+        table = pq.read_table(file)
+    again = "score this dataset: train_mi.py with the same data.root"
+    if missing := set(COLUMNS) - set(table.column_names):
+        raise DataError(f"data.scores: {file} has no column '{sorted(missing)[0]}': {again}")
+    if (found := (table.schema.metadata or {}).get(OF, b"").decode()) != dataset.content_key:
+        raise DataError(
+            f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed since (content key "
+            f"{found or None}, here {dataset.content_key}): {again}"
+        )
+    score = dict(zip(table["episode"].to_pylist(), table["score"].to_pylist(), strict=True))
+    if missing := sorted(set(episodes) - set(score)):
+        raise DataError(f"data.scores: {file} has no score for episodes {missing[:8]} of {len(missing)}: {again}")
+    ranked = sorted(episodes, key=lambda number: (-score[number], number))
+    kept = set(ranked[: max(round(share * len(ranked)), 1)])
+    tasks = {episode.index: tuple(episode.tasks) for episode in dataset.episodes}
+    best = {}
+    for number in ranked:
+        best.setdefault(tasks[number], number)
+    return sorted(kept | set(best.values()))

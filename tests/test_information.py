@@ -1,0 +1,181 @@
+"""Contributions to mutual information against closed forms and SciPy's trees; ranks, and which episodes are kept."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_demos
+from scipy.spatial import cKDTree
+from scipy.special import digamma
+
+from common import information
+from common.config import DataError, UserError
+from common.data.lerobot import LeRobotDataset
+
+SCORING = SimpleNamespace(k=[5, 6, 7], batch=100, shuffles=4, window=0.0)
+
+
+def gaussians(rho, n, d=1, seed=0):
+    """n points of two d-dimensional Gaussians, correlated component by component."""
+    x, noise = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed))
+    return x, rho * x + (1 - rho**2) ** 0.5 * noise
+
+
+def apart(n):
+    """Each point an episode of its own."""
+    return torch.arange(n), torch.zeros(n)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_information_of_correlated_gaussians_is_that_of_the_formula(rho):
+    n, k = 1024, (5, 6, 7)
+    found = [information.ksg(*gaussians(rho, n, seed=seed), *apart(n), k).mean().item() for seed in range(8)]
+    found = np.mean(found) + np.mean(digamma(k)) + digamma(n)
+    assert found == pytest.approx(-0.5 * np.log(1 - rho**2), abs=0.05)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_every_point_is_that_of_scipy_s_trees(d, rho):
+    s, a = gaussians(rho, 1024, d)
+    expected, points, trees = np.zeros(1024), [x.double().numpy() for x in (s, a)], []
+    joint = np.zeros((1024, 1024))
+    for x in points:
+        trees.append(cKDTree(x))
+        distance, neighbour = trees[-1].query(x, 1024)
+        by_point = np.empty_like(joint)
+        np.put_along_axis(by_point, neighbour, distance, 1)
+        joint = np.maximum(joint, by_point)
+    for k in (5, 6, 7):
+        reach = np.sort(joint, 1)[:, k]  # the first is the point itself
+        inside = [
+            tree.query_ball_point(x, reach * (1 - 1e-9), return_length=True)
+            for tree, x in zip(trees, points, strict=True)
+        ]
+        expected -= sum(digamma(number) for number in inside) / 3  # of n + 1, the point itself being one of them
+    np.testing.assert_allclose(information.ksg(s, a, *apart(1024)).numpy(), expected, atol=1e-5)
+
+
+def test_neighbours_in_time_do_not_count():
+    s, a = gaussians(0.7, 60, 2)
+    episode, time = torch.arange(60) // 20, torch.arange(60) % 20 / 10
+    found = information.ksg(s, a, episode, time, (2, 4), window=0.5)
+    for i in range(60):
+        others = [j for j in range(60) if episode[j] != episode[i] or abs(time[j] - time[i]) > 0.5]
+        d_s, d_a = ([(x[i] - x[j]).norm().item() for j in others] for x in (s, a))
+        total = 0.0
+        for k in (2, 4):
+            reach = sorted(map(max, d_s, d_a))[k - 1]
+            total += sum(digamma(sum(near < reach for near in d) + 1) for d in (d_s, d_a))
+        assert found[i].item() == pytest.approx(-total / 2, abs=1e-9)
+
+
+def test_too_few_transitions_for_k():
+    s, a = gaussians(0.5, 30)
+    with pytest.raises(DataError, match=r"too few transitions for k = 7.* among 7 one has 6 neighbours"):
+        information.ksg(s[:7], a[:7], *apart(7))
+    assert information.ksg(s[:8], a[:8], *apart(8)).isfinite().all()
+    with pytest.raises(DataError, match=r"k = 7: among 30 one has 0 neighbours .* within 3 s"):
+        information.ksg(s, a, torch.zeros(30), torch.arange(30) / 10, window=3.0)
+
+
+def test_contributions_repeat_and_use_every_transition_in_bounded_batches(monkeypatch):
+    s, a = gaussians(0.9, 1050)
+    sizes, ksg = [], information.ksg
+
+    def watched(s, *rest):
+        sizes.append(len(s))
+        return ksg(s, *rest)
+
+    monkeypatch.setattr(information, "ksg", watched)
+    place = np.arange(1050), np.zeros(1050)
+    values, nats = information.contributions(s, a, *place, SCORING, seed=0)
+    assert sizes == [105] * 40
+    assert np.isfinite(values).all()
+    assert (values != 0).all()
+    assert nats == pytest.approx(-0.5 * np.log(1 - 0.81), abs=0.1)
+    again, _ = information.contributions(s, a, *place, SCORING, seed=0)
+    assert again.tobytes() == values.tobytes()
+    other, _ = information.contributions(s, a, *place, SCORING, seed=1)
+    assert 0.5 < np.corrcoef(values, other)[0, 1] < 0.9999
+    once = [information.contributions(s, a, *place, SimpleNamespace(**{**vars(SCORING), "shuffles": 1}), seed=0)[0]]
+    assert np.corrcoef(values, other)[0, 1] > np.corrcoef(once[0], other)[0, 1]  # shuffles are averaged
+
+
+def test_scale_of_a_latent_does_not_matter_and_dead_dimensions_do_not_count():
+    s, a = gaussians(0.8, 300, 3)
+    place = np.arange(300), np.zeros(300)
+    plain, _ = information.contributions(s, a, *place, SCORING, seed=0)
+    scaled = torch.cat([s * torch.tensor([0.5, 3.0, 20.0]) + 7, 0.05 * torch.randn(300, 4)], 1)
+    np.testing.assert_allclose(information.contributions(scaled, a, *place, SCORING, seed=0)[0], plain, atol=0.02)
+
+
+def test_a_collapsed_latent_is_said_so():
+    alive, dead = torch.randn(50, 2), 1e-3 * torch.randn(50, 3)
+    with pytest.raises(DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"):
+        information.standardise(torch.cat([alive, dead], 1), "action")
+    assert information.standardise(alive, "action").shape == (50, 2)  # there are no more
+
+
+def test_rank():
+    episode, values = np.repeat([4, 2, 9], [30, 40, 30]), np.random.default_rng(0).normal(size=100)
+    values[:30] += 1
+    values[0] = 1e6  # clipped
+    table = information.rank(values, episode).to_pydict()
+    low, high = np.percentile(values, [1, 99])
+    z = np.minimum(np.maximum(values, low), high)
+    z = (z - z.mean()) / z.std()
+    means = {e: z[episode == e].mean() for e in (4, 2, 9)}
+    order = sorted(means, key=means.get, reverse=True)
+    assert order[0] == 4
+    assert table["episode"] == order
+    assert table["transitions"] == [{4: 30, 2: 40, 9: 30}[e] for e in order]
+    np.testing.assert_allclose(table["score"], [means[e] for e in order])
+    np.testing.assert_allclose(table["quantile"], [1, 2 / 3, 1 / 3])
+
+
+@pytest.fixture
+def scored(demos, tmp_path):
+    """(dataset, scores.parquet of it): episode 3 is the best, then 0, 4, 1, 5, 2."""
+    dataset, best = LeRobotDataset(demos), [3, 0, 4, 1, 5, 2]
+    values = np.linspace(1, -1, 6)
+    table = pa.table({"episode": best, "transitions": [9] * 6, "score": values, "quantile": values})
+    information.save(table, tmp_path / "scores.parquet", dataset.content_key)
+    return dataset, tmp_path / "scores.parquet"
+
+
+@pytest.mark.parametrize(
+    ("share", "episodes", "kept"),
+    [(0.5, range(6), [0, 3, 4]), (1.0, range(6), [0, 1, 2, 3, 4, 5]), (0.5, [1, 2, 5], [1, 5]), (0.01, [5, 2], [5])],
+)
+def test_the_best_are_kept(scored, share, episodes, kept):
+    dataset, file = scored
+    assert information.keep(file, share, dataset, episodes) == kept
+
+
+def test_no_task_is_lost(scored):
+    dataset, file = scored
+    for episode in dataset.episodes:
+        episode.tasks = ["pull"] if episode.index in (2, 5) else ["push"]
+    assert information.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
+
+
+def test_scores_that_do_not_fit(scored, tmp_path):
+    dataset, file = scored
+    with pytest.raises(UserError, match=r"data.scores: no file .*gone.parquet"):
+        information.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
+    other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
+    with pytest.raises(DataError, match=rf"is of another dataset than {other.root}.*{dataset.content_key}"):
+        information.keep(file, 0.5, other, range(6))
+    information.save(pq.read_table(file)[:4], file, dataset.content_key)
+    with pytest.raises(DataError, match=r"no score for episodes \[2, 5\]"):
+        information.keep(file, 0.5, dataset, range(6))
+    information.save(pq.read_table(file).drop("score"), file, dataset.content_key)
+    with pytest.raises(DataError, match="no column 'score'"):
+        information.keep(file, 0.5, dataset, range(6))
+    file.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read"):
+        information.keep(file, 0.5, dataset, range(6))
