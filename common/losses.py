@@ -154,6 +154,13 @@ def gaussian_kl(q, p, balance=0.8, free_nats=0.25) -> tuple[Tensor, Tensor]:
         return loss.sum(-1).mean(), to_prior.detach().sum(-1).mean()
 
 
+def unit_kl(q) -> Tensor:
+    """KL(q || N(0, I)) of a diagonal Gaussian q (mu, logvar), each (B, n, D) -> (), mean over B in nats, float32."""
+    with torch.autocast(q[0].device.type, enabled=False):
+        mu, logvar = (x.float() for x in q)
+        return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
 def transport_plan(cost: Tensor, eps: Tensor, iterations=100, anneal=0.7) -> Tensor:
     """cost (..., n, m), eps () -> entropic transport plan between uniform weights, no gradient.
 

@@ -144,7 +144,7 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     args = {owner: model.component_build_args.get(shared, Part()) for owner, shared in owners.items()}
     for camera in cameras:
         own = f"{camera}_backbone"
-        if not {"backbone", own} & {*owners, *aliases}:
+        if not {"backbone", own, "state_resnet34_encoder"} & {*owners, *aliases}:
             raise ConfigError(f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'")
     if "da3" in owners and not cameras:
         raise ConfigError("model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at")

@@ -194,6 +194,54 @@ def velocity_loss(loss, file):
     figure.savefig(file, dpi=110)
 
 
+def reconstructions(pictures, recorded, decoded, file):
+    """Pictures (n, cameras, 3, h, w) in [0, 1] above what was decoded of them, a column each; below, chunks (n, T, A).
+
+    pictures: the pair of both, or empty without cameras. Chunks: recorded in black, decoded coloured, normalised.
+    """
+    n, cameras = len(recorded), len(pictures[0][0]) if len(pictures) else 0
+    figure, axes = sheet(n * (2 * cameras + 1), n, 1.7, 1.5)
+    for row in range(2 * cameras):
+        for axis, image in zip(axes[row * n :], pictures[row % 2][:, row // 2], strict=False):
+            axis.imshow(image.transpose(1, 2, 0))
+            axis.set_axis_off()
+    for axis, was, now in zip(axes[-n:], recorded, decoded, strict=True):
+        axis.plot(now, lw=1)
+        axis.plot(was, color="black", lw=0.7, ls="--")
+    figure.suptitle("recorded (above; dashed) and decoded from the means of the latents", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def scores(table, windows, file, ends=3, moments=10):
+    """Scores of episodes as ranked bars; below, the best and the worst: film strips, or without cameras their actions.
+
+    table: columns episode and score, the best first; windows: loader.Windows of these episodes.
+    """
+    from matplotlib.figure import Figure
+
+    episodes, score = (np.array(table[name]) for name in ("episode", "score"))
+    shown = sorted({*range(min(ends, len(score))), *range(max(len(score) - ends, 0), len(score))})
+    height = 0.55 * max(len(windows.cfg.cameras), 2.5)
+    figure = Figure(figsize=(9, 2.4 + (height + 0.3) * len(shown)), layout="constrained")
+    top, *strips = figure.subplots(len(shown) + 1, 1, height_ratios=[2.4, *[height + 0.3] * len(shown)])
+    colours = [f"C{2 * (i in shown) + (i in shown and i >= len(score) - ends)}" for i in range(len(score))]
+    top.bar(np.arange(len(score)), score, 1.0, color=colours)
+    top.set(xlabel=f"{len(score)} episodes, ranked", ylabel="score")
+    for i, axis in zip(shown, strips, strict=True):
+        rows = windows.rows([episodes[i]])
+        axis.set_title(f"episode {episodes[i]}, rank {i + 1} of {len(score)}, score {score[i]:.2f}", fontsize=9)
+        if windows.cfg.cameras:
+            taken = rows[np.linspace(0, len(rows) - 1, moments).astype(int)]
+            seen = windows[taken]
+            seen = [seen[f"observation.images.{name}"].numpy() for name in windows.cfg.cameras]
+            axis.imshow(np.concatenate([np.concatenate([*x.transpose(0, 2, 3, 1)], 1) for x in seen]))
+            axis.set_axis_off()
+        else:
+            axis.plot(windows.action[rows], lw=1)
+            axis.set_ylim(windows.action.min(), windows.action.max())
+    figure.savefig(file, dpi=110)
+
+
 def draw_curves(folder: Path):
     """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
     from matplotlib.figure import Figure

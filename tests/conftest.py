@@ -59,6 +59,13 @@ EXPERTS["moe_action_decoder"] = {
     "block": "moe_action_decoder",
     "args": {**LATENT_COMPONENTS["action_decoder"]["args"], "experts": 3},
 }
+VAE = {"dim": 16, "layers": 1, "latent_dim": 4}
+STATE = {**VAE, "state_dim": None, "proprio_history": None, "num_cameras": None, "width": 8, "depths": [1]}
+CHUNK = {**VAE, "action_dim": None, "action_horizon": None}
+ESTIMATOR = {}
+for side in ("encoder", "decoder"):
+    ESTIMATOR[f"state_resnet34_{side}"] = {"block": f"resnet_state_{side}", "args": STATE}
+    ESTIMATOR[f"action_{side}"] = {"block": f"chunk_{side}", "args": CHUNK}
 POLICIES = {  # script, or script:variant -> its components
     "train_flow_matching": COMPONENTS,
     "train_vfp": LATENT_COMPONENTS,
@@ -68,6 +75,7 @@ POLICIES = {  # script, or script:variant -> its components
     "train_vfp:experts": EXPERTS,
     "train_cfg_vqvae": GUIDED,
     "train_cfg_vqvae:point": GUIDED | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
+    "train_mi": ESTIMATOR,
 }
 
 

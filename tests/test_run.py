@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import train_cfg_vqvae
 import train_flow_matching
+import train_mi
 import train_vfp
 from common import checkpoint, run
 from common.config import UserError
@@ -31,6 +33,7 @@ def curves(monkeypatch):
     """Drawing takes longer than the training here; the one that draws is given where it is wanted."""
     draw = run.draw_curves
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(train_mi, "scored", lambda job: 0)  # its latents say nothing yet after 20 steps
     return draw
 
 
@@ -49,8 +52,10 @@ def assert_same_run(a, b, name):
 
 
 def test_the_mains_are_the_same_lines():
-    scripts = (train_flow_matching, train_vfp, train_cfg_vqvae)
-    assert len({inspect.getsource(script.main) for script in scripts}) == 1
+    scripts = (train_flow_matching, train_vfp, train_cfg_vqvae, train_mi)
+    ends = re.compile(r"return job\.finish\(\)( or scored\(job\)  # .*)?\n$")  # train_mi scores what it has trained
+    assert len({ends.sub("", inspect.getsource(script.main)) for script in scripts}) == 1
+    assert all(ends.search(inspect.getsource(script.main)) for script in scripts)
 
 
 SETTINGS = {
@@ -65,6 +70,7 @@ RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp
 RESUMED += [("train_vfp:codes", "adamw"), ("train_vfp:codes", "schedule_free"), ("train_vfp:point", "adamw")]
 RESUMED += [("train_vfp:experts", "adamw"), ("train_vfp:experts", "schedule_free")]
 RESUMED += [("train_cfg_vqvae", "adamw"), ("train_cfg_vqvae", "schedule_free"), ("train_cfg_vqvae:point", "adamw")]
+RESUMED += [("train_mi", "adamw"), ("train_mi", "schedule_free")]
 
 
 @pytest.mark.parametrize(("script", "setting"), RESUMED)
