@@ -142,14 +142,17 @@ def score(folder, scoring=None):
     data, scoring = Data(cfg.data), scoring or cfg.scoring
     if cfg.data.cache != "none":
         data.cache_frames()
-    windows, means = data.windows, []
+    windows, found = data.windows, []
     information.look_over(windows)
     parts = np.array_split(np.arange(len(windows)), -(-len(windows) // 256))
     for rows in tqdm(parts, desc="latents", unit="batch"):
-        means.append([latent.mu.flatten(1).float() for latent in policy.encode(to_device(windows[rows], device))])
-    latents, episode = [torch.cat(x) for x in zip(*means, strict=True)], windows.episode_index[windows.episode]
+        latents = policy.encode(to_device(windows[rows], device))
+        found.append([x.flatten(1).float() for latent in latents for x in latent])
+    found = [torch.cat(x) for x in zip(*found, strict=True)]
+    points = information.metric(*found[:2], "state"), information.metric(*found[2:], "action")
+    episode = windows.episode_index[windows.episode]
     time = (np.arange(len(windows)) - windows.first[windows.episode]) / cfg.data.HZ
-    values, nats = information.contributions(*latents, episode, time, scoring, cfg.seed)
+    values, nats = information.contributions(*points, episode, time, scoring, cfg.seed)
     table, out = information.rank(values, episode), folder.parent if (folder / "meta.json").is_file() else folder
     information.save(table, out / "scores.parquet", data.dataset.content_key)
     plots.scores(table, windows, out / "scores.png")

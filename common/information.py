@@ -55,12 +55,11 @@ def digamma(n: int) -> Tensor:
 def contributions(
     s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring, seed
 ) -> tuple[np.ndarray, float]:
-    """Latent means s (N, D), a (N, E) of all transitions -> the contribution of each (N,), and I(S; A), in nats.
+    """Points s (N, D), a (N, E) of all transitions -> the contribution of each (N,), and I(S; A), in nats.
 
     Within shuffled batches of at least scoring.batch (the rest of the division is spread over them), and averaged over
-    scoring.shuffles shuffles. Latents are used by standardise(). The same seed gives the same bits. Raises DataError.
+    scoring.shuffles shuffles. The same seed gives the same bits. Raises DataError where these are too few for k.
     """
-    latents = standardise(s, "state"), standardise(a, "action")
     place = [torch.from_numpy(x).to(s.device) for x in (episode, time)]
     total, count = torch.zeros(len(s), dtype=torch.float64), max(len(s) // scoring.batch, 1)
     k, information = scoring.k, 0.0
@@ -68,7 +67,7 @@ def contributions(
         for shuffle in range(scoring.shuffles):
             order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(len(s))
             for rows in map(torch.from_numpy, np.array_split(order, count)):
-                found = ksg(*(x[rows.to(s.device)] for x in (*latents, *place)), k, scoring.window).cpu()
+                found = ksg(*(x[rows.to(s.device)] for x in (s, a, *place)), k, scoring.window).cpu()
                 total[rows] += found / scoring.shuffles
                 psi = digamma(max(len(rows), *k))
                 information += (found.mean() + psi[len(rows) - 1] + psi[np.array(k) - 1].mean()).item()
@@ -76,19 +75,23 @@ def contributions(
     return total.numpy(), information / (scoring.shuffles * count)
 
 
-def standardise(mu: Tensor, name: str, least=3) -> Tensor:
-    """Latent means (N, D) -> (N, active D) with mean 0 and variance 1; dimensions that say nothing would be all noise.
+def metric(mu: Tensor, logvar: Tensor, name: str, least=3) -> Tensor:
+    """Means and log variances (N, D) of a VAE's posteriors -> points (N, D) whose distances compare transitions.
 
-    Raises DataError where fewer than `least` dimensions, or than there are, are active: a collapsed latent.
+    Each dimension in units of its posteriors' deviation, which is as finely as the decoder reads it: a dimension that
+    says little counts little, where one of unit variance would count like all others. Then both latents get a total
+    variance of 1. Raises DataError where fewer than `least` dimensions, or than there are, are active: a collapsed
+    latent, which is all noise.
     """
-    variance = mu.var(0)
-    active = variance > ACTIVE
-    if active.sum() < min(least, mu.shape[1]):
+    spread = mu.var(0)
+    active = int((spread > ACTIVE).sum())
+    if active < min(least, mu.shape[1]):
         raise DataError(
-            f"the {name} latent has collapsed: {int(active.sum())} of {mu.shape[1]} dimensions are active (variance of "
-            f"their means above {ACTIVE}; the largest is {variance.max():.2g}); train longer, or lower loss.{name}_beta"
+            f"the {name} latent has collapsed: {active} of {mu.shape[1]} dimensions are active (variance of their "
+            f"means above {ACTIVE}; the largest is {spread.max():.2g}); train longer, or lower loss.{name}_beta"
         )
-    return (mu[:, active] - mu[:, active].mean(0)) / variance[active].sqrt()
+    points = (mu - mu.mean(0)) / logvar.exp().mean(0).sqrt()
+    return points / points.var(0).sum().sqrt()
 
 
 def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:

@@ -63,6 +63,12 @@ def experts(episodes, names, count) -> dict:
     }
 
 
+def auc(good, poor) -> float:
+    """Share of the pairs (a good one, a poor one) in which the good one scores higher; ties count half."""
+    ahead = np.asarray(good)[:, None] - np.asarray(poor)
+    return float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
+
+
 def summary(episodes, names, shares, times) -> dict:
     """One row of results.json: of episodes at one NFE and times (s) of single chunks.
 

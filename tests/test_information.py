@@ -14,6 +14,7 @@ from scipy.special import digamma
 from common import information
 from common.config import DataError, UserError
 from common.data.lerobot import LeRobotDataset
+from common.metrics import auc
 
 SCORING = SimpleNamespace(k=[5, 6, 7], batch=100, shuffles=4, window=0.0)
 
@@ -105,19 +106,30 @@ def test_contributions_repeat_and_use_every_transition_in_bounded_batches(monkey
     assert np.corrcoef(values, other)[0, 1] > np.corrcoef(once[0], other)[0, 1]  # shuffles are averaged
 
 
-def test_scale_of_a_latent_does_not_matter_and_dead_dimensions_do_not_count():
-    s, a = gaussians(0.8, 300, 3)
-    place = np.arange(300), np.zeros(300)
-    plain, _ = information.contributions(s, a, *place, SCORING, seed=0)
-    scaled = torch.cat([s * torch.tensor([0.5, 3.0, 20.0]) + 7, 0.05 * torch.randn(300, 4)], 1)
-    np.testing.assert_allclose(information.contributions(scaled, a, *place, SCORING, seed=0)[0], plain, atol=0.02)
+def test_distances_are_in_units_of_the_posteriors_deviation():
+    mu, deviation = 3 + torch.randn(400, 4), torch.tensor([0.1, 0.5, 1.0, 1.0])
+    points = information.metric(mu, (deviation**2).log().expand(400, 4), "state")
+    assert points.var(0).sum().item() == pytest.approx(1, abs=1e-5)
+    expected = ((mu[0] - mu[1]) / deviation).norm() / ((mu[2] - mu[3]) / deviation).norm()
+    assert ((points[0] - points[1]).norm() / (points[2] - points[3]).norm()).item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
+    dead = torch.cat([mu, 1e-3 * torch.randn(400, 9)], 1)  # posteriors that are the prior
+    more = information.metric(dead, torch.cat([(deviation**2).log().expand(400, 4), torch.zeros(400, 9)], 1), "state")
+    torch.testing.assert_close(torch.cdist(more, more), torch.cdist(points, points), atol=1e-3, rtol=1e-3)
 
 
 def test_a_collapsed_latent_is_said_so():
     alive, dead = torch.randn(50, 2), 1e-3 * torch.randn(50, 3)
     with pytest.raises(DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"):
-        information.standardise(torch.cat([alive, dead], 1), "action")
-    assert information.standardise(alive, "action").shape == (50, 2)  # there are no more
+        information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action")
+    assert information.metric(alive, torch.zeros(50, 2), "action").shape == (50, 2)  # there are no more
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    good, poor = [3, 1, 2], [2, 0]
+    assert auc(good, poor) == np.mean([1, 1, 0, 1, 0.5, 1])
+    assert auc(poor, good) == 1 - auc(good, poor)
 
 
 def test_rank():

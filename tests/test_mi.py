@@ -138,14 +138,16 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(traine
     assert "the best episodes: [" in capsys.readouterr().out
 
 
-def test_scores_are_of_the_means_of_the_latents(trained):
+def test_scores_are_those_of_the_saved_policy_s_latents(trained):
     policy, cfg = checkpoint.open_policy(trained.save_dir)
     windows = trained.job.data.windows
     with torch.no_grad():
         state, action = policy.encode(to_device(windows[np.arange(len(windows))], "cpu"))
+    latents = {"state": state, "action": action}
+    points = [information.metric(q.mu[:, 0], q.logvar[:, 0], name) for name, q in latents.items()]
     episode = np.repeat(np.arange(6), LONG)
     time = np.concatenate([np.arange(n) for n in LONG]) / 10
-    values, _ = information.contributions(state.mu[:, 0], action.mu[:, 0], episode, time, cfg.scoring, 0)
+    values, _ = information.contributions(*points, episode, time, cfg.scoring, 0)
     expected = information.rank(values, episode)
     found = pq.read_table(trained.save_dir / "scores.parquet")
     assert found["episode"] == expected["episode"]
