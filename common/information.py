@@ -4,6 +4,7 @@ After Hejna et al. 2025 (arXiv:2502.08623): a demonstration is worth keeping whe
 sees, and what it sees is not what all the others see.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:
     episodes, place, transitions = np.unique(episode, return_inverse=True, return_counts=True)
     score = np.bincount(place, values) / transitions
     best = np.lexsort((episodes, -score))
-    quantile = (score[:, None] >= score).mean(1)
+    quantile = np.searchsorted(np.sort(score), score, side="right") / len(score)
     return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
 
 
@@ -118,7 +119,8 @@ def look_over(windows):
         )
     for number, first, last in zip(windows.episode_index.tolist(), starts, windows.last, strict=True):
         rows = slice(first, last + 1)
-        copy = seen.setdefault(windows.state[rows].tobytes() + windows.action[rows].tobytes(), number)
+        content = hashlib.sha256(windows.state[rows].tobytes() + windows.action[rows].tobytes()).digest()
+        copy = seen.setdefault(content, number)
         if copy != number:
             raise DataError(
                 f"episodes {copy} and {number} are copies of each other, and copies score too well: leave one out "
@@ -154,7 +156,7 @@ def keep(file: Path, share: float, dataset, episodes) -> list[int]:
     if missing := sorted(set(episodes) - set(score)):
         raise DataError(f"data.scores: {file} has no score for episodes {missing[:8]} of {len(missing)}: {again}")
     ranked = sorted(episodes, key=lambda number: (-score[number], number))
-    kept = set(ranked[: max(round(share * len(ranked)), 1)])
+    kept = set(ranked[: round(share * len(ranked))])
     tasks = {episode.index: tuple(episode.tasks) for episode in dataset.episodes}
     best = {}
     for number in ranked:

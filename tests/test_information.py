@@ -39,9 +39,9 @@ def test_information_of_correlated_gaussians_is_that_of_the_formula(rho):
 
 
 @pytest.mark.parametrize("d", [1, 3])
-@pytest.mark.parametrize("rho", [0.0, 0.9])
-def test_every_point_is_that_of_scipy_s_trees(d, rho):
-    s, a = gaussians(rho, 1024, d)
+@pytest.mark.parametrize(("rho", "offset"), [(0.0, 0), (0.9, 0), (0.9, 200)])
+def test_every_point_is_that_of_scipy_s_trees(d, rho, offset):
+    s, a = (x + offset for x in gaussians(rho, 1024, d))
     expected, points, trees = np.zeros(1024), [x.double().numpy() for x in (s, a)], []
     joint = np.zeros((1024, 1024))
     for x in points:
