@@ -29,9 +29,9 @@ from common.losses import masked_mse, ramp, unit_kl
 
 @dataclass
 class Loss:
-    picture: float = key(30.0, "of the pictures' mean squared error, of values in [0, 1]", low=0)
-    state_beta: float = key(0.05, "of the state's KL, divided by the numbers of its proprioception", low=0)
-    action_beta: float = key(0.05, "of the chunk's KL, divided by the numbers of a chunk", low=0)
+    picture: float = key(3.0, "of the pictures' mean squared error, of values in [0, 1]", low=0)
+    state_beta: float = key(0.005, "of the state's KL, divided by the numbers of its proprioception", low=0)
+    action_beta: float = key(0.3, "of the chunk's KL, divided by the numbers of a chunk", low=0)
     warmup: float = key(0.1, "share of the run over which both KLs come in", low=0)
 
 

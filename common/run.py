@@ -160,7 +160,7 @@ class Run:
             for key, was, now in changes(meta["config"], to_dict(self.cfg)) if self.main else ():
                 print(f"warning: {key} was {was}, now {now}")
             self.step, self.epoch, self.offset = meta["step"], meta["epoch"], meta["offset"]
-            if meta.get("episodes", {}).get("trained on") != self.data.episodes and self.main:
+            if meta.get("episodes", {}).get("trained on", self.data.episodes) != self.data.episodes and self.main:
                 print("warning: other training episodes than so far (data.episodes, val_episodes, scores, keep_top)")
             for what, now in self._circumstances().items():
                 if meta[what] != now and self.main:
