@@ -60,7 +60,7 @@ def test_shapes_and_a_gradient_for_every_parameter(cameras):
 
 @torch.no_grad()
 def test_a_sample_is_encoded_by_itself_and_sees_every_camera():
-    encoder = StateEncoder(16, 1, 4, state_dim=5, proprio_history=1, num_cameras=2, width=8, depths=[1, 1]).eval()
+    encoder = StateEncoder(16, 1, 4, state_dim=5, proprio_history=1, num_cameras=2, width=8, depths=[1, 1])
     proprio, images = torch.randn(4, 1, 5), [torch.rand(4, 3, 32, 32) for _ in range(2)]
     whole = encoder(proprio, images).mu
     torch.testing.assert_close(encoder(proprio[1:2], [x[1:2] for x in images]).mu, whole[1:2])
