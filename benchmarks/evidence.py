@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -147,9 +148,9 @@ QUANTITIES = {  # what a table shows, if not success and entropy
 }
 
 
-def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"all, or of {', '.join(TABLES)}")
+def arguments(argv, tables, text):
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"all, or of {', '.join(tables)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and evaluation (0 1 2)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="side by side, a core each")
@@ -157,11 +158,11 @@ def arguments(argv):
         "--out", type=Path, default=Path("~/runs/evidence"), help="of runs and results (~/runs/evidence)"
     )
     args = parser.parse_args(argv)
-    args.tables = list(TABLES) if args.tables == ["all"] else args.tables
+    args.tables = list(tables) if args.tables == ["all"] else args.tables
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not at least 1")
-    if unknown := [name for name in args.tables if name not in TABLES]:
-        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if unknown := [name for name in args.tables if name not in tables]:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(tables)}")
     return args
 
 
@@ -188,7 +189,8 @@ def run(row, seed, args, core):
     folder, name = row.folder(args.out, seed), "evaluation" + "".join(row.evaluate).replace("--", "_")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trained").exists():
-        train = [row.script or SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *row.overrides]
+        changes = [change.replace("{seed}", str(seed)) for change in row.overrides]
+        train = [row.script or SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *changes]
         call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
         (folder / "trained").touch()
     file = folder / name / "results.json"
@@ -207,34 +209,44 @@ def measured(file):
 
 def measure(rows, args):
     """All rows with all seeds -> {(row, seed): what run() gives}. A failure stops nothing but itself."""
-    cores, done, shared = Queue(), {}, {}
-    for core in (sorted(os.sched_getaffinity(0)) * args.jobs)[: args.jobs]:
-        cores.put(core)
+    done, shared = {}, {}
     for row in dict.fromkeys(rows):  # rows that share a run follow each other: they must not train it twice
         for seed in args.seeds:
             shared.setdefault(row.folder(args.out, seed), []).append((row, seed))
 
-    def work(jobs):
+    def one_run(core, jobs):
+        for job in jobs:
+            try:
+                done[job] = run(*job, args, core)
+            except RuntimeError as e:
+                tqdm.write(str(e))
+
+    on_cores([partial(one_run, jobs=jobs) for jobs in shared.values()], args.jobs, "runs")
+    return done
+
+
+def on_cores(work, jobs, name):
+    """Call each of `work` with a core, `jobs` of them side by side."""
+    cores = Queue()
+    for core in (sorted(os.sched_getaffinity(0)) * jobs)[:jobs]:
+        cores.put(core)
+
+    def one(call):
         core = cores.get()
         try:
-            for job in jobs:
-                try:
-                    done[job] = run(*job, args, core)
-                except RuntimeError as e:
-                    bar.write(str(e))
+            call(core)
         finally:
             cores.put(core)
             bar.update()
 
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(shared), desc="runs", unit="run") as bar:
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(work), desc=name, unit=name.removesuffix("s")) as bar:
         try:
-            for future in [pool.submit(work, jobs) for jobs in shared.values()]:
+            for future in [pool.submit(one, call) for call in work]:
                 future.result()
         except BaseException:
             bar.write("stopping as soon as the runs in progress have stopped or ended")
             pool.shutdown(cancel_futures=True)  # else Ctrl-C would only be seen when all is done
             raise
-    return done
 
 
 def table(rows, quantities, done, args):
@@ -280,15 +292,19 @@ def draw(rows, quantities, done, args, file):
     figure.savefig(file, dpi=110)
 
 
+def show(name, rows, quantities, done, args):
+    """Print a table, and draw it to the folder of results."""
+    print(f"\n{name}: {' / '.join(quantities)}, mean over seeds (lowest-highest)\n")
+    print(table(rows, quantities, done, args))
+    draw(rows, quantities, done, args, args.out / f"{name}.png")
+
+
 def main(argv=None):
-    args = arguments(argv)
+    args = arguments(argv, TABLES, __doc__)
     args.out = args.out.expanduser().resolve()
     done = measure([row for name in args.tables for row in TABLES[name]], args)
     for name in args.tables:
-        quantities = QUANTITIES.get(name, ("success", "entropy"))
-        print(f"\n{name}: {' / '.join(quantities)}, mean over seeds (lowest-highest)\n")
-        print(table(TABLES[name], quantities, done, args))
-        draw(TABLES[name], quantities, done, args, args.out / f"{name}.png")
+        show(name, TABLES[name], QUANTITIES.get(name, ("success", "entropy")), done, args)
     print(f"\nfigures in {args.out}")
     wanted = {(row, seed) for name in args.tables for row in TABLES[name] for seed in args.seeds}
     return int(bool(wanted - done.keys()))

@@ -128,7 +128,7 @@ def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
     t, sums, entries = [(k + 0.5) / bins for k in range(bins)], {}, 0
     unguided = {"w": 1.0} if hasattr(getattr(policy, "sampling", None), "guidance") else {}
     device = next(policy.parameters()).device
-    for rows in tqdm(np.array_split(data.val_rows, -(-len(data.val_rows) // 64)), desc="velocity loss"):
+    for rows in tqdm(np.array_split(data.val_rows, -(-len(data.val_rows) // 64)), desc="velocity loss", leave=None):
         batch = to_device(data.windows[rows], device)
         memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
         keys = list(zip(["velocity"] * len(rows), [seed] * len(rows), rows.tolist(), strict=True))
