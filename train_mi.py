@@ -60,8 +60,8 @@ class Policy(nn.Module):
 
     def __init__(self, parts, stats, cfg):
         super().__init__()
-        self.parts, self.stats, self.loss, self.every = parts, stats, cfg.loss, cfg.pictures_every
-        self.cameras = list(cfg.data.cameras)
+        self.parts, self.stats, self.cameras = parts, stats, list(cfg.data.cameras)
+        self.loss, self.scoring, self.every = cfg.loss, cfg.scoring, cfg.pictures_every
         if cfg.data.obs_images_history > 1:
             raise ConfigError("data.obs_images_history: the state is one picture of each camera: set it to 1")
 
@@ -107,9 +107,9 @@ class Policy(nn.Module):
         return torch.stack([F.adaptive_avg_pool2d(batch[IMAGE + name], size) for name in self.cameras], 1)
 
     def after_step(self, job):
-        """After each optimizer step; data without use end the run at the first, pictures are drawn now and then."""
+        """After each optimizer step; data without use ends the run at the first; pictures are drawn now and then."""
         if job.step == 1:
-            information.look_over(job.data.windows)
+            information.look_over(job.data.windows, self.scoring)
         if job.main and (job.step % self.every == 0 or job.step == job.total):
             with job.average.applied():
                 self.draw(job.data, job.folder / f"reconstructions/step_{job.step}.png")
@@ -143,7 +143,7 @@ def score(folder, scoring=None):
     if cfg.data.cache != "none":
         data.cache_frames()
     windows, found = data.windows, []
-    information.look_over(windows)
+    information.look_over(windows, scoring)
     parts = np.array_split(np.arange(len(windows)), -(-len(windows) // 256))
     for rows in tqdm(parts, desc="latents", unit="batch"):
         latents = policy.encode(to_device(windows[rows], device))

@@ -37,14 +37,18 @@ def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window
         d_s, d_a = (torch.cdist(x.float(), x.float(), **exact) for x in (s, a))
     close = (episode[:, None] == episode) & ((time[:, None] - time).abs() <= window)
     d_s, d_a = (d.masked_fill_(close, torch.inf) for d in (d_s, d_a))
-    if max(k) > (left := int((~close).sum(1).min())):
-        raise DataError(
-            f"too few transitions for k = {max(k)}: among {len(s)} one has {left} neighbours that are not of its own "
-            f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
-        )
+    enough(len(s), int((~close).sum(1).min()), max(k), window)
     reach = torch.maximum(d_s, d_a).topk(max(k), largest=False).values
     psi = digamma(len(s)).to(s.device)
     return -sum(psi[(d < reach[:, i - 1, None]).sum(1)] for i in k for d in (d_s, d_a)) / len(k)
+
+
+def enough(transitions, left, k, window):
+    if left < k:
+        raise DataError(
+            f"too few transitions for k = {k}: among {transitions} one has {left} neighbours that are not of its own "
+            f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
+        )
 
 
 def digamma(n: int) -> Tensor:
@@ -110,9 +114,13 @@ def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:
     return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
 
 
-def look_over(windows):
-    """Raises DataError where neighbours would say nothing: episodes that are copies, actions that never change."""
+def look_over(windows, scoring):
+    """Raises DataError where neighbours would say nothing: episodes that are copies, actions that never change, or
+    too few transitions for scoring.k."""
     seen, starts = {}, windows.first
+    own = np.minimum(windows.last - starts, 2 * int(scoring.window * windows.cfg.HZ + 1e-6)).max() + 1
+    if len(windows) < 2 * scoring.batch:  # all are one batch
+        enough(len(windows), len(windows) - own, max(scoring.k), scoring.window)
     if np.ptp(windows.action, axis=0).max() == 0:
         raise DataError(
             f"data.action_key: {windows.cfg.action_key} never changes in {len(starts)} episodes, nothing ranks them"

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_run import assert_same_run, steps_of, wait_for_step
 
-from common import checkpoint
+from common import checkpoint, information
 
 ROOT = Path(__file__).parents[1]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -38,8 +40,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import conftest
 import train_flow_matching
-from common import run
+from common import information, run
 
+information.ACTIVE = 0.0
 PartialState.destroy_process_group = lambda self, group=None: None
 
 
@@ -53,8 +56,9 @@ folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK
 names = ("even", "codes", "experts", "dropout")
 even, codes, experts, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
 guided = conftest.Experiment(folder / "guided", demos, "train_cfg_vqvae", write=False)
+scored = conftest.Experiment(folder / "scored", demos, "train_mi", write=False)
 
-for experiment in (even, codes, experts, guided):
+for experiment in (even, codes, experts, guided, scored):
     assert experiment.main("train.total_steps=10") == 0
     for value in experiment.job.policy.state_dict().values():
         both = [torch.empty_like(value), torch.empty_like(value)]
@@ -82,10 +86,13 @@ print(f"rank {rank} done")
 """
 
 
-def test_two_processes_train_what_one_trains(experiment, demos, capsys):
+def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypatch):
+    monkeypatch.setattr(information, "ACTIVE", 0.0)  # latents of ten steps say little
     even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
     codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
-    experts = experiment("train_vfp:experts", "experts")
+    experts, scored = experiment("train_vfp:experts", "experts"), experiment("train_mi", "scored")
+    scored.config["scoring"] = {"k": [3], "window": 0.0}
+    scored.write()
     for exp in (even, codes, experts, guided):
         no_dropout(exp)
     folder = even.folder.parent
@@ -95,12 +102,13 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done") == 2
 
-    kinds = (even, ("kl", "norm/vae_prior"), 1e-5), (codes, ("perplexity", "norm/vqvae_codebook"), 1e-4)
-    kinds += (guided, ("perplexity", "prior"), 1e-4), (experts, ("balance", "load/0", "norm/gate"), 1e-4)
+    kinds = (even, ("flow", "kl", "norm/vae_prior"), 1e-5), (codes, ("flow", "perplexity", "norm/vqvae_codebook"), 1e-4)
+    kinds += (guided, ("flow", "perplexity", "prior"), 1e-4), (experts, ("balance", "load/0", "norm/gate"), 1e-4)
+    kinds += ((scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),)
     for exp, keys, atol in kinds:
         one = exp.folder / "one"
         exp.main("train.total_steps=10", f"train.save_dir={one}")
-        for key in ("loss", "flow", "lr", *keys):
+        for key in ("loss", "lr", *keys):
             ours, theirs = exp.log(key, one), exp.log(key)
             assert list(ours) == list(theirs) == list(range(1, 11))
             torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5)
@@ -108,6 +116,8 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys):
             ours, theirs = load_file(file), load_file(exp.save_dir / "epoch_1" / file.name)
             for name, value in ours.items():
                 torch.testing.assert_close(value, theirs[name], atol=atol, rtol=0)
+    ours, theirs = (pq.read_table(f / "scores.parquet")["score"] for f in (scored.folder / "one", scored.save_dir))
+    np.testing.assert_allclose(ours, theirs, atol=1e-2)  # a neighbour more or less
 
     assert_same_run(folder / "straight", dropout.save_dir, "epoch_2")
     assert dropout.meta("epoch_2")["processes"] == 2

@@ -228,12 +228,20 @@ def copied(episode, arrays):
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
-    [(constant, r"action never changes in 6 episodes"), (copied, r"episodes 1 and 3 are copies of each other")],
+    ("edit", "lengths", "message"),
+    [
+        (constant, (30,) * 6, r"action never changes in 6 episodes"),
+        (copied, (30,) * 6, r"episodes 1 and 3 are copies of each other"),
+        (None, (30, 6), r"too few transitions for k = 7: among 36 one has 6 neighbours .* within 3 s"),
+        (None, (63, 4), r"too few transitions for k = 7: among 67 one has 6 neighbours .* within 3 s"),
+    ],
 )
-def test_data_of_no_use_end_the_run_at_its_first_step(experiment, tmp_path, edit, message):
+def test_data_of_no_use_end_the_run_at_its_first_step(experiment, tmp_path, edit, lengths, message):
     exp = experiment("train_mi")
-    root = write_demos(tmp_path / "edited", (30,) * 6, edit=edit)
+    exp.config["scoring"] = {"window": 3.0}
+    exp.config["data"]["val_episodes"] = 0.0
+    exp.write()
+    root = write_demos(tmp_path / "edited", lengths, edit=edit)
     with pytest.raises(DataError, match=message):
         exp.main(f"data.root={root}")
     assert exp.job.step == 1
