@@ -11,7 +11,7 @@ estimator, copy this file too.
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from common import config, information, optim, plots, run, schema
 from common.checkpoint import open_policy
-from common.config import ConfigError, UserError, key
+from common.config import UserError, key
 from common.data.loader import IMAGE, Data, to_device
 from common.losses import masked_mse, ramp, unit_kl
 
 
 @dataclass
 class Loss:
-    picture: float = key(3.0, "of the pictures' mean squared error, of values in [0, 1]", low=0)
+    picture: float = key(3.0, "of the pictures' mean squared error, of values in [0, 1], for a history of 1", low=0)
     state_beta: float = key(0.005, "of the state's KL, divided by the numbers of its proprioception", low=0)
     action_beta: float = key(0.3, "of the chunk's KL, divided by the numbers of a chunk", low=0)
     warmup: float = key(0.1, "share of the run over which both KLs come in", low=0)
@@ -54,6 +54,14 @@ class Config:
     seed: int = key(0, "weights, order, noise, shuffles")
     pictures_every: int = key(1000, "optimizer steps between reconstructions/step_*.png", low=1)
 
+    def check(self, reader, keys):
+        if self.data.obs_images_history > 1:
+            raise reader.error(("data", "obs_images_history"), "the state is one picture of each camera: set it to 1")
+        if self.data.first_frames is not None:
+            raise reader.error(("data", "first_frames"), "every transition is scored: set it to null")
+        if not self.scoring.k:
+            raise reader.error(("scoring", "k"), "expected at least one number of neighbours; found none")
+
 
 class Policy(nn.Module):
     """Components: state_resnet34_encoder, state_resnet34_decoder, action_encoder, action_decoder."""
@@ -61,9 +69,7 @@ class Policy(nn.Module):
     def __init__(self, parts, stats, cfg):
         super().__init__()
         self.parts, self.stats, self.cameras = parts, stats, list(cfg.data.cameras)
-        self.loss, self.scoring, self.every = cfg.loss, cfg.scoring, cfg.pictures_every
-        if cfg.data.obs_images_history > 1:
-            raise ConfigError("data.obs_images_history: the state is one picture of each camera: set it to 1")
+        self.loss, self.every = cfg.loss, cfg.pictures_every
 
     def forward(self, batch):
         """One micro-batch with its noise -> loss (), scalars to log."""
@@ -73,7 +79,7 @@ class Policy(nn.Module):
         state_kl, action_kl = unit_kl(state), unit_kl(action)
         terms = {
             "proprio": F.mse_loss(seen, proprio),
-            "action": masked_mse(chunk[:, None], x1[:, None], padding(batch)),
+            "action": masked_mse(chunk[:, None], x1[:, None], batch["action_is_pad"]),
         }
         warm = ramp(batch["progress"], self.loss.warmup)
         loss = sum(terms.values()) + warm * self.loss.state_beta / seen[0].numel() * state_kl
@@ -107,9 +113,7 @@ class Policy(nn.Module):
         return torch.stack([F.adaptive_avg_pool2d(batch[IMAGE + name], size) for name in self.cameras], 1)
 
     def after_step(self, job):
-        """After each optimizer step; data without use ends the run at the first; pictures are drawn now and then."""
-        if job.step == 1:
-            information.look_over(job.data.windows, self.scoring)
+        """After each optimizer step: pictures now and then."""
         if job.main and (job.step % self.every == 0 or job.step == job.total):
             with job.average.applied():
                 self.draw(job.data, job.folder / f"reconstructions/step_{job.step}.png")
@@ -124,37 +128,38 @@ class Policy(nn.Module):
         _, painted, chunk = self.decode(*(latent.mu for latent in self.encode(batch)))
         pairs = (self.pictures(batch, painted.shape[-2:]), painted.clamp(0, 1)) if self.cameras else ()
         file.parent.mkdir(exist_ok=True)
-        recorded = self.normalized(batch)[1].masked_fill(padding(batch)[..., None], torch.nan)
+        recorded = self.normalized(batch)[1].masked_fill(batch["action_is_pad"][..., None], torch.nan)
         plots.reconstructions([x.cpu().numpy() for x in pairs], recorded.cpu().numpy(), chunk.cpu().numpy(), file)
 
 
-def padding(batch):
-    return batch["action_is_pad"]
-
-
 @torch.no_grad()
-def score(folder, scoring=None):
-    """Write scores.parquet and scores.png of a trained run to its folder. Raises UserError where they'd say nothing."""
+def score(folder, device, now=None, root=None):
+    """Write scores.parquet and scores.png of a trained run to its folder. Raises UserError where they'd say nothing.
+
+    now: Config in place of the checkpoint's; root: the dataset, if it is no longer where it was.
+    """
+    folder = folder.resolve()
     policy, cfg = open_policy(folder)
     if not hasattr(cfg, "scoring"):
         raise UserError(f"--score: {folder} holds a policy, which ranks nothing; give a run of train_mi.py")
-    policy.to(device := "cuda" if torch.cuda.is_available() else "cpu")
-    data, scoring = Data(cfg.data), scoring or cfg.scoring
+    cfg = now or cfg
+    policy.to(device)
+    data, scoring = Data(replace(cfg.data, root=root or cfg.data.root)), cfg.scoring
+    windows, found = data.windows, []
+    information.look_over(windows, scoring, cfg.seed)
     if cfg.data.cache != "none":
         data.cache_frames()
-    windows, found = data.windows, []
-    information.look_over(windows, scoring)
     parts = np.array_split(np.arange(len(windows)), -(-len(windows) // 256))
     for rows in tqdm(parts, desc="latents", unit="batch"):
         latents = policy.encode(to_device(windows[rows], device))
         found.append([x.flatten(1).float() for latent in latents for x in latent])
     found = [torch.cat(x) for x in zip(*found, strict=True)]
-    points = information.metric(*found[:2], "state"), information.metric(*found[2:], "action")
-    episode = windows.episode_index[windows.episode]
-    time = (np.arange(len(windows)) - windows.first[windows.episode]) / cfg.data.HZ
+    sizes = (min(3, x.shape[1]) for x in (windows.state, windows.action))  # flatter than that, nothing may be
+    points = [information.metric(*found[i : i + 2], name, next(sizes)) for i, name in ((0, "state"), (2, "action"))]
+    episode, time = information.places(windows)
     values, nats = information.contributions(*points, episode, time, scoring, cfg.seed)
     table, out = information.rank(values, episode), folder.parent if (folder / "meta.json").is_file() else folder
-    information.save(table, out / "scores.parquet", data.dataset.content_key)
+    information.save(table, out / "scores.parquet", data.dataset)
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
     print(
@@ -165,6 +170,7 @@ def score(folder, scoring=None):
 def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
+    information.look_over(job.data.windows, cfg.scoring, cfg.seed)  # what cannot be scored need not be trained on
     policy = Policy(*job.components(), cfg)
     job.try_out(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
@@ -190,24 +196,24 @@ def main(argv=None):
             average.update(job.step)
             policy.after_step(job)
             job.end_step(model)  # log, held-out loss, checkpoint
-    return job.finish() or scored(job)  # the one line that the other scripts' main() has otherwise
+    return job.finish() or scored(job)
 
 
 def scored(job):
-    """Scores by the run's own settings, where it was trained to its end; 0."""
-    if job.main and job.step >= job.total:
-        score(job.folder, job.cfg.scoring)
+    """Scores with the settings as they are now, where it was trained to its end; 0."""
+    if job.main and job.step >= job.total and job.signal is None:
+        score(job.folder, job.device, job.cfg)
     return 0
 
 
 def rescore(argv=None):
-    parser = argparse.ArgumentParser(Path(__file__).name, "%(prog)s --score DIR", "Score again with a trained run.")
-    parser.add_argument(
-        "--score", type=Path, required=True, metavar="DIR", help="run folder, or one of its checkpoints"
-    )
-    score(parser.parse_args(argv).score.expanduser())
+    parser = argparse.ArgumentParser(Path(__file__).name, description="Score again with a trained run.")
+    parser.add_argument("--score", required=True, metavar="DIR", help="run folder, or one of its checkpoints")
+    parser.add_argument("--data", metavar="DIR", help="the dataset, if it is no longer where it was for training")
+    args = parser.parse_args(argv)
+    score(Path(args.score).expanduser(), "cuda" if torch.cuda.is_available() else "cpu", root=args.data)
     return 0
 
 
 if __name__ == "__main__":
-    run.cli(rescore if "--score" in " ".join(sys.argv) else main)
+    run.cli(rescore if "--score" in [word.partition("=")[0] for word in sys.argv] else main)

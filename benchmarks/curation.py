@@ -53,15 +53,15 @@ def ranked(env, seed, out, core):
     numbers = np.array([episode.index for episode in dataset.episodes])
     if not (folder / "random.parquet").exists():
         chance = information.rank(np.random.default_rng(seed).random(len(numbers)), numbers)
-        information.save(chance, folder / "random.parquet", dataset.content_key)
+        information.save(chance, folder / "random.parquet", dataset)
     if not (folder / "loss.parquet").exists():
         losses = np.concatenate([half_losses(env, seed, numbers, half, folder, core) for half in (0, 1)])
         order = np.concatenate([numbers[1::2], numbers[0::2]])
-        information.save(information.rank(-losses, order), folder / "loss.parquet", dataset.content_key)
+        information.save(information.rank(-losses, order), folder / "loss.parquet", dataset)
 
 
 def half_losses(env, seed, numbers, half, folder, core):
-    """Train on every other episode; the flow-matching loss of each of those that were left out."""
+    """Train on every other episode; the flow-matching loss of each of those that were left out, standardised."""
     run = folder / f"loss_{half}"
     settings = [f"data.root={env}-mixed", f"data.episodes={numbers[half::2].tolist()}", "data.val_episodes=0.0"]
     settings += [*STEPS[env], f"seed={seed}", f"train.save_dir={run}"]
@@ -75,7 +75,7 @@ def half_losses(env, seed, numbers, half, folder, core):
         some = data.windows.rows([number])
         data.val_rows = some[np.linspace(0, len(some) - 1, min(len(some), 32)).astype(int)]
         losses.append(np.mean(metrics.velocity_loss(policy, data, seed)["none"]))
-    return losses
+    return (losses - np.mean(losses)) / np.std(losses)
 
 
 def report(env, seeds, out):
@@ -84,7 +84,7 @@ def report(env, seeds, out):
     made = {e.index: int(columns["quality"][0, 0]) for e, columns in dataset.read(["quality"], dataset.episodes)}
     print(f"\n{env}: AUC of the scores, of good against poor demonstrations\n")
     print(f"| ranking | seed | poor | {' | '.join(QUALITIES[1:])} | good ones among the kept |")
-    print("|---" * (4 + len(QUALITIES)) + "|")
+    print("|---" * (3 + len(QUALITIES)) + "|")
     for kind in KEPT:
         for seed in seeds:
             table = pq.read_table(out / f"rankings/{env}/seed_{seed}/{kind}.parquet")

@@ -5,6 +5,7 @@ sees, and what it sees is not what all the others see.
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from common.config import DataError, UserError
 from common.data.lerobot import reading
 from common.losses import seed_of
 
-COLUMNS, OF = ("episode", "transitions", "score", "quantile"), b"content_key"
+COLUMNS, OF = ("episode", "transitions", "score", "quantile"), b"values_key"
 ACTIVE = 0.01  # variance of its mean over the data above which a latent dimension is used (arXiv:1509.00519, 5.2)
+SAME = 1e-5  # distance below which two points are one, of points whose total variance is 1
 
 
 def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window=0.0) -> Tensor:
@@ -28,27 +30,34 @@ def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window
     c_i = -mean over k of psi(n_s + 1) + psi(n_a + 1), where n_s and n_a count the points nearer than the k-th
     neighbour in max(d_s, d_a): the first estimator of Kraskov et al. 2004 (arXiv:cond-mat/0305641, eq. 8), whose
     I(S; A) is mean psi(k) + psi(N) + mean c_i. Unlike there, points of the same episode within `window` seconds, the
-    point itself among them, are no neighbours: what follows each other is alike, whatever is done. Raises DataError
-    where fewer than k neighbours are left.
+    point itself among them, are no neighbours: what follows each other is alike, whatever is done. Where the k-th
+    neighbour is the same point, k is how many are the same (Gao et al. 2017, arXiv:1709.06212, algorithm 1): to wait
+    where all wait is worth little. Raises DataError where fewer than k neighbours are left.
     """
+    close = own(episode, time, max(k), window)
     with torch.autocast(s.device.type, enabled=False):
         # Not by way of a matrix product, which in float32 loses the short distances.
         exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
         d_s, d_a = (torch.cdist(x.float(), x.float(), **exact) for x in (s, a))
-    close = (episode[:, None] == episode) & ((time[:, None] - time).abs() <= window)
     d_s, d_a = (d.masked_fill_(close, torch.inf) for d in (d_s, d_a))
-    enough(len(s), int((~close).sum(1).min()), max(k), window)
-    reach = torch.maximum(d_s, d_a).topk(max(k), largest=False).values
+    joint, total = torch.maximum(d_s, d_a), 0.0
+    reach, same = joint.topk(max(k), largest=False).values.clamp(min=SAME), (joint < SAME).sum(1)
     psi = digamma(len(s)).to(s.device)
-    return -sum(psi[(d < reach[:, i - 1, None]).sum(1)] for i in k for d in (d_s, d_a)) / len(k)
+    for i in k:
+        total += psi[same.clamp(min=i) - 1] - psi[i - 1]
+        total -= sum(psi[(d < reach[:, i - 1, None]).sum(1)] for d in (d_s, d_a))
+    return total / len(k)
 
 
-def enough(transitions, left, k, window):
-    if left < k:
+def own(episode: Tensor, time: Tensor, k, window) -> Tensor:
+    """Pairs (N, N) of the same episode within `window` seconds. Raises DataError where less than k others are left."""
+    close = (episode[:, None] == episode) & ((time[:, None] - time).abs() <= window + 1e-6)
+    if (left := int((~close).sum(1).min())) < k:
         raise DataError(
-            f"too few transitions for k = {k}: among {transitions} one has {left} neighbours that are not of its own "
+            f"too few transitions for k = {k}: among {len(time)} one has {left} neighbours that are not of its own "
             f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
         )
+    return close
 
 
 def digamma(n: int) -> Tensor:
@@ -57,35 +66,43 @@ def digamma(n: int) -> Tensor:
     return steps.cumsum(0) - np.euler_gamma
 
 
+def deal(transitions, scoring, seed):
+    """Rows of each batch of each shuffle: scoring.batch or more, as the rest of the division is spread over them."""
+    for shuffle in range(scoring.shuffles):
+        order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(transitions)
+        yield from map(torch.from_numpy, np.array_split(order, max(transitions // scoring.batch, 1)))
+
+
+def places(windows) -> tuple[np.ndarray, np.ndarray]:
+    """Of each transition the number of its episode and the time in it, in s."""
+    step = np.arange(len(windows)) - windows.first[windows.episode]
+    return windows.episode_index[windows.episode], step / windows.cfg.HZ
+
+
 def contributions(
     s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring, seed
 ) -> tuple[np.ndarray, float]:
     """Points s (N, D), a (N, E) of all transitions -> the contribution of each (N,), and I(S; A), in nats.
 
-    Within shuffled batches of at least scoring.batch (the rest of the division is spread over them), and averaged over
-    scoring.shuffles shuffles. The same seed gives the same bits. Raises DataError where these are too few for k.
+    Within shuffled batches (see deal), averaged over scoring.shuffles shuffles. The same seed gives the same bits.
+    Raises DataError where these are too few for k.
     """
     place = [torch.from_numpy(x).to(s.device) for x in (episode, time)]
-    total, count = torch.zeros(len(s), dtype=torch.float64), max(len(s) // scoring.batch, 1)
-    k, information = scoring.k, 0.0
-    with tqdm(total=scoring.shuffles * count, desc="neighbours", unit="batch") as bar:
-        for shuffle in range(scoring.shuffles):
-            order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(len(s))
-            for rows in map(torch.from_numpy, np.array_split(order, count)):
-                found = ksg(*(x[rows.to(s.device)] for x in (s, a, *place)), k, scoring.window).cpu()
-                total[rows] += found / scoring.shuffles
-                psi = digamma(max(len(rows), *k))
-                information += (found.mean() + psi[len(rows) - 1] + psi[np.array(k) - 1].mean()).item()
-                bar.update()
-    return total.numpy(), information / (scoring.shuffles * count)
+    total, k, nats = torch.zeros(len(s), dtype=torch.float64), scoring.k, []
+    for rows in tqdm([*deal(len(s), scoring, seed)], desc="neighbours", unit="batch"):
+        found = ksg(*(x[rows.to(s.device)] for x in (s, a, *place)), k, scoring.window).cpu()
+        total[rows] += found / scoring.shuffles
+        psi = digamma(max(len(rows), *k))
+        nats.append((found.mean() + psi[len(rows) - 1] + psi[np.array(k) - 1].mean()).item())
+    return total.numpy(), float(np.mean(nats))
 
 
-def metric(mu: Tensor, logvar: Tensor, name: str, least=3) -> Tensor:
+def metric(mu: Tensor, logvar: Tensor, name: str, least) -> Tensor:
     """Means and log variances (N, D) of a VAE's posteriors -> points (N, D) whose distances compare transitions.
 
     Each dimension in units of its posteriors' deviation, which is as finely as the decoder reads it: a dimension that
     says little counts little, where one of unit variance would count like all others. Then both latents get a total
-    variance of 1. Raises DataError where fewer than `least` dimensions, or than there are, are active: a collapsed
+    variance of 1. Raises DataError where fewer dimensions are active than `least`, or than there are: a collapsed
     latent, which is all noise.
     """
     spread = mu.var(0)
@@ -95,7 +112,7 @@ def metric(mu: Tensor, logvar: Tensor, name: str, least=3) -> Tensor:
             f"the {name} latent has collapsed: {active} of {mu.shape[1]} dimensions are active (variance of their "
             f"means above {ACTIVE}; the largest is {spread.max():.2g}); train longer, or lower loss.{name}_beta"
         )
-    points = (mu - mu.mean(0)) / logvar.exp().mean(0).sqrt()
+    points = mu / logvar.exp().mean(0).sqrt()
     return points / points.var(0).sum().sqrt()
 
 
@@ -114,32 +131,32 @@ def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:
     return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
 
 
-def look_over(windows, scoring):
+def look_over(windows, scoring, seed):
     """Raises DataError where neighbours would say nothing: episodes that are copies, actions that never change, or
     too few transitions for scoring.k."""
-    seen, starts = {}, windows.first
-    own = np.minimum(windows.last - starts, 2 * int(scoring.window * windows.cfg.HZ + 1e-6)).max() + 1
-    if len(windows) < 2 * scoring.batch:  # all are one batch
-        enough(len(windows), len(windows) - own, max(scoring.k), scoring.window)
-    if np.ptp(windows.action, axis=0).max() == 0:
+    same, action = {}, windows.action
+    if (np.ptp(action, axis=0) <= 1e-5 * np.abs(action).max(0)).all():  # resampling leaves rounding errors
         raise DataError(
-            f"data.action_key: {windows.cfg.action_key} never changes in {len(starts)} episodes, nothing ranks them"
+            f"data.action_key: {windows.cfg.action_key} never changes in {len(windows.first)} episodes: all alike"
         )
-    for number, first, last in zip(windows.episode_index.tolist(), starts, windows.last, strict=True):
+    for number, first, last in zip(windows.episode_index.tolist(), windows.first, windows.last, strict=True):
         rows = slice(first, last + 1)
-        content = hashlib.sha256(windows.state[rows].tobytes() + windows.action[rows].tobytes()).digest()
-        copy = seen.setdefault(content, number)
-        if copy != number:
-            raise DataError(
-                f"episodes {copy} and {number} are copies of each other, and copies score too well: leave one out "
-                "with data.episodes"
-            )
+        content = hashlib.sha256(windows.state[rows].tobytes() + action[rows].tobytes()).digest()
+        same.setdefault(content, []).append(number)
+    if copies := [numbers for numbers in same.values() if len(numbers) > 1]:
+        raise DataError(
+            f"episodes {', '.join(map(str, copies))} are copies of each other, and copies score too well: leave "
+            f"{sorted(number for numbers in copies for number in numbers[1:])} out with data.episodes"
+        )
+    episode, time = map(torch.from_numpy, places(windows))
+    for rows in deal(len(windows), scoring, seed):
+        own(episode[rows], time[rows], max(scoring.k), scoring.window)
 
 
-def save(table: pa.Table, file: Path, content_key: str):
-    """Write scores.parquet, with the dataset's content_key in its metadata."""
-    unfinished = file.with_suffix(".tmp")
-    pq.write_table(table.replace_schema_metadata({OF: content_key}), unfinished)
+def save(table: pa.Table, file: Path, dataset):
+    """Write scores.parquet, with the dataset's values_key in its metadata."""
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    pq.write_table(table.replace_schema_metadata({OF: dataset.values_key}), unfinished)
     unfinished.replace(file)
 
 
@@ -152,13 +169,13 @@ def keep(file: Path, share: float, dataset, episodes) -> list[int]:
         raise UserError(f"data.scores: no file {file}; train_mi.py writes it")
     with reading(file):
         table = pq.read_table(file)
-    again = "score this dataset: train_mi.py with the same data.root"
+    again = "score this dataset: train_mi.py with the same data.root, or train_mi.py --score RUN --data DIR"
     if missing := set(COLUMNS) - set(table.column_names):
         raise DataError(f"data.scores: {file} has no column '{sorted(missing)[0]}': {again}")
-    if (found := (table.schema.metadata or {}).get(OF, b"").decode()) != dataset.content_key:
+    if (found := (table.schema.metadata or {}).get(OF, b"").decode()) != dataset.values_key:
         raise DataError(
-            f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed since (content key "
-            f"{found or None}, here {dataset.content_key}): {again}"
+            f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed since (values key "
+            f"{found or None}, here {dataset.values_key}): {again}"
         )
     score = dict(zip(table["episode"].to_pylist(), table["score"].to_pylist(), strict=True))
     if missing := sorted(set(episodes) - set(score)):
@@ -169,4 +186,9 @@ def keep(file: Path, share: float, dataset, episodes) -> list[int]:
     best = {}
     for number in ranked:
         best.setdefault(tasks[number], number)
-    return sorted(kept | set(best.values()))
+    more = set(best.values()) - kept
+    print(
+        f"data.scores keeps {len(kept | more)} of {len(ranked)} training episodes"
+        + (f", {len(more)} of them only because a task keeps its best one" if more else "")
+    )
+    return sorted(kept | more)

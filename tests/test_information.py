@@ -1,5 +1,6 @@
 """Contributions to mutual information against closed forms and SciPy's trees; ranks, and which episodes are kept."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from conftest import write_demos
 from scipy.spatial import cKDTree
 from scipy.special import digamma
+from torch.nn import functional as F
 
 from common import information
 from common.config import DataError, UserError
@@ -60,12 +62,24 @@ def test_every_point_is_that_of_scipy_s_trees(d, rho, offset):
     np.testing.assert_allclose(information.ksg(s, a, *apart(1024)).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [0, 1e-7])
+def test_points_that_are_the_same_are_worth_as_much_as_they_are_rare(noise):
+    """I(S; A) of an atom of mass p in both is -p log p, and of each of its points -log p."""
+    n, share = 1000, 0.3  # of points that are far from the others
+    s, a = torch.randn(2, n, 1, generator=torch.Generator().manual_seed(0))
+    s[:300], a[:300] = 9, -9
+    found = information.ksg(s + noise * torch.randn(n, 1), a + noise * torch.randn(n, 1), *apart(n), (5, 6, 7))
+    nats = found + np.mean(digamma((5, 6, 7))) + digamma(n)
+    torch.testing.assert_close(nats[:300], torch.full((300,), -np.log(share), dtype=torch.float64), atol=0.02, rtol=0)
+    assert nats[300:].mean().item() == pytest.approx(-np.log(1 - share), abs=0.05)  # the others: independent
+
+
 def test_neighbours_in_time_do_not_count():
     s, a = gaussians(0.7, 60, 2)
-    episode, time = torch.arange(60) // 20, torch.arange(60) % 20 / 10
+    episode, time = torch.arange(60) // 20, torch.from_numpy(np.arange(60) % 20 / 10)
     found = information.ksg(s, a, episode, time, (2, 4), window=0.5)
     for i in range(60):
-        others = [j for j in range(60) if episode[j] != episode[i] or abs(time[j] - time[i]) > 0.5]
+        others = [j for j in range(60) if episode[j] != episode[i] or abs(i - j) > 5]
         d_s, d_a = ([(x[i] - x[j]).norm().item() for j in others] for x in (s, a))
         total = 0.0
         for k in (2, 4):
@@ -108,22 +122,25 @@ def test_contributions_repeat_and_use_every_transition_in_bounded_batches(monkey
 
 def test_distances_are_in_units_of_the_posteriors_deviation():
     mu, deviation = 3 + torch.randn(400, 4), torch.tensor([0.1, 0.5, 1.0, 1.0])
-    points = information.metric(mu, (deviation**2).log().expand(400, 4), "state")
+    spread = 1 + 0.9 * torch.linspace(-1, 1, 400)[:, None]  # of the variances over the samples: their mean counts
+    points = information.metric(mu, (deviation**2 * spread).log(), "state", 3)
     assert points.var(0).sum().item() == pytest.approx(1, abs=1e-5)
     expected = ((mu[0] - mu[1]) / deviation).norm() / ((mu[2] - mu[3]) / deviation).norm()
     assert ((points[0] - points[1]).norm() / (points[2] - points[3]).norm()).item() == pytest.approx(
         expected.item(), rel=1e-4
     )
     dead = torch.cat([mu, 1e-3 * torch.randn(400, 9)], 1)  # posteriors that are the prior
-    more = information.metric(dead, torch.cat([(deviation**2).log().expand(400, 4), torch.zeros(400, 9)], 1), "state")
-    torch.testing.assert_close(torch.cdist(more, more), torch.cdist(points, points), atol=1e-3, rtol=1e-3)
+    logvar = torch.cat([(deviation**2).log().expand(400, 4), torch.zeros(400, 9)], 1)
+    more = information.metric(dead, logvar, "state", 3)
+    torch.testing.assert_close(F.pdist(more), F.pdist(points), atol=1e-3, rtol=1e-2)
 
 
 def test_a_collapsed_latent_is_said_so():
     alive, dead = torch.randn(50, 2), 1e-3 * torch.randn(50, 3)
     with pytest.raises(DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"):
-        information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action")
-    assert information.metric(alive, torch.zeros(50, 2), "action").shape == (50, 2)  # there are no more
+        information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 3)
+    assert information.metric(alive, torch.zeros(50, 2), "action", 3).shape == (50, 2)  # there are no more
+    assert information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 2).shape == (50, 5)
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -155,7 +172,7 @@ def scored(demos, tmp_path):
     dataset, best = LeRobotDataset(demos), [3, 0, 4, 1, 5, 2]
     values = np.linspace(1, -1, 6)
     table = pa.table({"episode": best, "transitions": [9] * 6, "score": values, "quantile": values})
-    information.save(table, tmp_path / "scores.parquet", dataset.content_key)
+    information.save(table, tmp_path / "scores.parquet", dataset)
     return dataset, tmp_path / "scores.parquet"
 
 
@@ -163,16 +180,28 @@ def scored(demos, tmp_path):
     ("share", "episodes", "kept"),
     [(0.5, range(6), [0, 3, 4]), (1.0, range(6), [0, 1, 2, 3, 4, 5]), (0.5, [1, 2, 5], [1, 5]), (0.01, [5, 2], [5])],
 )
-def test_the_best_are_kept(scored, share, episodes, kept):
+def test_the_best_are_kept(scored, share, episodes, kept, tmp_path, capsys):
     dataset, file = scored
     assert information.keep(file, share, dataset, episodes) == kept
+    assert f"keeps {len(kept)} of {len(episodes)} training episodes" in capsys.readouterr().out
+    shutil.copytree(dataset.root, tmp_path / "elsewhere")
+    assert information.keep(file, share, LeRobotDataset(tmp_path / "elsewhere"), episodes) == kept
 
 
-def test_no_task_is_lost(scored):
+def test_of_equals_the_first_is_kept(scored):
+    dataset, file = scored
+    table = pq.read_table(file)
+    table = table.set_column(table.column_names.index("score"), "score", pa.array(np.zeros(6)))
+    information.save(table, file, dataset)
+    assert information.keep(file, 0.5, dataset, [5, 4, 3, 2, 1, 0]) == [0, 1, 2]
+
+
+def test_no_task_is_lost(scored, capsys):
     dataset, file = scored
     for episode in dataset.episodes:
         episode.tasks = ["pull"] if episode.index in (2, 5) else ["push"]
     assert information.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
+    assert "keeps 3 of 6 training episodes, 1 of them only because a task" in capsys.readouterr().out
 
 
 def test_scores_that_do_not_fit(scored, tmp_path):
@@ -180,12 +209,12 @@ def test_scores_that_do_not_fit(scored, tmp_path):
     with pytest.raises(UserError, match=r"data.scores: no file .*gone.parquet"):
         information.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
     other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
-    with pytest.raises(DataError, match=rf"is of another dataset than {other.root}.*{dataset.content_key}"):
+    with pytest.raises(DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"):
         information.keep(file, 0.5, other, range(6))
-    information.save(pq.read_table(file)[:4], file, dataset.content_key)
+    information.save(pq.read_table(file)[:4], file, dataset)
     with pytest.raises(DataError, match=r"no score for episodes \[2, 5\]"):
         information.keep(file, 0.5, dataset, range(6))
-    information.save(pq.read_table(file).drop("score"), file, dataset.content_key)
+    information.save(pq.read_table(file).drop("score"), file, dataset)
     with pytest.raises(DataError, match="no column 'score'"):
         information.keep(file, 0.5, dataset, range(6))
     file.write_bytes(b"PAR1")

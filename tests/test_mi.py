@@ -20,8 +20,10 @@ from common.blocks.latent import Gaussian
 from common.blocks.vae import ChunkDecoder, ChunkEncoder, StateDecoder, StateEncoder
 from common.build import build
 from common.config import ConfigError, DataError, UserError, Yaml
+from common.data import loader
 from common.data.loader import IMAGE, to_device
 from common.losses import Noise, unit_kl
+from common.schema import Data
 
 CONFIGS = Path(train_mi.__file__).parent / "configs/mutual_information_estimator"
 LONG = (40, 35, 38, 42, 37, 41)  # steps of episodes that leave neighbours enough
@@ -133,8 +135,16 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(traine
         assert (folder / "scores.parquet").read_bytes() == before
     assert trained.main() == 0  # typed again: nothing to train, scores again, with settings as they are now
     assert (folder / "scores.parquet").read_bytes() == before
-    assert trained.main("scoring.k=[3]") == 0
-    assert (folder / "scores.parquet").read_bytes() != before
+    found = {before}
+    for changed in (["scoring.k=[3]"], ["scoring.batch=100"], ["scoring.batch=100", "seed=1"]):
+        assert trained.main(*changed) == 0
+        found.add((folder / "scores.parquet").read_bytes())
+    assert len(found) == 4
+    monkeypatch.chdir(checkpoint.newest(folder))
+    moved = Path(trained.config["data"]["root"]).rename(folder.parent / "moved")
+    assert train_mi.rescore(["--score=.", f"--data={moved}"]) == 0
+    assert (folder / "scores.parquet").read_bytes() == before
+    moved.rename(trained.config["data"]["root"])
     assert train_mi.rescore(["--score", str(folder)]) == 0
     assert "the best episodes: [" in capsys.readouterr().out
 
@@ -145,7 +155,7 @@ def test_scores_are_those_of_the_saved_policy_s_latents(trained):
     with torch.no_grad():
         state, action = policy.encode(to_device(windows[np.arange(len(windows))], "cpu"))
     latents = {"state": state, "action": action}
-    points = [information.metric(q.mu[:, 0], q.logvar[:, 0], name) for name, q in latents.items()]
+    points = [information.metric(q.mu[:, 0], q.logvar[:, 0], name, 3) for name, q in latents.items()]
     episode = np.repeat(np.arange(6), LONG)
     time = np.concatenate([np.arange(n) for n in LONG]) / 10
     values, _ = information.contributions(*points, episode, time, cfg.scoring, 0)
@@ -219,45 +229,70 @@ def test_runs_of_another_kind_are_refused(trained, experiment):
 
 
 def constant(episode, arrays):
-    arrays["action"][:] = 0.3
+    arrays["action"][:] = [0.1, 0.7, -1.3, 2.2]
 
 
 def copied(episode, arrays):
     for key in ("observation.state", "action"):
-        arrays[key] = np.random.default_rng(1 if episode == 3 else episode).normal(size=arrays[key].shape)
+        arrays[key] = np.random.default_rng(episode % 3).normal(size=arrays[key].shape)
+
+
+def start_alike(episode, arrays):
+    arrays["observation.state"][:] = 0
 
 
 @pytest.mark.parametrize(
-    ("edit", "lengths", "message"),
+    ("edit", "lengths", "given", "message"),
     [
-        (constant, (30,) * 6, r"action never changes in 6 episodes"),
-        (copied, (30,) * 6, r"episodes 1 and 3 are copies of each other"),
-        (None, (30, 6), r"too few transitions for k = 7: among 36 one has 6 neighbours .* within 3 s"),
-        (None, (63, 4), r"too few transitions for k = 7: among 67 one has 6 neighbours .* within 3 s"),
+        (constant, (30,) * 6, [], r"action never changes in 6 episodes"),
+        (constant, (30,) * 6, ["data.HZ=7"], r"action never changes in 6 episodes"),
+        (copied, (30,) * 6, [], r"episodes \[0, 3\], \[1, 4\], \[2, 5\] are copies .* leave \[3, 4, 5\] out"),
+        (None, (30, 6), [], r"too few transitions for k = 7: among 36 one has 6 neighbours .* within 3 s"),
+        (None, (63, 4), [], r"too few transitions for k = 7: among 67 one has 6 neighbours .* within 3 s"),
+        (None, (30,) * 6, ["scoring.batch=9"], r"too few transitions for k = 7: among 9 one has . neighbours"),
+        (None, (30,) * 6, ["scoring.k=[]"], r"scoring.k=\[\]: expected at least one number of neighbours"),
+        (None, (30,) * 6, ["data.obs_images_history=2"], r"data.obs_images_history=2: the state is one picture"),
+        (None, (30,) * 6, ["data.first_frames=2"], r"data.first_frames=2: every transition is scored"),
     ],
 )
-def test_data_of_no_use_end_the_run_at_its_first_step(experiment, tmp_path, edit, lengths, message):
+def test_what_cannot_be_scored_is_not_trained_on(experiment, tmp_path, edit, lengths, given, message, capsys):
     exp = experiment("train_mi")
     exp.config["scoring"] = {"window": 3.0}
     exp.config["data"]["val_episodes"] = 0.0
     exp.write()
     root = write_demos(tmp_path / "edited", lengths, edit=edit)
-    with pytest.raises(DataError, match=message):
-        exp.main(f"data.root={root}")
-    assert exp.job.step == 1
+    with pytest.raises(UserError, match=message):
+        exp.main(f"data.root={root}", *given)
+    assert "decoded" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_scored_is_said(trained, experiment):
+def test_equal_states_with_other_actions_are_no_copies(tmp_path):
+    cfg = Data(root=str(write_demos(tmp_path / "demos", LONG, edit=start_alike)), HZ=10)
+    information.look_over(loader.Data(cfg).windows, train_mi.Scoring(), seed=0)
+
+
+def test_what_cannot_be_scored_is_said(trained, experiment, tmp_path):
     before = (trained.save_dir / "scores.parquet").read_bytes()
     with pytest.raises(DataError, match=r"too few transitions for k = 300: among 233 one has 2.. neighbours"):
         trained.main("scoring.k=[300]")
+    copies = write_demos(tmp_path / "copies", LONG[:1] * 6, edit=copied)
+    with pytest.raises(DataError, match=r"are copies of each other"):
+        train_mi.rescore(["--score", str(trained.save_dir), "--data", str(copies)])
     assert (trained.save_dir / "scores.parquet").read_bytes() == before
     exp = experiment("train_mi", "collapsed")
     betas = ["loss.state_beta=1e4", "loss.warmup=0", "train.optim={peak_lr: 0.03, warmup_steps: 1}", "train.ema=null"]
     with pytest.raises(DataError, match=r"the state latent has collapsed: . of 4 dimensions"):
         exp.main(*betas)
-    with pytest.raises(ConfigError, match="obs_images_history"):
-        experiment("train_mi", "frames").main("data.obs_images_history=2")
+
+
+def test_a_run_that_was_stopped_is_not_scored(experiment, monkeypatch):
+    exp = experiment("train_mi")
+    monkeypatch.setattr(train_mi, "score", lambda *args: pytest.fail("scored"))
+    exp.config["scoring"] = {"window": 0.3}
+    exp.write()
+    assert exp.stop_at(3) == 0
+    exp.job.step = exp.job.total  # the signal came in the last step
+    assert train_mi.scored(exp.job) == 0
 
 
 @pytest.mark.parametrize("name", ["exp1", "tabletop", "avoid"])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import av
@@ -72,7 +73,8 @@ class LeRobotDataset:
     """The metadata of one folder: root, version, fps (Hz), robot_type, features (info.json's), and more:
 
     episodes: those that have files; absent: numbers of those without any (a partial download); cameras: keys of video
-    and image features with files; content_key: hash of info.json and all files' names, sizes and times.
+    and image features with files; content_key: hash of info.json and all files' names, sizes and times; values_key:
+    hash of info.json and of what the data files hold, which a copy has, too.
     """
 
     def __init__(self, root):
@@ -123,6 +125,14 @@ class LeRobotDataset:
         self.cameras = [key for key in kinds if key in present]
         for episode in self.episodes:
             episode.videos = {key: video for key, video in episode.videos.items() if key in present}
+
+    @cached_property
+    def values_key(self) -> str:
+        digest = hashlib.sha256((self.root / "meta/info.json").read_bytes())
+        for path in dict.fromkeys(episode.data_path for episode in self.episodes):
+            with reading(path):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:32]
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
         """Path below the root -> (size, time of change)."""
