@@ -113,7 +113,7 @@ def experts(found, title, log, file):
     total = looks.sum(1, keepdims=True)
     shares = np.divide(looks, total, out=np.full_like(looks, np.nan), where=total > 0)  # without a success: blank
     image = axes[0].imshow(shares, aspect="auto", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes[0], label="share of the mode's successes (none: blank)")
+    figure.colorbar(image, ax=axes[0], label="share of the mode (none: blank)")
     axes[0].set(
         title=title, xlabel="expert that acts", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode"
     )
