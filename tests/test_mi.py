@@ -11,6 +11,7 @@ import torch
 from conftest import CAMERAS, Experiment, write_demos
 from PIL import Image
 from test_full_size import configured
+from test_lerobot import real
 from torch.distributions import Independent, Normal, kl_divergence
 
 import evaluate
@@ -21,6 +22,7 @@ from common.blocks.vae import ChunkDecoder, ChunkEncoder, StateDecoder, StateEnc
 from common.build import build
 from common.config import ConfigError, DataError, UserError, Yaml
 from common.data import loader
+from common.data.lerobot import LeRobotDataset
 from common.data.loader import IMAGE, to_device
 from common.losses import Noise, unit_kl
 from common.schema import Data
@@ -293,6 +295,23 @@ def test_a_run_that_was_stopped_is_not_scored(experiment, monkeypatch):
     assert exp.stop_at(3) == 0
     exp.job.step = exp.job.total  # the signal came in the last step
     assert train_mi.scored(exp.job) == 0
+
+
+def test_a_real_dataset_end_to_end(experiment):
+    """Two cameras, another fps than 20 Hz, a black picture in episode 0."""
+    exp, root = experiment("train_mi"), real("so101_bimanual_cloth_v21")
+    exp.config["data"] |= {"root": str(root), "HZ": 5, "episodes": [0, 4, 9], "val_episodes": 0.0, "augment": None}
+    exp.config["data"]["cameras"] = {"right": "observation.images.cam0", "left": "observation.images.cam1"}
+    exp.write()
+    assert exp.main("train.total_steps=60", "train.optim.peak_lr=0.003") == 0
+    table = pq.read_table(exp.save_dir / "scores.parquet").to_pydict()
+    lengths = {episode.index: episode.length for episode in LeRobotDataset(root).episodes}
+    assert sorted(table["episode"]) == [0, 4, 9]
+    for number, transitions in zip(table["episode"], table["transitions"], strict=True):
+        assert transitions == pytest.approx(lengths[number] * 5 / LeRobotDataset(root).fps, abs=1)
+    assert len(set(table["score"])) == 3
+    assert np.isfinite(table["score"]).all()
+    assert (exp.save_dir / "scores.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["exp1", "tabletop", "avoid"])
