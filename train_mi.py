@@ -100,9 +100,8 @@ class Policy(nn.Module):
         """Observation and chunk -> the Gaussians of both latents, mu and logvar (B, 1, D)."""
         proprio, x1 = self.normalized(batch)
         images = [batch[IMAGE + name] for name in self.cameras]
-        return self.parts["state_resnet34_encoder"](proprio=proprio, images=images), self.parts["action_encoder"](
-            action=x1
-        )
+        state = self.parts["state_resnet34_encoder"](proprio=proprio, images=images)
+        return state, self.parts["action_encoder"](action=x1)
 
     def decode(self, state, action):
         """Latents (B, 1, D) -> proprio (B, P, S), pictures (B, cameras, 3, side, side) or None, chunk (B, T, A)."""
@@ -122,9 +121,8 @@ class Policy(nn.Module):
     def draw(self, data, file):
         """Six windows, held out if there are such, and what is decoded from the means of their latents."""
         rows = data.val_rows if len(data.val_rows) else data.train_rows
-        batch = to_device(
-            data.windows[rows[np.linspace(0, len(rows) - 1, 6).astype(int)]], self.stats.action_mean.device
-        )
+        rows = rows[np.linspace(0, len(rows) - 1, 6).astype(int)]
+        batch = to_device(data.windows[rows], self.stats.action_mean.device)
         _, painted, chunk = self.decode(*(latent.mu for latent in self.encode(batch)))
         pairs = (self.pictures(batch, painted.shape[-2:]), painted.clamp(0, 1)) if self.cameras else ()
         file.parent.mkdir(exist_ok=True)
@@ -154,17 +152,16 @@ def score(folder, device, now=None, root=None):
         latents = policy.encode(to_device(windows[rows], device))
         found.append([x.flatten(1).float() for latent in latents for x in latent])
     found = [torch.cat(x) for x in zip(*found, strict=True)]
-    sizes = (min(3, x.shape[1]) for x in (windows.state, windows.action))  # flatter than that, nothing may be
-    points = [information.metric(*found[i : i + 2], name, next(sizes)) for i, name in ((0, "state"), (2, "action"))]
-    episode, time = information.places(windows)
-    values, nats = information.contributions(*points, episode, time, scoring, cfg.seed)
-    table, out = information.rank(values, episode), folder.parent if (folder / "meta.json").is_file() else folder
+    least = [min(3, x.shape[1]) for x in (windows.state, windows.action)]  # what has two numbers may need no more
+    state = information.metric(*found[:2], "state", least[0])
+    action = information.metric(*found[2:], "action", least[1])
+    values, nats = information.contributions(state, action, *information.places(windows), scoring, cfg.seed)
+    table = information.rank(values, windows.episode_index[windows.episode])
+    out = folder.parent if (folder / "meta.json").is_file() else folder
     information.save(table, out / "scores.parquet", data.dataset)
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
-    print(
-        f"I(S; A) is {nats:.2f} nats; the best episodes: {best}, the worst: {worst}; {out}/scores.parquet, scores.png"
-    )
+    print(f"I(S; A) is {nats:.2f} nats; best episodes: {best}, worst: {worst}; {out}/scores.parquet, scores.png")
 
 
 def main(argv=None):

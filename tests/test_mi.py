@@ -148,7 +148,7 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(traine
     assert (folder / "scores.parquet").read_bytes() == before
     moved.rename(trained.config["data"]["root"])
     assert train_mi.rescore(["--score", str(folder)]) == 0
-    assert "the best episodes: [" in capsys.readouterr().out
+    assert "best episodes: [" in capsys.readouterr().out
 
 
 def test_scores_are_those_of_the_saved_policy_s_latents(trained):
