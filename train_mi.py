@@ -1,10 +1,10 @@
 """mutual_information_estimator: which demonstrations are worth keeping, by what each adds to I(state; action chunk).
 
     accelerate launch -q train_mi.py --config configs/mutual_information_estimator/tabletop/train.yaml
-    python train_mi.py --score ~/runs/mi_tabletop
+    python train_mi.py --score ~/runs/mi_tabletop [--data DIR]
 
 The first command trains two VAEs, one of what the robot sees, one of what it does, and then scores; the second scores
-again. Scores are in scores.parquet and scores.png of the run folder; data.scores and data.keep_top of the other scripts
+again (--data: the dataset, if it has moved). Scores are in scores.parquet and scores.png of the run folder; data.scores and data.keep_top of the other scripts
 read them. After Hejna et al. 2025 (arXiv:2502.08623). To fork an experiment, copy its config folder; to fork the
 estimator, copy this file too.
 """

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,22 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(traine
     moved.rename(trained.config["data"]["root"])
     assert train_mi.rescore(["--score", str(folder)]) == 0
     assert "best episodes: [" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_readme(trained, tmp_path):
+    def command(*words):
+        script = [sys.executable, train_mi.__file__, *map(str, words)]
+        return subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    again = shutil.copytree(trained.save_dir, tmp_path / "again", ignore=shutil.ignore_patterns("scores.*"))
+    done = command(f"--score={again}")
+    assert done.returncode == 0, done.stderr
+    assert (again / "scores.parquet").is_file()
+    assert (again / "scores.png").is_file()
+    done = command("--config", trained.file, f"train.save_dir={tmp_path}/a--score", "data.root=nothing")
+    assert done.returncode == 2
+    assert "no folder 'nothing'" in done.stderr
+    assert "train_mi.py --score ~/runs/mi_tabletop [--data DIR]" in command("--help").stdout
 
 
 def test_scores_are_those_of_the_saved_policy_s_latents(trained):
