@@ -4,9 +4,9 @@
     python train_mi.py --score ~/runs/mi_tabletop [--data DIR]
 
 The first command trains two VAEs, one of what the robot sees, one of what it does, and then scores; the second scores
-again (--data: the dataset, if it has moved). Scores are in scores.parquet and scores.png of the run folder; data.scores and data.keep_top of the other scripts
-read them. After Hejna et al. 2025 (arXiv:2502.08623). To fork an experiment, copy its config folder; to fork the
-estimator, copy this file too.
+again (--data: the dataset, if it has moved). Scores are in scores.parquet and scores.png of the run folder;
+data.scores and data.keep_top of the other scripts read them. After Hejna et al. 2025 (arXiv:2502.08623). To fork an
+experiment, copy its config folder; to fork the estimator, copy this file too.
 """
 
 import argparse
