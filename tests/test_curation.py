@@ -55,10 +55,10 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
 
     capsys.readouterr()
     curation.report("tabletop", [0], tmp_path)
-    lines = re.findall(r"^\| (\w+) \| 0 \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
-    assert [name for name, _ in lines] == ["mi", "loss", "random"]
-    assert lines[0][1] == "1.000 | 1.000 | 1.000 | 1.000 | 1.000"
-    assert all(0 <= float(cell) <= 1 for _, cells in lines for cell in cells.split(" | "))
+    lines = re.findall(r"^\| (by [\w ]+) \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in lines] == list(curation.KEPT.values())
+    assert lines[0][1] == " | ".join(["1.000 (1.000-1.000)"] * 5)
+    assert all(0 <= float(cell[:5]) <= 1 for _, cells in lines for cell in cells.split(" | "))
 
     kept, rows = set(), list(curation.rows("tabletop", tmp_path))
     assert len({row.folder(tmp_path, 0) for row in rows}) == len(rows) == 8
