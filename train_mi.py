@@ -121,7 +121,7 @@ class Policy(nn.Module):
     def draw(self, data, file):
         """Six windows, held out if there are such, and what is decoded from the means of their latents."""
         rows = data.val_rows if len(data.val_rows) else data.train_rows
-        rows = rows[np.linspace(0, len(rows) - 1, 6).astype(int)]
+        rows = rows[np.linspace(0, len(rows) - 1, 8).astype(int)[1:-1]]  # the very last has no chunk
         batch = to_device(data.windows[rows], self.stats.action_mean.device)
         _, painted, chunk = self.decode(*(latent.mu for latent in self.encode(batch)))
         pairs = (self.pictures(batch, painted.shape[-2:]), painted.clamp(0, 1)) if self.cameras else ()
@@ -134,16 +134,25 @@ class Policy(nn.Module):
 def score(folder, device, now=None, root=None):
     """Write scores.parquet and scores.png of a trained run to its folder. Raises UserError where they'd say nothing.
 
-    now: Config in place of the checkpoint's; root: the dataset, if it is no longer where it was.
+    Held-out episodes are neighbours, but not ranked: what the VAEs have never seen scores lower. now: Config in place
+    of the checkpoint's; root: the dataset, if it is no longer where it was.
     """
     folder = folder.resolve()
+    out = folder.parent if (folder / "meta.json").is_file() else folder
     policy, cfg = open_policy(folder)
     if not hasattr(cfg, "scoring"):
         raise UserError(f"--score: {folder} holds a policy, which ranks nothing; give a run of train_mi.py")
     cfg = now or cfg
     policy.to(device)
-    data, scoring = Data(replace(cfg.data, root=root or cfg.data.root)), cfg.scoring
+    data, scoring, file = Data(replace(cfg.data, root=root or cfg.data.root)), cfg.scoring, out / "scores.parquet"
+    if file.exists() and information.key_of(file) != data.dataset.values_key:
+        raise UserError(f"{file} is of another dataset than {data.dataset.root}: move it away to score this one")
     windows, found = data.windows, []
+    sizes = windows.state.shape[1], windows.action.shape[1]
+    if sizes != (trained := (len(policy.stats.state_mean), len(policy.stats.action_mean))):
+        raise UserError(
+            f"{data.dataset.root} has (state, action) of {sizes} numbers, {folder} was trained on {trained}"
+        )
     information.look_over(windows, scoring, cfg.seed)
     if cfg.data.cache != "none":
         data.cache_frames()
@@ -152,13 +161,11 @@ def score(folder, device, now=None, root=None):
         latents = policy.encode(to_device(windows[rows], device))
         found.append([x.flatten(1).float() for latent in latents for x in latent])
     found = [torch.cat(x) for x in zip(*found, strict=True)]
-    least = [min(3, x.shape[1]) for x in (windows.state, windows.action)]  # what has two numbers may need no more
-    state = information.metric(*found[:2], "state", least[0])
-    action = information.metric(*found[2:], "action", least[1])
+    state = information.metric(*found[:2], "state", min(3, sizes[0]))  # two numbers may need no more than two
+    action = information.metric(*found[2:], "action", min(3, sizes[1]))
     values, nats = information.contributions(state, action, *information.places(windows), scoring, cfg.seed)
-    table = information.rank(values, windows.episode_index[windows.episode])
-    out = folder.parent if (folder / "meta.json").is_file() else folder
-    information.save(table, out / "scores.parquet", data.dataset)
+    table = information.rank(values, windows.episode_index[windows.episode], data.episodes)
+    information.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
     print(f"I(S; A) is {nats:.2f} nats; best episodes: {best}, worst: {worst}; {out}/scores.parquet, scores.png")

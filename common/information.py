@@ -116,16 +116,18 @@ def metric(mu: Tensor, logvar: Tensor, name: str, least) -> Tensor:
     return points / points.var(0).sum().sqrt()
 
 
-def rank(values: np.ndarray, episode: np.ndarray) -> pa.Table:
+def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
     """Contributions (N,) of transitions and the episode of each -> a row per episode, the best first.
 
     Clipped to the 1st and 99th percentile, standardised; an episode's score is the mean over its transitions, its
-    quantile the share of episodes that score no more.
+    quantile the share of episodes that score no more. listed: the episodes that get a row; None: all.
     """
     values = np.clip(values, *np.quantile(values, [0.01, 0.99]))
     values = (values - values.mean()) / max(values.std(), 1e-12)
     episodes, place, transitions = np.unique(episode, return_inverse=True, return_counts=True)
     score = np.bincount(place, values) / transitions
+    chosen = np.isin(episodes, episodes if listed is None else listed)
+    episodes, transitions, score = (x[chosen] for x in (episodes, transitions, score))
     best = np.lexsort((episodes, -score))
     quantile = np.searchsorted(np.sort(score), score, side="right") / len(score)
     return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
@@ -153,11 +155,18 @@ def look_over(windows, scoring, seed):
         own(episode[rows], time[rows], max(scoring.k), scoring.window)
 
 
-def save(table: pa.Table, file: Path, dataset):
-    """Write scores.parquet, with the dataset's values_key in its metadata."""
+def save(table: pa.Table, file: Path, dataset, **made_by):
+    """Write scores.parquet; in its metadata the dataset's values_key, and what else is to be known of it."""
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(table.replace_schema_metadata({OF: dataset.values_key}), unfinished)
+    made_by = {name: str(value) for name, value in made_by.items()}
+    pq.write_table(table.replace_schema_metadata({OF: dataset.values_key, **made_by}), unfinished)
     unfinished.replace(file)
+
+
+def key_of(file: Path) -> str | None:
+    """The values_key of the dataset that a scores.parquet is of."""
+    with reading(file):
+        return (pq.read_schema(file).metadata or {}).get(OF, b"").decode() or None
 
 
 def keep(file: Path, share: float, dataset, episodes) -> list[int]:
@@ -166,20 +175,24 @@ def keep(file: Path, share: float, dataset, episodes) -> list[int]:
     Raises UserError where the file is gone, of another dataset, or lacks an episode.
     """
     if not file.is_file():
-        raise UserError(f"data.scores: no file {file}; train_mi.py writes it")
+        found = " is a folder, give its scores.parquet" if (file / "scores.parquet").is_file() else ": no such file"
+        raise UserError(f"data.scores: {file}{found}; train_mi.py writes it")
     with reading(file):
         table = pq.read_table(file)
-    again = "score this dataset: train_mi.py with the same data.root, or train_mi.py --score RUN --data DIR"
+    again = "run train_mi.py with this data.root"
     if missing := set(COLUMNS) - set(table.column_names):
         raise DataError(f"data.scores: {file} has no column '{sorted(missing)[0]}': {again}")
-    if (found := (table.schema.metadata or {}).get(OF, b"").decode()) != dataset.values_key:
+    if (found := key_of(file)) != dataset.values_key:
         raise DataError(
             f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed since (values key "
-            f"{found or None}, here {dataset.values_key}): {again}"
+            f"{found}, here {dataset.values_key}): {again}"
         )
     score = dict(zip(table["episode"].to_pylist(), table["score"].to_pylist(), strict=True))
     if missing := sorted(set(episodes) - set(score)):
-        raise DataError(f"data.scores: {file} has no score for episodes {missing[:8]} of {len(missing)}: {again}")
+        raise DataError(
+            f"data.scores: {file} has no score for {len(missing)} training episodes, the first of them {missing[:8]}: "
+            "hold out what train_mi.py held out (data.val_episodes), or run it with data.val_episodes=0.0"
+        )
     ranked = sorted(episodes, key=lambda number: (-score[number], number))
     kept = set(ranked[: round(share * len(ranked))])
     tasks = {episode.index: tuple(episode.tasks) for episode in dataset.episodes}

@@ -208,7 +208,10 @@ def reconstructions(pictures, recorded, decoded, file):
     for axis, was, now in zip(axes[-n:], recorded, decoded, strict=True):
         axis.plot(now, lw=1)
         axis.plot(was, color="black", lw=0.7, ls="--")
-    figure.suptitle("recorded (above; dashed) and decoded from the means of the latents", fontsize=9)
+    figure.suptitle(
+        "recorded (pictures above, chunks dashed, to the end of their episode) and decoded from the latents' means",
+        fontsize=9,
+    )
     figure.savefig(file, dpi=110)
 
 
@@ -220,13 +223,16 @@ def scores(table, windows, file, ends=3, moments=10):
     from matplotlib.figure import Figure
 
     episodes, score = (np.array(table[name]) for name in ("episode", "score"))
-    shown = sorted({*range(min(ends, len(score))), *range(max(len(score) - ends, 0), len(score))})
+    ends = min(ends, len(score) // 2)
+    shown = [*range(ends), *range(len(score) - ends, len(score))]
     height = 0.55 * max(len(windows.cfg.cameras), 2.5)
     figure = Figure(figsize=(9, 2.4 + (height + 0.3) * len(shown)), layout="constrained")
     top, *strips = figure.subplots(len(shown) + 1, 1, height_ratios=[2.4, *[height + 0.3] * len(shown)])
     colours = [f"C{2 * (i in shown) + (i in shown and i >= len(score) - ends)}" for i in range(len(score))]
     top.bar(np.arange(len(score)), score, 1.0, color=colours)
-    top.set(xlabel=f"{len(score)} episodes, ranked", ylabel="score")
+    top.set(xlabel=f"{len(score)} episodes, ranked; below, the best (green) and the worst (red)", ylabel="score")
+    if len(score) <= 40:
+        top.set_xticks(np.arange(len(score)), episodes)
     for i, axis in zip(shown, strips, strict=True):
         rows = windows.rows([episodes[i]])
         axis.set_title(f"episode {episodes[i]}, rank {i + 1} of {len(score)}, score {score[i]:.2f}", fontsize=9)
@@ -238,7 +244,7 @@ def scores(table, windows, file, ends=3, moments=10):
             axis.set_axis_off()
         else:
             axis.plot(windows.action[rows], lw=1)
-            axis.set_ylim(windows.action.min(), windows.action.max())
+            axis.set(ylim=(windows.action.min(), windows.action.max()), xlabel="step", ylabel="action")
     figure.savefig(file, dpi=110)
 
 

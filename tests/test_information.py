@@ -164,6 +164,9 @@ def test_rank():
     assert table["transitions"] == [{4: 30, 2: 40, 9: 30}[e] for e in order]
     np.testing.assert_allclose(table["score"], [means[e] for e in order])
     np.testing.assert_allclose(table["quantile"], [1, 2 / 3, 1 / 3])
+    some = information.rank(values, episode, [2, 4]).to_pydict()
+    assert some["score"] == [score for score, number in zip(table["score"], order, strict=True) if number != 9]
+    np.testing.assert_allclose(some["quantile"], [1, 1 / 2])
 
 
 @pytest.fixture
@@ -206,13 +209,15 @@ def test_no_task_is_lost(scored, capsys):
 
 def test_scores_that_do_not_fit(scored, tmp_path):
     dataset, file = scored
-    with pytest.raises(UserError, match=r"data.scores: no file .*gone.parquet"):
+    with pytest.raises(UserError, match=r"data.scores: .*gone.parquet: no such file"):
         information.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
+    with pytest.raises(UserError, match=r"is a folder, give its scores.parquet"):
+        information.keep(tmp_path, 0.5, dataset, range(6))
     other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
     with pytest.raises(DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"):
         information.keep(file, 0.5, other, range(6))
     information.save(pq.read_table(file)[:4], file, dataset)
-    with pytest.raises(DataError, match=r"no score for episodes \[2, 5\]"):
+    with pytest.raises(DataError, match=r"no score for 2 training episodes, the first of them \[2, 5\]"):
         information.keep(file, 0.5, dataset, range(6))
     information.save(pq.read_table(file).drop("score"), file, dataset)
     with pytest.raises(DataError, match="no column 'score'"):
