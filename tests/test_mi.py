@@ -26,6 +26,7 @@ from common.config import ConfigError, DataError, UserError, Yaml
 from common.data import loader
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import IMAGE, to_device
+from common.envs import tabletop
 from common.losses import Noise, unit_kl
 from common.schema import Data
 
@@ -303,12 +304,9 @@ def test_what_cannot_be_scored_is_said(trained, experiment, tmp_path):
     bare = shutil.copytree(trained.save_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("scores.*"))
     with pytest.raises(DataError, match=r"are copies of each other"):
         train_mi.rescore(["--score", str(bare), "--data", str(copies)])
-    meta = checkpoint.newest(bare) / "meta.json"
-    content = json.loads(meta.read_text())
-    content["config"]["data"]["state_keys"] = ["action"]
-    meta.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"has \(state, action\) of \(4, 4\) numbers, .* was trained on \(5, 4\)"):
-        train_mi.rescore(["--score", str(bare)])
+    tabletop.generate(tmp_path / "other", episodes=6, image_size=(32, 32))
+    with pytest.raises(UserError, match=r"other has \(state, action\) of \(6, 6\) numbers, .* trained on \(5, 4\)"):
+        train_mi.rescore(["--score", str(bare), "--data", str(tmp_path / "other")])
     exp = experiment("train_mi", "collapsed")
     betas = ["loss.state_beta=1e4", "loss.warmup=0", "train.optim={peak_lr: 0.03, warmup_steps: 1}", "train.ema=null"]
     with pytest.raises(DataError, match=r"the state latent has collapsed: . of 4 dimensions"):
