@@ -350,7 +350,8 @@ def main(argv=None):
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
     meta, args.log = read_meta(folder), folder.parent / "log.jsonl"
     args.about = {"checkpoint": str(args.checkpoint), "policy": Path(meta["script"]).stem, "step": meta["step"]}
-    args.about["sampling"] = vars(policy.sampling) if hasattr(policy, "sampling") else {}
+    sampling = vars(policy.sampling) if hasattr(policy, "sampling") else {}
+    args.about["sampling"] = {name: value for name, value in sampling.items() if name != "experts" or count > 1}
     args.about["parameters"] = sum(p.numel() for p in policy.parts.parameters() if p.requires_grad)
     (closed_loop if args.env else open_loop)(policy, cfg, args)
     print(f"\nwritten to {args.out}")

@@ -423,6 +423,14 @@ def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     assert (tmp_path / "results/experts.png").stat().st_size > 5000
 
 
+def test_only_a_mixture_is_told_of_experts(experiment, tmp_path):
+    for kind, told in (("codes", {}), ("experts", {"experts": 1})):
+        exp = experiment(f"train_vfp:{kind}", kind)
+        exp.main("train.total_steps=1")
+        evaluate.main(["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / kind)])
+        assert json.loads((tmp_path / kind / "results.json").read_text())["sampling"] == told
+
+
 def test_the_negative_control_trains_and_is_evaluated(tmp_path):
     script = ROOT / "benchmarks/research_objective.py"
     spec = importlib.util.spec_from_file_location("research_objective", script)
