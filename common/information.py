@@ -42,7 +42,7 @@ def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window
     d_s, d_a = (d.masked_fill_(close, torch.inf) for d in (d_s, d_a))
     joint, total = torch.maximum(d_s, d_a), 0.0
     reach, same = joint.topk(max(k), largest=False).values.clamp(min=SAME), (joint < SAME).sum(1)
-    psi = digamma(len(s)).to(s.device)
+    psi = torch.arange(1, len(s) + 1, dtype=torch.float64, device=s.device).digamma()  # psi[n] is psi(n + 1)
     for i in k:
         total += psi[same.clamp(min=i) - 1] - psi[i - 1]
         total -= sum(psi[(d < reach[:, i - 1, None]).sum(1)] for d in (d_s, d_a))
@@ -58,12 +58,6 @@ def own(episode: Tensor, time: Tensor, k, window) -> Tensor:
             f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
         )
     return close
-
-
-def digamma(n: int) -> Tensor:
-    """psi(1), psi(2), ..., psi(n), float64: psi(i + 1) is -gamma + 1 + 1/2 + ... + 1/i."""
-    steps = torch.cat([torch.zeros(1, dtype=torch.float64), 1 / torch.arange(1, n, dtype=torch.float64)])
-    return steps.cumsum(0) - np.euler_gamma
 
 
 def deal(transitions, scoring, seed):
@@ -92,8 +86,8 @@ def contributions(
     for rows in tqdm([*deal(len(s), scoring, seed)], desc="neighbours", unit="batch"):
         found = ksg(*(x[rows.to(s.device)] for x in (s, a, *place)), k, scoring.window).cpu()
         total[rows] += found / scoring.shuffles
-        psi = digamma(max(len(rows), *k))
-        nats.append((found.mean() + psi[len(rows) - 1] + psi[np.array(k) - 1].mean()).item())
+        psi = torch.tensor([len(rows), *k], dtype=torch.float64).digamma()
+        nats.append((found.mean() + psi[0] + psi[1:].mean()).item())
     return total.numpy(), float(np.mean(nats))
 
 

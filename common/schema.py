@@ -78,7 +78,7 @@ class Data:
     neighbours: int = key(1, "samples of similar state that share a batch, for K-OT; 1: a plain shuffle", low=1)
     episodes: list[int] | None = key(None, "null: all", low=0)
     scores: Path | None = key(None, "scores.parquet of train_mi.py; null: no episode is left out for its score")
-    keep_top: float | None = key(None, "share of the training episodes that data.scores keeps, the best", low=0)
+    keep_top: float | None = key(None, "share of the training episodes that data.scores keeps, the best")
     val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
     val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
     cache: Literal["none", "frames", "features"] = key("frames", "on disk; features: what frozen components see, too")
