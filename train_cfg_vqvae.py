@@ -17,36 +17,64 @@ from torch import nn
 from common import config, flow, optim, run, schema
 from common.blocks.latent import Codes, check, nearest
 from common.config import ConfigError, key
-from common.losses import Noise, camera_drop, given_prefix, kot, linear_path, masked_mse, sample_time
+from common.losses import (
+    Noise,
+    camera_drop,
+    given_prefix,
+    kot,
+    linear_path,
+    masked_mse,
+    sample_time,
+)
 from common.parts import Memory, first_camera
 
 
 @dataclass
 class Loss:
-    target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
-    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them", low=1)
-    camera_dropout: float = key(0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
-    prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
-    null: float = key(0.15, "probability that the decoder is told null tokens, not the codes", low=0, high=1)
+    target: Literal["velocity", "x1"] = key(
+        "velocity", "what the decoder predicts; converted when sampling"
+    )
+    draws: int = key(
+        1, "noise and time draws per observation: the encoder is paid once for all of them", low=1
+    )
+    camera_dropout: float = key(
+        0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1
+    )
+    prefix: int = key(
+        0, "up to so many first actions of a chunk are given, for real-time chunking", low=0
+    )
+    null: float = key(
+        0.15, "probability that the decoder is told null tokens, not the codes", low=0, high=1
+    )
     null_from: float = key(0.02, "share of the run before the first null tokens", low=0, high=1)
     commitment: float = key(0.25, "of |z_e - its code|^2")
     prior: float = key(1.0, "of the prior's cross-entropy")
     smoothing: float = key(0.02, "label smoothing of that", low=0, high=1)
-    posterior_ema: float = key(0.999, "decay of the average posterior whose codes the prior learns", low=0, high=1)
+    posterior_ema: float = key(
+        0.999, "decay of the average posterior whose codes the prior learns", low=0, high=1
+    )
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
-    revive_until: float = key(0.6, "share of the run in which such codes are moved to where they are needed")
-    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
+    revive_until: float = key(
+        0.6, "share of the run in which such codes are moved to where they are needed"
+    )
+    sinkhorn: schema.Sinkhorn | None = key(
+        None, "K-OT on chunks decoded from prior samples; null: not computed"
+    )
 
 
 @dataclass
 class Sampling:
-    guidance: float = key(1.0, "w of v_null + w (v_z - v_null); 1: conditional, and v_null is not computed")
+    guidance: float = key(
+        1.0, "w of v_null + w (v_z - v_null); 1: conditional, and v_null is not computed"
+    )
     temperature: float = key(1.0, "of the prior; 0: the most likely codes", low=0)
 
 
 @dataclass
 class Config:
-    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    model: schema.Model = key(
+        ..., "components: what they are, how they start, how they are optimised"
+    )
     data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
     sampling: Sampling = key(Sampling(), "how chunks are drawn")
@@ -66,7 +94,9 @@ class Policy(nn.Module):
         self.encoder = "info_encoder" if "info_encoder" in parts else "proprio_projector"
         self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")
         if cfg.sampling.guidance != 1 and not cfg.loss.null:
-            raise ConfigError("sampling.guidance: leads away from null tokens, which learn nothing with loss.null: 0")
+            raise ConfigError(
+                "sampling.guidance: leads away from null tokens, which learn nothing with loss.null: 0"
+            )
 
     def train(self, mode=True):
         super().train(mode)
@@ -79,7 +109,9 @@ class Policy(nn.Module):
         hidden = self.loss.camera_dropout if self.training else 0.0
         memory = self.encode(batch, camera_drop(noise, len(x1), len(self.cameras), hidden))
         z, prior, latent_loss, scalars = self.infer(memory, x1, noise)
-        share = self.loss.null if self.training and batch["progress"] >= self.loss.null_from else 0.0
+        share = (
+            self.loss.null if self.training and batch["progress"] >= self.loss.null_from else 0.0
+        )
         told = torch.where(noise.uniform(len(z), 1, 1) < share, self.codebook.null, z)
 
         decode = self.parts["action_decoder"].bind(memory=memory.tokens)
@@ -89,24 +121,38 @@ class Policy(nn.Module):
         ignored, known = batch["action_is_pad"][:, None].expand(x1.shape[:3]), {}
         if self.loss.prefix:
             fixed = given_prefix(noise.uniform(*t.shape), x1.shape[2], self.loss.prefix)
-            xt, ignored, known = torch.where(fixed[..., None], x1, xt), ignored | fixed, {"fixed": fixed}
+            xt, ignored, known = (
+                torch.where(fixed[..., None], x1, xt),
+                ignored | fixed,
+                {"fixed": fixed},
+            )
         predicted = decode(x_t=xt, t=t, z=told, **known)
         flow_loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, ignored)
 
         loss, scalars = flow_loss + latent_loss, scalars | {"flow": flow_loss}
         if self.loss.sinkhorn:
             # One step from noise, on the same keys and values without gradient: K-OT moves decoder and prior only.
-            end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=self.draw(prior, noise))
+            end = decode.detach()(
+                x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=self.draw(prior, noise)
+            )
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             state = memory.first_camera["cond_proprio"][:, -1]
-            ot_loss, ot = kot(end, x1[:, :1], state, **vars(self.loss.sinkhorn), ignored=batch["action_is_pad"])
+            ot_loss, ot = kot(
+                end, x1[:, :1], state, **vars(self.loss.sinkhorn), ignored=batch["action_is_pad"]
+            )
             loss, scalars = loss + ot_loss, scalars | ot
-        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
+        return loss, {
+            "loss": loss.detach(),
+            **{name: value.detach() for name, value in scalars.items()},
+        }
 
     def infer(self, memory, x1, noise):
         """z (B, n, D) of demonstrated chunks x1, the prior, the loss that makes it and the posterior meet, scalars."""
         seen = memory.first_camera
-        posterior, prior = self.parts["vqvae_posterior"](**seen, action=x1), self.parts["vqvae_prior"](**seen)
+        posterior, prior = (
+            self.parts["vqvae_posterior"](**seen, action=x1),
+            self.parts["vqvae_prior"](**seen),
+        )
         check(posterior, prior, self.codebook.codes)
         if self.codebook.null_tokens != posterior.size[0]:
             found = f"null_tokens: {self.codebook.null_tokens}"
@@ -122,23 +168,36 @@ class Policy(nn.Module):
         else:
             prior_loss = prior.loss(slow, noise)
         scalars = {"commitment": commitment, "prior": prior_loss, **self.codebook.state()}
-        return code.z, prior, self.loss.commitment * commitment + self.loss.prior * prior_loss, scalars
+        return (
+            code.z,
+            prior,
+            self.loss.commitment * commitment + self.loss.prior * prior_loss,
+            scalars,
+        )
 
     def encode(self, obs, drop=None):
         """Observation (state in raw units, pictures in [0, 1]) -> Memory, once per look."""
         proprio = self.stats.normalize("state", obs["observation.state"])
         visual, semantic = self.parts.look(obs, self.cameras)
         hidden = self.parts.hidden(drop, self.cameras)
-        tokens = self.parts[self.encoder](cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=hidden)
+        tokens = self.parts[self.encoder](
+            cond_proprio=proprio, cond_visual=visual, cond_semantic=semantic, drop=hidden
+        )
         return Memory(tokens, first_camera(proprio, visual, semantic, drop))
 
     def latent(self, memory, noise):
         """z (B, n, D) from the prior: which way to do the task."""
-        return self.draw(self.parts["vqvae_prior"](**memory.first_camera), noise, self.sampling.temperature)
+        return self.draw(
+            self.parts["vqvae_prior"](**memory.first_camera), noise, self.sampling.temperature
+        )
 
     def draw(self, prior, noise, temperature=1.0):
         codes = self.codebook.codes
-        return prior.sample(noise, codes, temperature) if isinstance(prior, Codes) else prior.sample(noise, codes)
+        return (
+            prior.sample(noise, codes, temperature)
+            if isinstance(prior, Codes)
+            else prior.sample(noise, codes)
+        )
 
     @property
     def codebook(self):
@@ -157,13 +216,24 @@ class Policy(nn.Module):
         decode = self.parts["action_decoder"].bind(memory=memory.tokens, z=told)
         decode = decode if w in (0, 1) else flow.guided(decode, w)
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
-        return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
+        return self.stats.denormalize(
+            "action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix)
+        )
 
     def after_step(self, job):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
-        optim.follow(self.slow_posterior, self.parts["vqvae_posterior"], self.loss.posterior_ema, job.step)
-        due = job.step % self.loss.revive_every == 0 and job.step <= self.loss.revive_until * job.total
-        noise = Noise("revive", job.cfg.seed, job.step, device=job.device) if due or job.step == 1 else None
+        optim.follow(
+            self.slow_posterior, self.parts["vqvae_posterior"], self.loss.posterior_ema, job.step
+        )
+        due = (
+            job.step % self.loss.revive_every == 0
+            and job.step <= self.loss.revive_until * job.total
+        )
+        noise = (
+            Noise("revive", job.cfg.seed, job.step, device=job.device)
+            if due or job.step == 1
+            else None
+        )
         first = job.step == 1 and "vqvae_codebook" not in self.parts.loaded
         self.codebook.after_step(noise, job.optimizers, job.average, first)
 
@@ -178,7 +248,9 @@ def main(argv=None):
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
     average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    job.resume(
+        policy, optimizers, average
+    )  # the newest checkpoint of train.save_dir, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):

@@ -18,15 +18,25 @@ from common.losses import camera_drop, given_prefix, linear_path, masked_mse, sa
 
 @dataclass
 class Loss:
-    target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
-    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them")
-    camera_dropout: float = key(0.0, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
-    prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
+    target: Literal["velocity", "x1"] = key(
+        "velocity", "what the decoder predicts; converted when sampling"
+    )
+    draws: int = key(
+        1, "noise and time draws per observation: the encoder is paid once for all of them"
+    )
+    camera_dropout: float = key(
+        0.0, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1
+    )
+    prefix: int = key(
+        0, "up to so many first actions of a chunk are given, for real-time chunking", low=0
+    )
 
 
 @dataclass
 class Config:
-    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    model: schema.Model = key(
+        ..., "components: what they are, how they start, how they are optimised"
+    )
     data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
     train: schema.Train = key(..., "the run")
@@ -53,7 +63,11 @@ class Policy(nn.Module):
         ignored, known = batch["action_is_pad"][:, None].expand(x1.shape[:3]), {}
         if self.loss.prefix:
             fixed = given_prefix(noise.uniform(*t.shape), x1.shape[2], self.loss.prefix)
-            xt, ignored, known = torch.where(fixed[..., None], x1, xt), ignored | fixed, {"fixed": fixed}
+            xt, ignored, known = (
+                torch.where(fixed[..., None], x1, xt),
+                ignored | fixed,
+                {"fixed": fixed},
+            )
         predicted = self.parts["action_decoder"](x_t=xt, t=t, memory=memory, **known)
         loss = masked_mse(predicted, x1 if self.loss.target == "x1" else velocity, ignored)
         return loss, {"loss": loss.detach()}
@@ -75,7 +89,9 @@ class Policy(nn.Module):
         """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units, which continues prefix (B, d, A)."""
         decode = self.parts["action_decoder"].bind(memory=memory)
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
-        return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
+        return self.stats.denormalize(
+            "action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix)
+        )
 
     def after_step(self, job):
         """After each optimizer step; nothing here."""
@@ -91,7 +107,9 @@ def main(argv=None):
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
     average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    job.resume(
+        policy, optimizers, average
+    )  # the newest checkpoint of train.save_dir, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):

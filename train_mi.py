@@ -29,23 +29,33 @@ from common.losses import masked_mse, ramp, unit_kl
 
 @dataclass
 class Loss:
-    picture: float = key(3.0, "of the pictures' mean squared error, of values in [0, 1], for a history of 1", low=0)
-    state_beta: float = key(0.005, "of the state's KL, divided by the numbers of its proprioception", low=0)
+    picture: float = key(
+        3.0, "of the pictures' mean squared error, of values in [0, 1], for a history of 1", low=0
+    )
+    state_beta: float = key(
+        0.005, "of the state's KL, divided by the numbers of its proprioception", low=0
+    )
     action_beta: float = key(0.3, "of the chunk's KL, divided by the numbers of a chunk", low=0)
     warmup: float = key(0.1, "share of the run over which both KLs come in", low=0)
 
 
 @dataclass
 class Scoring:
-    k: list[int] = key([5, 6, 7], "neighbours whose distance counts; scores are the mean over them", low=1)
+    k: list[int] = key(
+        [5, 6, 7], "neighbours whose distance counts; scores are the mean over them", low=1
+    )
     batch: int = key(1024, "transitions among which neighbours are looked for, at least", low=2)
     shuffles: int = key(4, "times that all transitions are dealt into such batches", low=1)
-    window: float = key(1.0, "seconds around a transition in which its own episode gives no neighbours", low=0)
+    window: float = key(
+        1.0, "seconds around a transition in which its own episode gives no neighbours", low=0
+    )
 
 
 @dataclass
 class Config:
-    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    model: schema.Model = key(
+        ..., "components: what they are, how they start, how they are optimised"
+    )
     data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
     scoring: Scoring = key(Scoring(), "nearest neighbours in the latents")
@@ -56,11 +66,18 @@ class Config:
 
     def check(self, reader, keys):
         if self.data.obs_images_history > 1:
-            raise reader.error(("data", "obs_images_history"), "the state is one picture of each camera: set it to 1")
+            raise reader.error(
+                ("data", "obs_images_history"),
+                "the state is one picture of each camera: set it to 1",
+            )
         if self.data.first_frames is not None:
-            raise reader.error(("data", "first_frames"), "every transition is scored: set it to null")
+            raise reader.error(
+                ("data", "first_frames"), "every transition is scored: set it to null"
+            )
         if not self.scoring.k:
-            raise reader.error(("scoring", "k"), "expected at least one number of neighbours; found none")
+            raise reader.error(
+                ("scoring", "k"), "expected at least one number of neighbours; found none"
+            )
 
 
 class Policy(nn.Module):
@@ -89,8 +106,13 @@ class Policy(nn.Module):
             loss = loss + self.loss.picture * terms["picture"]
         terms |= {"state_kl": state_kl, "action_kl": action_kl}
         for name, latent in (("state", state), ("action", action)):
-            terms[f"{name}_active"] = (latent.mu.flatten(1).var(0, correction=0) > information.ACTIVE).float().sum()
-        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+            terms[f"{name}_active"] = (
+                (latent.mu.flatten(1).var(0, correction=0) > information.ACTIVE).float().sum()
+            )
+        return loss, {
+            "loss": loss.detach(),
+            **{name: value.detach() for name, value in terms.items()},
+        }
 
     def normalized(self, batch):
         state = self.stats.normalize("state", batch["observation.state"])
@@ -105,11 +127,15 @@ class Policy(nn.Module):
 
     def decode(self, state, action):
         """Latents (B, 1, D) -> proprio (B, P, S), pictures (B, cameras, 3, side, side) or None, chunk (B, T, A)."""
-        return *self.parts["state_resnet34_decoder"](z=state), self.parts["action_decoder"](z=action)
+        return *self.parts["state_resnet34_decoder"](z=state), self.parts["action_decoder"](
+            z=action
+        )
 
     def pictures(self, batch, size):
         """What the decoder is to paint: (B, cameras, 3, *size), each cell the mean of the pixels that it covers."""
-        return torch.stack([F.adaptive_avg_pool2d(batch[IMAGE + name], size) for name in self.cameras], 1)
+        return torch.stack(
+            [F.adaptive_avg_pool2d(batch[IMAGE + name], size) for name in self.cameras], 1
+        )
 
     def after_step(self, job):
         """After each optimizer step: pictures now and then."""
@@ -121,13 +147,21 @@ class Policy(nn.Module):
     def draw(self, data, file):
         """Six windows, held out if there are such, and what is decoded from the means of their latents."""
         rows = data.val_rows if len(data.val_rows) else data.train_rows
-        rows = rows[np.linspace(0, len(rows) - 1, 8).astype(int)[1:-1]]  # the very last has no chunk
+        rows = rows[
+            np.linspace(0, len(rows) - 1, 8).astype(int)[1:-1]
+        ]  # the very last has no chunk
         batch = to_device(data.windows[rows], self.stats.action_mean.device)
         _, painted, chunk = self.decode(*(latent.mu for latent in self.encode(batch)))
-        pairs = (self.pictures(batch, painted.shape[-2:]), painted.clamp(0, 1)) if self.cameras else ()
+        pairs = (
+            (self.pictures(batch, painted.shape[-2:]), painted.clamp(0, 1)) if self.cameras else ()
+        )
         file.parent.mkdir(exist_ok=True)
-        recorded = self.normalized(batch)[1].masked_fill(batch["action_is_pad"][..., None], torch.nan)
-        plots.reconstructions([x.cpu().numpy() for x in pairs], recorded.cpu().numpy(), chunk.cpu().numpy(), file)
+        recorded = self.normalized(batch)[1].masked_fill(
+            batch["action_is_pad"][..., None], torch.nan
+        )
+        plots.reconstructions(
+            [x.cpu().numpy() for x in pairs], recorded.cpu().numpy(), chunk.cpu().numpy(), file
+        )
 
 
 @torch.no_grad()
@@ -141,12 +175,20 @@ def score(folder, device, now=None, root=None):
     out = folder.parent if (folder / "meta.json").is_file() else folder
     policy, cfg = open_policy(folder)
     if not hasattr(cfg, "scoring"):
-        raise UserError(f"--score: {folder} holds a policy, which ranks nothing; give a run of train_mi.py")
+        raise UserError(
+            f"--score: {folder} holds a policy, which ranks nothing; give a run of train_mi.py"
+        )
     cfg = now or cfg
     policy.to(device)
-    data, scoring, file = Data(replace(cfg.data, root=root or cfg.data.root)), cfg.scoring, out / "scores.parquet"
+    data, scoring, file = (
+        Data(replace(cfg.data, root=root or cfg.data.root)),
+        cfg.scoring,
+        out / "scores.parquet",
+    )
     if file.exists() and information.key_of(file) != data.dataset.values_key:
-        raise UserError(f"{file} is of another dataset than {data.dataset.root}: move it away to score this one")
+        raise UserError(
+            f"{file} is of another dataset than {data.dataset.root}: move it away to score this one"
+        )
     windows, found = data.windows, []
     sizes = windows.state.shape[1], windows.action.shape[1]
     if sizes != (trained := (len(policy.stats.state_mean), len(policy.stats.action_mean))):
@@ -161,20 +203,28 @@ def score(folder, device, now=None, root=None):
         latents = policy.encode(to_device(windows[rows], device))
         found.append([x.flatten(1).float() for latent in latents for x in latent])
     found = [torch.cat(x) for x in zip(*found, strict=True)]
-    state = information.metric(*found[:2], "state", min(3, sizes[0]))  # two numbers may need no more than two
+    state = information.metric(
+        *found[:2], "state", min(3, sizes[0])
+    )  # two numbers may need no more than two
     action = information.metric(*found[2:], "action", min(3, sizes[1]))
-    values, nats = information.contributions(state, action, *information.places(windows), scoring, cfg.seed)
+    values, nats = information.contributions(
+        state, action, *information.places(windows), scoring, cfg.seed
+    )
     table = information.rank(values, windows.episode_index[windows.episode], data.episodes)
     information.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
-    print(f"I(S; A) is {nats:.2f} nats; best episodes: {best}, worst: {worst}; {out}/scores.parquet, scores.png")
+    print(
+        f"I(S; A) is {nats:.2f} nats; best episodes: {best}, worst: {worst}; {out}/scores.parquet, scores.png"
+    )
 
 
 def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
-    information.look_over(job.data.windows, cfg.scoring, cfg.seed)  # what cannot be scored need not be trained on
+    information.look_over(
+        job.data.windows, cfg.scoring, cfg.seed
+    )  # what cannot be scored need not be trained on
     policy = Policy(*job.components(), cfg)
     job.try_out(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
@@ -182,7 +232,9 @@ def main(argv=None):
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
     average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    job.resume(
+        policy, optimizers, average
+    )  # the newest checkpoint of train.save_dir, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):
@@ -211,11 +263,21 @@ def scored(job):
 
 
 def rescore(argv=None):
-    parser = argparse.ArgumentParser(Path(__file__).name, description="Score again with a trained run.")
-    parser.add_argument("--score", required=True, metavar="DIR", help="run folder, or one of its checkpoints")
-    parser.add_argument("--data", metavar="DIR", help="the dataset, if it is no longer where it was for training")
+    parser = argparse.ArgumentParser(
+        Path(__file__).name, description="Score again with a trained run."
+    )
+    parser.add_argument(
+        "--score", required=True, metavar="DIR", help="run folder, or one of its checkpoints"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="the dataset, if it is no longer where it was for training"
+    )
     args = parser.parse_args(argv)
-    score(Path(args.score).expanduser(), "cuda" if torch.cuda.is_available() else "cpu", root=args.data)
+    score(
+        Path(args.score).expanduser(),
+        "cuda" if torch.cuda.is_available() else "cpu",
+        root=args.data,
+    )
     return 0
 
 

@@ -24,22 +24,42 @@ from common.parts import Memory, first_camera
 
 @dataclass
 class Loss:
-    target: Literal["velocity", "x1"] = key("velocity", "what the decoder predicts; converted when sampling")
-    draws: int = key(1, "noise and time draws per observation: the encoder is paid once for all of them", low=1)
-    camera_dropout: float = key(0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1)
-    prefix: int = key(0, "up to so many first actions of a chunk are given, for real-time chunking", low=0)
-    kl: float = key(1.0, "of KL(posterior || prior) in units of 1 / (T A), the scale of the evidence bound")
+    target: Literal["velocity", "x1"] = key(
+        "velocity", "what the decoder predicts; converted when sampling"
+    )
+    draws: int = key(
+        1, "noise and time draws per observation: the encoder is paid once for all of them", low=1
+    )
+    camera_dropout: float = key(
+        0.15, "probability that a camera of a sample is hidden by mask tokens", low=0, high=1
+    )
+    prefix: int = key(
+        0, "up to so many first actions of a chunk are given, for real-time chunking", low=0
+    )
+    kl: float = key(
+        1.0, "of KL(posterior || prior) in units of 1 / (T A), the scale of the evidence bound"
+    )
     kl_ramp: float = key(0.05, "share of the run over which the KL weight rises from 0")
     balance: float = key(0.8, "share of the KL gradient that moves the prior")
     free_nats: float = key(0.25, "per latent token, below which the KL is not pushed")
     commitment: float = key(0.25, "of |z_e - its code|^2, where there is a codebook")
-    posterior_ema: float | None = key(None, "decay of an average posterior for the prior to learn", low=0, high=1)
+    posterior_ema: float | None = key(
+        None, "decay of an average posterior for the prior to learn", low=0, high=1
+    )
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
-    revive_until: float = key(0.6, "share of the run in which such codes are moved to where they are needed")
-    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks decoded from prior samples; null: not computed")
+    revive_until: float = key(
+        0.6, "share of the run in which such codes are moved to where they are needed"
+    )
+    sinkhorn: schema.Sinkhorn | None = key(
+        None, "K-OT on chunks decoded from prior samples; null: not computed"
+    )
     top_k: int = key(2, "experts that decode a sample in training, where there is a gate", low=1)
-    sigma: float | None = key(None, "the likelihood of experts of this spread; null: errors as the gate weighs them")
-    load_balance: float = key(0.01, "of the product of each expert's share of samples and of the gate's probability")
+    sigma: float | None = key(
+        None, "the likelihood of experts of this spread; null: errors as the gate weighs them"
+    )
+    load_balance: float = key(
+        0.01, "of the product of each expert's share of samples and of the gate's probability"
+    )
     router_z: float = key(0.001, "of the gate's squared log partition sum")
 
 
@@ -50,7 +70,9 @@ class Sampling:
 
 @dataclass
 class Config:
-    model: schema.Model = key(..., "components: what they are, how they start, how they are optimised")
+    model: schema.Model = key(
+        ..., "components: what they are, how they start, how they are optimised"
+    )
     data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
     sampling: Sampling = key(Sampling(), "how chunks are drawn")
@@ -101,7 +123,11 @@ class Policy(nn.Module):
         ignored, known = batch["action_is_pad"][:, None].expand(x1.shape[:3]), {}
         if self.loss.prefix:
             fixed = losses.given_prefix(noise.uniform(*t.shape), x1.shape[2], self.loss.prefix)
-            xt, ignored, known = torch.where(fixed[..., None], x1, xt), ignored | fixed, {"fixed": fixed}
+            xt, ignored, known = (
+                torch.where(fixed[..., None], x1, xt),
+                ignored | fixed,
+                {"fixed": fixed},
+            )
         predicted = decode(x_t=xt, t=t, z=z, **known, **experts)
         target = x1 if self.loss.target == "x1" else velocity
         flow_loss = losses.mixture_mse(predicted, target, ignored, weights, self.loss.sigma)
@@ -114,9 +140,14 @@ class Policy(nn.Module):
             end = decode.detach()(x_t=x0[:, :1], t=torch.zeros_like(t[:, :1]), z=z, **best)
             end = end if self.loss.target == "x1" else x0[:, :1] + end
             state = memory.first_camera["cond_proprio"][:, -1]
-            ot_loss, ot = losses.kot(end, x1[:, :1], state, **vars(self.loss.sinkhorn), ignored=batch["action_is_pad"])
+            ot_loss, ot = losses.kot(
+                end, x1[:, :1], state, **vars(self.loss.sinkhorn), ignored=batch["action_is_pad"]
+            )
             loss, scalars = loss + ot_loss, scalars | ot
-        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in scalars.items()}}
+        return loss, {
+            "loss": loss.detach(),
+            **{name: value.detach() for name, value in scalars.items()},
+        }
 
     def infer(self, memory, x1, noise, progress=1.0):
         """Of demonstrated chunks x1: z (B, n, D), the codes it is made of or None, the prior, the loss that makes z and
@@ -132,7 +163,8 @@ class Policy(nn.Module):
                     slow = self.slow_posterior(**memory.first_camera, action=x1).tokens
             indices = nearest(slow, self.codebook.codes)
             prior_loss = prior.loss(
-                indices if isinstance(prior, Codes) else self.codebook.codes.detach()[indices], noise
+                indices if isinstance(prior, Codes) else self.codebook.codes.detach()[indices],
+                noise,
             )
             commitment = (posterior.tokens - code.zq.detach()).square().mean()
             scalars = {"commitment": commitment, "prior": prior_loss, **self.codebook.state()}
@@ -140,11 +172,15 @@ class Policy(nn.Module):
         z = posterior.sample(noise)
         kl_weight = self.loss.kl * losses.ramp(progress, self.loss.kl_ramp) / x1[0].numel()
         if isinstance(prior, Gaussian):
-            kl_loss, kl = losses.gaussian_kl(posterior, prior, self.loss.balance, self.loss.free_nats)
+            kl_loss, kl = losses.gaussian_kl(
+                posterior, prior, self.loss.balance, self.loss.free_nats
+            )
             return z, None, prior, kl_weight * kl_loss, {"kl": kl}
         # Any other prior learns to draw z, which the KL keeps near N(0, I).
         standard = Gaussian(*map(torch.zeros_like, posterior))
-        kl_loss, kl = losses.gaussian_kl(posterior, standard, balance=0.0, free_nats=self.loss.free_nats)
+        kl_loss, kl = losses.gaussian_kl(
+            posterior, standard, balance=0.0, free_nats=self.loss.free_nats
+        )
         prior_loss = prior.loss(z.detach(), noise)
         return z, None, prior, kl_weight * kl_loss + prior_loss, {"kl": kl, "prior": prior_loss}
 
@@ -156,7 +192,11 @@ class Policy(nn.Module):
         logits = self.parts["gate"](zq)
         experts, weights = choose(logits, k)
         (balance, shares), z_loss = losses.load_balance(logits.softmax(-1)), losses.router_z(logits)
-        scalars = {"balance": balance, "router_z": z_loss, **{f"load/{i}": share for i, share in enumerate(shares)}}
+        scalars = {
+            "balance": balance,
+            "router_z": z_loss,
+            **{f"load/{i}": share for i, share in enumerate(shares)},
+        }
         gate_loss = self.loss.load_balance * balance + self.loss.router_z * z_loss
         return experts, weights, gate_loss, scalars
 
@@ -175,7 +215,11 @@ class Policy(nn.Module):
         return self.draw(self.parts[f"{self.kind}_prior"](**memory.first_camera), noise)
 
     def draw(self, prior, noise):
-        return prior.sample(noise, self.codebook.codes) if self.kind == "vqvae" else prior.sample(noise)
+        return (
+            prior.sample(noise, self.codebook.codes)
+            if self.kind == "vqvae"
+            else prior.sample(noise)
+        )
 
     @property
     def codebook(self):
@@ -201,7 +245,9 @@ class Policy(nn.Module):
         decode = self.parts[self.decoder].bind(memory=memory.tokens, z=z, **experts)
         decode = flow.weighted(decode, weights) if self.sampling.experts > 1 else decode
         prefix = None if prefix is None else self.stats.normalize("action", prefix)
-        return self.stats.denormalize("action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix))
+        return self.stats.denormalize(
+            "action", flow.generate(decode, self.loss.target, x0, steps, solver, prefix)
+        )
 
     def after_step(self, job):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
@@ -209,7 +255,10 @@ class Policy(nn.Module):
             own = self.parts[f"{self.kind}_posterior"]
             optim.follow(self.slow_posterior, own, self.loss.posterior_ema, job.step)
         if self.kind == "vqvae":
-            due = job.step % self.loss.revive_every == 0 and job.step <= self.loss.revive_until * job.total
+            due = (
+                job.step % self.loss.revive_every == 0
+                and job.step <= self.loss.revive_until * job.total
+            )
             noise = Noise("revive", job.cfg.seed, job.step, device=job.device) if due else None
             self.codebook.after_step(noise, job.optimizers, job.average)
 
@@ -224,7 +273,9 @@ def main(argv=None):
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
     average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    job.resume(
+        policy, optimizers, average
+    )  # the newest checkpoint of train.save_dir, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):

@@ -37,8 +37,17 @@ def rows(env, out):
         settings = (f"data.root={env}-mixed", *STEPS[env])
         yield Row(f"{name}, all demonstrations", policy, CONFIG[env], settings, EVALUATE[env])
         for kind, label in KEPT.items():
-            kept = f"data.scores={out}/rankings/{env}/seed_{{seed}}/{kind}.parquet", f"data.keep_top={SHARE:.4f}"
-            yield Row(f"{name}, the best 2/3 {label}", policy, CONFIG[env], (*settings, *kept), EVALUATE[env])
+            kept = (
+                f"data.scores={out}/rankings/{env}/seed_{{seed}}/{kind}.parquet",
+                f"data.keep_top={SHARE:.4f}",
+            )
+            yield Row(
+                f"{name}, the best 2/3 {label}",
+                policy,
+                CONFIG[env],
+                (*settings, *kept),
+                EVALUATE[env],
+            )
 
 
 def ranked(env, seed, out, core):
@@ -46,8 +55,14 @@ def ranked(env, seed, out, core):
     folder = out / f"rankings/{env}/seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "mi.parquet").exists():
-        settings = ["--config", f"configs/mutual_information_estimator/{env}/train.yaml", f"seed={seed}"]
-        evidence.call(["train_mi.py", *settings, f"train.save_dir={folder}/mi"], folder / "mi.log", core)
+        settings = [
+            "--config",
+            f"configs/mutual_information_estimator/{env}/train.yaml",
+            f"seed={seed}",
+        ]
+        evidence.call(
+            ["train_mi.py", *settings, f"train.save_dir={folder}/mi"], folder / "mi.log", core
+        )
         shutil.copy(folder / "mi/scores.parquet", folder / "mi.parquet")
     dataset = LeRobotDataset(locate(f"{env}-mixed"))
     numbers = np.array([episode.index for episode in dataset.episodes])
@@ -55,7 +70,9 @@ def ranked(env, seed, out, core):
         chance = information.rank(np.random.default_rng(seed).random(len(numbers)), numbers)
         information.save(chance, folder / "random.parquet", dataset)
     if not (folder / "loss.parquet").exists():
-        losses = np.concatenate([half_losses(env, seed, numbers, half, folder, core) for half in (0, 1)])
+        losses = np.concatenate(
+            [half_losses(env, seed, numbers, half, folder, core) for half in (0, 1)]
+        )
         order = np.concatenate([numbers[1::2], numbers[0::2]])
         information.save(information.rank(-losses, order), folder / "loss.parquet", dataset)
 
@@ -63,7 +80,11 @@ def ranked(env, seed, out, core):
 def half_losses(env, seed, numbers, half, folder, core):
     """Train on every other episode; the flow-matching loss of each of those that were left out, standardised."""
     run = folder / f"loss_{half}"
-    settings = [f"data.root={env}-mixed", f"data.episodes={numbers[half::2].tolist()}", "data.val_episodes=0.0"]
+    settings = [
+        f"data.root={env}-mixed",
+        f"data.episodes={numbers[half::2].tolist()}",
+        "data.val_episodes=0.0",
+    ]
     settings += [*STEPS[env], f"seed={seed}", f"train.save_dir={run}"]
     config = f"configs/{NAIVE}/{CONFIG[env]}"
     evidence.call([SCRIPTS[NAIVE], "--config", config, *settings], folder / "loss.log", core)
@@ -81,18 +102,30 @@ def half_losses(env, seed, numbers, half, folder, core):
 def report(env, seeds, out):
     """How often a good one scores higher than a poor one, of all and by kind; the share of good ones among the best."""
     dataset = LeRobotDataset(locate(f"{env}-mixed"))
-    made = {e.index: int(columns["quality"][0, 0]) for e, columns in dataset.read(["quality"], dataset.episodes)}
-    print(f"\n{env}: AUC of good against poor demonstrations, mean over {len(seeds)} seeds (lowest-highest)\n")
-    print(f"| ranking | all poor ones | {' | '.join(QUALITIES[1:])} | good ones among the best 2/3 |")
+    made = {
+        e.index: int(columns["quality"][0, 0])
+        for e, columns in dataset.read(["quality"], dataset.episodes)
+    }
+    print(
+        f"\n{env}: AUC of good against poor demonstrations, mean over {len(seeds)} seeds (lowest-highest)\n"
+    )
+    print(
+        f"| ranking | all poor ones | {' | '.join(QUALITIES[1:])} | good ones among the best 2/3 |"
+    )
     print("|---" * (2 + len(QUALITIES)) + "|")
     for kind, label in KEPT.items():
         cells = []
         for seed in seeds:
             table = pq.read_table(out / f"rankings/{env}/seed_{seed}/{kind}.parquet")
-            score, quality = table["score"].to_numpy(), np.array([made[e] for e in table["episode"].to_pylist()])
+            score, quality = (
+                table["score"].to_numpy(),
+                np.array([made[e] for e in table["episode"].to_pylist()]),
+            )
             poor = [quality > 0, *(quality == i for i in range(1, len(QUALITIES)))]
             found = [metrics.auc(score[quality == 0], score[some]) for some in poor]
-            cells.append([*found, (quality[: round(SHARE * len(quality))] == 0).mean()])  # the table has the best first
+            cells.append(
+                [*found, (quality[: round(SHARE * len(quality))] == 0).mean()]
+            )  # the table has the best first
         print(f"| {label} | {' | '.join(map(evidence.spread, zip(*cells, strict=True)))} |")
 
 

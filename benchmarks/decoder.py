@@ -39,19 +39,26 @@ class Peer(nn.Module):
 
 def ours():
     decoder = ActionDecoder(DIM, HEADS, FF, LAYERS, ACTION)
-    for p in (decoder.modulation[1].weight, decoder.out.weight):  # zero at the start: as after some training
+    for p in (
+        decoder.modulation[1].weight,
+        decoder.out.weight,
+    ):  # zero at the start: as after some training
         nn.init.normal_(p, std=0.02)
     return decoder
 
 
 def torch_peer():
-    layer = nn.TransformerDecoderLayer(DIM, HEADS, FF, dropout=0.0, norm_first=True, batch_first=True)
+    layer = nn.TransformerDecoderLayer(
+        DIM, HEADS, FF, dropout=0.0, norm_first=True, batch_first=True
+    )
     return Peer(nn.TransformerDecoder(layer, LAYERS, norm=nn.LayerNorm(DIM)), "memory")
 
 
 def x_peer():
     sizes = {"dim": DIM, "depth": LAYERS, "heads": HEADS, "ff_mult": FF / DIM}
-    return Peer(AttentionLayers(**sizes, cross_attend=True, attn_flash=True, verbose=False), "context")
+    return Peer(
+        AttentionLayers(**sizes, cross_attend=True, attn_flash=True, verbose=False), "context"
+    )
 
 
 def sampling(model, bound):
@@ -70,7 +77,11 @@ def sampling(model, bound):
 def training(model, batch):
     """-> a function that does forward, backward and a fused AdamW step; the memory gets a gradient too."""
     memory = torch.randn(batch, MEMORY, DIM, requires_grad=True)
-    x_t, t, target = torch.randn(batch, 1, CHUNK, ACTION), torch.rand(batch, 1), torch.randn(batch, 1, CHUNK, ACTION)
+    x_t, t, target = (
+        torch.randn(batch, 1, CHUNK, ACTION),
+        torch.rand(batch, 1),
+        torch.randn(batch, 1, CHUNK, ACTION),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step():
@@ -94,7 +105,9 @@ def compare(contenders, rounds):
             contenders[name]()
             times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
     first = next(iter(times))
-    print("| contender | CPU ms | wall ms | CPU ratio (low-high) | wall ratio |\n|---|---|---|---|---|")
+    print(
+        "| contender | CPU ms | wall ms | CPU ratio (low-high) | wall ratio |\n|---|---|---|---|---|"
+    )
     for name, own in times.items():
         cpu, wall = (statistics.median(1000 * both[k] for both in own) for k in (0, 1))
         ratios = [[a[k] / b[k] for a, b in zip(own, times[first], strict=True)] for k in (0, 1)]
@@ -104,20 +117,35 @@ def compare(contenders, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="of the training step")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"d {DIM}, {LAYERS} layers, {HEADS} heads, ff {FF}, chunk {CHUNK} x {ACTION}, memory {MEMORY} tokens;")
+    print(
+        f"d {DIM}, {LAYERS} layers, {HEADS} heads, ff {FF}, chunk {CHUNK} x {ACTION}, memory {MEMORY} tokens;"
+    )
     versions = f"torch {torch.__version__}, x-transformers {version('x-transformers')}"
     print(f"{options.threads} thread(s), {options.rounds} rounds, {versions}\n")
-    models = {"nn.TransformerDecoder": torch_peer(), "x-transformers": x_peer(), "ours": ours(), "ours again": ours()}
+    models = {
+        "nn.TransformerDecoder": torch_peer(),
+        "x-transformers": x_peer(),
+        "ours": ours(),
+        "ours again": ours(),
+    }
     print(f"Sampling one chunk, {STEPS} Euler steps:\n")
-    compare({name: sampling(model, name.startswith("ours")) for name, model in models.items()}, options.rounds)
-    models = {"x-transformers": models.pop("x-transformers"), **models}  # the faster one to compare with
+    compare(
+        {name: sampling(model, name.startswith("ours")) for name, model in models.items()},
+        options.rounds,
+    )
+    models = {
+        "x-transformers": models.pop("x-transformers"),
+        **models,
+    }  # the faster one to compare with
     print(f"\nTraining step, batch {options.batch}:\n")
     runs = {name: training(model.train(), options.batch) for name, model in models.items()}
     compare(runs, options.rounds)

@@ -24,7 +24,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 NAIVE, VFP, CFG = "naive_flow_matching_policy", "vfp_single_expert", "cfg_vqvae_flow_matching"
 MOE = "variational_flow_matching_policy"
-SCRIPTS = {NAIVE: "train_flow_matching.py", VFP: "train_vfp.py", CFG: "train_cfg_vqvae.py", MOE: "train_vfp.py"}
+SCRIPTS = {
+    NAIVE: "train_flow_matching.py",
+    VFP: "train_vfp.py",
+    CFG: "train_cfg_vqvae.py",
+    MOE: "train_vfp.py",
+}
 FLOW_PRIOR = f"model.component_config_paths.vae_prior=./configs/{VFP}/avoid/vae_prior_flow.yaml"
 POINT_PRIOR = {
     policy: f"model.component_config_paths.vqvae_prior=./configs/{policy}/avoid/vqvae_prior_point.yaml"
@@ -44,12 +49,30 @@ class Row(NamedTuple):
 
     def folder(self, out, seed):
         """Rows that train the same share a run."""
-        words = [self.policy, *self.config.split("/"), *(change.rpartition("/")[2] for change in self.overrides)]
-        return out / ",".join(re.sub(r"[^\w.=-]+", "_", word.removesuffix(".yaml")) for word in words) / f"seed_{seed}"
+        words = [
+            self.policy,
+            *self.config.split("/"),
+            *(change.rpartition("/")[2] for change in self.overrides),
+        ]
+        return (
+            out
+            / ",".join(re.sub(r"[^\w.=-]+", "_", word.removesuffix(".yaml")) for word in words)
+            / f"seed_{seed}"
+        )
 
 
 def episodes(env, count, execute, *more):
-    return ("--env", env, "--execute", str(execute), "--episodes", str(count), "--batch", str(min(count, 960)), *more)
+    return (
+        "--env",
+        env,
+        "--execute",
+        str(execute),
+        "--episodes",
+        str(count),
+        "--batch",
+        str(min(count, 960)),
+        *more,
+    )
 
 
 def kot(weight, neighbours):
@@ -57,8 +80,12 @@ def kot(weight, neighbours):
     settings = "null" if weight is None else f"{{weight: {weight}, iterations: 30}}"
     label = "no K-OT" if weight is None else f"K-OT {weight}"
     label += ", batches of neighbours" if neighbours > 1 else ""
-    changes = (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}") if label != "no K-OT" else ()
-    return Row(label, VFP, "avoid/train_gaussian.yaml", (*changes, "train.optim.peak_lr=1e-3"), ONE_SHOT)
+    changes = (
+        (f"loss.sinkhorn={settings}", f"data.neighbours={neighbours}") if label != "no K-OT" else ()
+    )
+    return Row(
+        label, VFP, "avoid/train_gaussian.yaml", (*changes, "train.optim.peak_lr=1e-3"), ONE_SHOT
+    )
 
 
 ONE_SHOT, SKEWED = episodes("avoid", 960, 25), episodes("avoid-skewed", 960, 25)
@@ -73,7 +100,12 @@ PREFIX = (
 )
 EXPERTS = Row("4 experts", MOE, "avoid/train.yaml", (), ONE_SHOT)
 RESEARCH = Row(
-    "research objective (control)", MOE, "avoid/train_research.yaml", (), ONE_SHOT, "benchmarks/research_objective.py"
+    "research objective (control)",
+    MOE,
+    "avoid/train_research.yaml",
+    (),
+    ONE_SHOT,
+    "benchmarks/research_objective.py",
 )
 TABLES = {
     "avoid": [
@@ -81,13 +113,31 @@ TABLES = {
         Row("vfp, Gaussian prior", VFP, "avoid/train_gaussian.yaml", (), ONE_SHOT),
         Row("vfp, flow prior", VFP, "avoid/train_gaussian.yaml", (FLOW_PRIOR,), ONE_SHOT),
         Row("vfp, categorical prior", VFP, "avoid/train.yaml", (), ONE_SHOT),
-        Row("vfp, deterministic prior (control)", VFP, "avoid/train.yaml", (POINT_PRIOR[VFP],), ONE_SHOT),
+        Row(
+            "vfp, deterministic prior (control)",
+            VFP,
+            "avoid/train.yaml",
+            (POINT_PRIOR[VFP],),
+            ONE_SHOT,
+        ),
         Row("cfg_vqvae", CFG, "avoid/train.yaml", (), ONE_SHOT),
-        Row("cfg_vqvae, deterministic prior (control)", CFG, "avoid/train.yaml", (POINT_PRIOR[CFG],), ONE_SHOT),
+        Row(
+            "cfg_vqvae, deterministic prior (control)",
+            CFG,
+            "avoid/train.yaml",
+            (POINT_PRIOR[CFG],),
+            ONE_SHOT,
+        ),
     ],
     "avoid_mixture": [
         EXPERTS,
-        Row("4 experts, two of them at inference", MOE, "avoid/train.yaml", (), (*ONE_SHOT, "--experts", "2")),
+        Row(
+            "4 experts, two of them at inference",
+            MOE,
+            "avoid/train.yaml",
+            (),
+            (*ONE_SHOT, "--experts", "2"),
+        ),
         RESEARCH,
     ],
     "avoid_experts": [EXPERTS, RESEARCH],
@@ -96,7 +146,13 @@ TABLES = {
             Row(f"cfg_vqvae, w = {w}", CFG, "avoid/train.yaml", (), (*ONE_SHOT, "--guidance", w))
             for w in ("0", "1", "1.5", "2", "3")
         ),
-        Row("cfg_vqvae, w = 1, greedy", CFG, "avoid/train.yaml", (), (*ONE_SHOT, "--temperature", "0")),
+        Row(
+            "cfg_vqvae, w = 1, greedy",
+            CFG,
+            "avoid/train.yaml",
+            (),
+            (*ONE_SHOT, "--temperature", "0"),
+        ),
     ],
     "avoid_naive": [
         Row("naive, as configured (x1, rate 4e-3)", NAIVE, "avoid/train.yaml", (), ONE_SHOT),
@@ -112,8 +168,16 @@ TABLES = {
         Row("naive", NAIVE, "avoid/train_closed.yaml", (), CLOSED["2"]),
         Row("vfp, categorical prior, z fresh", VFP, "avoid/train_closed.yaml", (), CLOSED["0"]),
         Row("vfp, categorical prior, z held 2 s", VFP, "avoid/train_closed.yaml", (), CLOSED["2"]),
-        Row("vfp, Gaussian prior, z fresh", VFP, "avoid/train_closed_gaussian.yaml", (), CLOSED["0"]),
-        Row("vfp, Gaussian prior, z held 2 s", VFP, "avoid/train_closed_gaussian.yaml", (), CLOSED["2"]),
+        Row(
+            "vfp, Gaussian prior, z fresh", VFP, "avoid/train_closed_gaussian.yaml", (), CLOSED["0"]
+        ),
+        Row(
+            "vfp, Gaussian prior, z held 2 s",
+            VFP,
+            "avoid/train_closed_gaussian.yaml",
+            (),
+            CLOSED["2"],
+        ),
     ],
     "avoid_skewed": [
         Row("naive", NAIVE, "avoid/train.yaml", SKEW, SKEWED),
@@ -130,7 +194,13 @@ TABLES = {
     "tabletop_late": [
         Row("on time", VFP, "tabletop/train.yaml", (), TABLETOP),
         Row("4 steps late", VFP, "tabletop/train.yaml", (), LATE),
-        Row("4 steps late, trained to continue up to 6 given actions", VFP, "tabletop/train.yaml", PREFIX, LATE),
+        Row(
+            "4 steps late, trained to continue up to 6 given actions",
+            VFP,
+            "tabletop/train.yaml",
+            PREFIX,
+            LATE,
+        ),
     ],
     "tabletop_hard": [
         Row("naive", NAIVE, "tabletop_hard/train.yaml", (), HARD),
@@ -149,13 +219,26 @@ QUANTITIES = {  # what a table shows, if not success and entropy
 
 
 def arguments(argv, tables, text):
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"all, or of {', '.join(tables)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and evaluation (0 1 2)")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="side by side, a core each")
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("~/runs/evidence"), help="of runs and results (~/runs/evidence)"
+        "tables", nargs="+", metavar="TABLE", help=f"all, or of {', '.join(tables)}"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and evaluation (0 1 2)"
+    )
+    parser.add_argument(
+        "--nfe", type=int, nargs="+", default=[1, 2, 4, 10], help="network evaluations per chunk"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="side by side, a core each"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("~/runs/evidence"),
+        help="of runs and results (~/runs/evidence)",
     )
     args = parser.parse_args(argv)
     args.tables = list(tables) if args.tables == ["all"] else args.tables
@@ -186,17 +269,35 @@ def call(command, log, core):
 
 def run(row, seed, args, core):
     """Train and evaluate one row with one seed, unless that was done; {NFE: results} and training's CPU seconds."""
-    folder, name = row.folder(args.out, seed), "evaluation" + "".join(row.evaluate).replace("--", "_")
+    folder, name = (
+        row.folder(args.out, seed),
+        "evaluation" + "".join(row.evaluate).replace("--", "_"),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trained").exists():
         changes = [change.replace("{seed}", str(seed)) for change in row.overrides]
-        train = [row.script or SCRIPTS[row.policy], "--config", f"configs/{row.policy}/{row.config}", *changes]
+        train = [
+            row.script or SCRIPTS[row.policy],
+            "--config",
+            f"configs/{row.policy}/{row.config}",
+            *changes,
+        ]
         call([*train, f"seed={seed}", f"train.save_dir={folder}"], folder / "train.log", core)
         (folder / "trained").touch()
     file = folder / name / "results.json"
     if not (file.exists() and set(args.nfe) <= measured(file).keys()):
         nfe = [str(n) for n in args.nfe]
-        options = [*row.evaluate, "--nfe", *nfe, "--seed", str(seed), "--out", folder / name, "--videos", "0"]
+        options = [
+            *row.evaluate,
+            "--nfe",
+            *nfe,
+            "--seed",
+            str(seed),
+            "--out",
+            folder / name,
+            "--videos",
+            "0",
+        ]
         call(["evaluate.py", "--checkpoint", folder, *options], folder / "evaluate.log", core)
     return measured(file), sum(map(float, (folder / "train.cpu").read_text().split()))
 
@@ -210,7 +311,9 @@ def measured(file):
 def measure(rows, args):
     """All rows with all seeds -> {(row, seed): what run() gives}. A failure stops nothing but itself."""
     done, shared = {}, {}
-    for row in dict.fromkeys(rows):  # rows that share a run follow each other: they must not train it twice
+    for row in dict.fromkeys(
+        rows
+    ):  # rows that share a run follow each other: they must not train it twice
         for seed in args.seeds:
             shared.setdefault(row.folder(args.out, seed), []).append((row, seed))
 
@@ -239,7 +342,10 @@ def on_cores(work, jobs, name):
             cores.put(core)
             bar.update()
 
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(work), desc=name, unit=name.removesuffix("s")) as bar:
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(work), desc=name, unit=name.removesuffix("s")) as bar,
+    ):
         try:
             for future in [pool.submit(one, call) for call in work]:
                 future.result()
@@ -251,7 +357,9 @@ def on_cores(work, jobs, name):
 
 def table(rows, quantities, done, args):
     """Markdown: mean over seeds (lowest-highest) of both quantities, per NFE."""
-    lines = [f"| | seeds | parameters | training, CPU s | {' | '.join(f'NFE {nfe}' for nfe in args.nfe)} |"]
+    lines = [
+        f"| | seeds | parameters | training, CPU s | {' | '.join(f'NFE {nfe}' for nfe in args.nfe)} |"
+    ]
     lines += ["|---" * (4 + len(args.nfe)) + "|"]
     for row in rows:
         found = [done[row, seed] for seed in args.seeds if (row, seed) in done]
@@ -261,8 +369,13 @@ def table(rows, quantities, done, args):
         for nfe in args.nfe:
             both = ([results[nfe][quantity] for results, _ in found] for quantity in quantities)
             cells.append(" / ".join(map(spread, both)))
-        size, seconds = found[0][0][args.nfe[0]]["parameters"], np.mean([seconds for _, seconds in found])
-        lines.append(f"| {row.label} | {len(found)} | {size:,} | {seconds:.0f} | {' | '.join(cells)} |")
+        size, seconds = (
+            found[0][0][args.nfe[0]]["parameters"],
+            np.mean([seconds for _, seconds in found]),
+        )
+        lines.append(
+            f"| {row.label} | {len(found)} | {size:,} | {seconds:.0f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -282,13 +395,33 @@ def draw(rows, quantities, done, args, file):
         found = [done[row, seed][0] for seed in args.seeds if (row, seed) in done]
         for axis, quantity in zip(axes, quantities, strict=True):
             if found:
-                values = np.array([[results[nfe][quantity] for nfe in args.nfe] for results in found], float)
-                line = axis.plot(range(len(args.nfe)), values.mean(0), marker="o", ms=4, label=row.label)[0]
-                axis.fill_between(range(len(args.nfe)), values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-            axis.set(xticks=range(len(args.nfe)), xticklabels=args.nfe, ylim=(0, None if quantity == "kl" else 1.03))
+                values = np.array(
+                    [[results[nfe][quantity] for nfe in args.nfe] for results in found], float
+                )
+                line = axis.plot(
+                    range(len(args.nfe)), values.mean(0), marker="o", ms=4, label=row.label
+                )[0]
+                axis.fill_between(
+                    range(len(args.nfe)),
+                    values.min(0),
+                    values.max(0),
+                    color=line.get_color(),
+                    alpha=0.2,
+                )
+            axis.set(
+                xticks=range(len(args.nfe)),
+                xticklabels=args.nfe,
+                ylim=(0, None if quantity == "kl" else 1.03),
+            )
             axis.set(xlabel="network evaluations per chunk (NFE)", ylabel=quantity)
             axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(file, dpi=110)
 
 

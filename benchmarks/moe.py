@@ -37,7 +37,11 @@ def models():
 
 
 def sampling(model, routed):
-    memory, x0, z = torch.randn(1, MEMORY, DIM), torch.randn(1, CHUNK, ACTION), torch.randn(1, 1, LATENT)
+    memory, x0, z = (
+        torch.randn(1, MEMORY, DIM),
+        torch.randn(1, CHUNK, ACTION),
+        torch.randn(1, 1, LATENT),
+    )
     experts = {"experts": torch.tensor([[2]])} if routed else {}
     model.eval()
 
@@ -66,14 +70,18 @@ def training(model, routed, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="of the training step (32)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"d {DIM}, {LAYERS} layers, {HEADS} heads, ff {FF}, chunk {CHUNK} x {ACTION}, memory {MEMORY} tokens;")
+    print(
+        f"d {DIM}, {LAYERS} layers, {HEADS} heads, ff {FF}, chunk {CHUNK} x {ACTION}, memory {MEMORY} tokens;"
+    )
     print(f"{options.threads} thread(s), {options.rounds} rounds, torch {torch.__version__}\n")
     made = models()
     print(f"Sampling one chunk, {STEPS} Euler steps:\n")

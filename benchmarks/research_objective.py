@@ -33,7 +33,12 @@ class Policy(train_vfp.Policy):
         logits = logits + torch.randn_like(logits) if self.training else logits
         experts = torch.arange(logits.shape[1], device=zq.device).expand_as(logits)
         shares = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).float().mean(0)
-        return {"experts": experts}, logits.softmax(-1), 0.0, {f"load/{i}": x for i, x in enumerate(shares)}
+        return (
+            {"experts": experts},
+            logits.softmax(-1),
+            0.0,
+            {f"load/{i}": x for i, x in enumerate(shares)},
+        )
 
     def logits(self, z):
         logits = self.parts["gate"](z)
@@ -59,7 +64,9 @@ def main(argv=None):
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
     average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(policy, optimizers, average)  # the newest checkpoint of train.save_dir, if there is one
+    job.resume(
+        policy, optimizers, average
+    )  # the newest checkpoint of train.save_dir, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):

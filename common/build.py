@@ -36,9 +36,13 @@ def block(name):
     def register(made):
         if name in _BLOCKS:
             first = f"{_BLOCKS[name].__module__}.{_BLOCKS[name].__qualname__}"
-            raise ConfigError(f"block '{name}' of {made.__module__}.{made.__qualname__} is already {first}: rename one")
+            raise ConfigError(
+                f"block '{name}' of {made.__module__}.{made.__qualname__} is already {first}: rename one"
+            )
         if isinstance(made, type) and not issubclass(made, nn.Module):
-            raise ConfigError(f"block '{name}': {made.__qualname__} is no nn.Module and no function")
+            raise ConfigError(
+                f"block '{name}': {made.__qualname__} is no nn.Module and no function"
+            )
         _BLOCKS[name] = made
         return made
 
@@ -111,7 +115,11 @@ class GraphModel(nn.Module):
         A block with a bind(**known) -> callable(**rest) of its own is bound where all that its bind requires is known.
         """
         if self._inputs is None:
-            return self.block.bind(**inputs) if hasattr(self.block, "bind") else Bound(self, None, inputs)
+            return (
+                self.block.bind(**inputs)
+                if hasattr(self.block, "bind")
+                else Bound(self, None, inputs)
+            )
         self._expect(inputs, [name for name in self._inputs if name in inputs])
         values, later = dict(inputs), []
         for step in self._steps:
@@ -120,16 +128,26 @@ class GraphModel(nn.Module):
                 self._call(step, function, values)
                 continue
             takes = inspect.signature(function.bind).parameters if hasattr(function, "bind") else {}
-            known = {k for k in takes if k in step.inputs and values.keys() >= set(_names(step.inputs[k]))}
+            known = {
+                k
+                for k in takes
+                if k in step.inputs and values.keys() >= set(_names(step.inputs[k]))
+            }
             if known and all(k in known or p.default is not p.empty for k, p in takes.items()):
-                function = function.bind(**{k: _fill(step.inputs[k], values.__getitem__) for k in known})
-                step = step._replace(inputs={k: t for k, t in step.inputs.items() if k not in known})
+                function = function.bind(
+                    **{k: _fill(step.inputs[k], values.__getitem__) for k in known}
+                )
+                step = step._replace(
+                    inputs={k: t for k, t in step.inputs.items() if k not in known}
+                )
             later.append((step, function))
         return Bound(self, later, values)
 
     def _expect(self, given, names):
         if given.keys() != set(names):
-            raise TypeError(f"expected the inputs {', '.join(names) or 'none'}; found {', '.join(given) or 'none'}")
+            raise TypeError(
+                f"expected the inputs {', '.join(names) or 'none'}; found {', '.join(given) or 'none'}"
+            )
 
     def _call(self, step, function, values):
         inputs = _fill(step.inputs, values.__getitem__)
@@ -138,8 +156,14 @@ class GraphModel(nn.Module):
             values[step.name] = result
             return
         if not isinstance(result, tuple | list) or len(result) != len(step.out):
-            found = f"{len(result)} results" if isinstance(result, tuple | list) else f"one {type(result).__name__}"
-            raise ConfigError(f"{step.where}: `out` names {len(step.out)} results, the block returned {found}")
+            found = (
+                f"{len(result)} results"
+                if isinstance(result, tuple | list)
+                else f"one {type(result).__name__}"
+            )
+            raise ConfigError(
+                f"{step.where}: `out` names {len(step.out)} results, the block returned {found}"
+            )
         values.update(zip(step.out, result, strict=True))
 
     def _run(self, calls, values):
@@ -177,22 +201,35 @@ class _Checked:
     def __init__(self, source, facts):
         self.source, self.facts, self.error = source, facts or {}, source.error
         self.inputs, self.steps, self.result = None, [], None
-        self.makers, self.results = {}, {}  # block name -> (class or function, arguments, place); names of results
-        self.params, self.names, self.values, self.used = {}, [], [], set()  # values: what $ may name so far
+        self.makers, self.results = (
+            {},
+            {},
+        )  # block name -> (class or function, arguments, place); names of results
+        self.params, self.names, self.values, self.used = (
+            {},
+            [],
+            [],
+            set(),
+        )  # values: what $ may name so far
         data = source.data
         if "block" in data:
             self.mapping(data, (), ("block", "args"))
             args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))
             self.add("block", {**data, "args": args}, ())
         else:
-            self.mapping(data, (), ("inputs", "params", "blocks", "return"), ("inputs", "blocks", "return"))
+            self.mapping(
+                data, (), ("inputs", "params", "blocks", "return"), ("inputs", "blocks", "return")
+            )
             self.graph(data["inputs"], data.get("params") or {}, data["blocks"])
 
     def graph(self, inputs, params, blocks):
         """The long form."""
         if not isinstance(inputs, list):
             raise self.error(("inputs",), f"expected a list of names, found {show(inputs)}")
-        self.inputs, self.params = inputs, self.filled(self.mapping(params, ("params",)), ("params",))
+        self.inputs, self.params = (
+            inputs,
+            self.filled(self.mapping(params, ("params",)), ("params",)),
+        )
         for name in inputs:
             self.claim(name, ("inputs",))
         self.values = list(inputs)
@@ -200,18 +237,26 @@ class _Checked:
             self.mapping(entry, ("blocks", name), ("block", "in", "args", "out"), ("block", "in"))
             self.results[name] = entry.get("out", [name])
             if not isinstance(self.results[name], list):
-                raise self.error(("blocks", name, "out"), f"expected a list of names, found {show(entry['out'])}")
+                raise self.error(
+                    ("blocks", name, "out"), f"expected a list of names, found {show(entry['out'])}"
+                )
         for name, entry in blocks.items():
             here = ("blocks", name)
             template = self.references(entry["in"], (*here, "in"))
-            self.add(name, entry, here, template if isinstance(template, list | dict) else [template])
+            self.add(
+                name, entry, here, template if isinstance(template, list | dict) else [template]
+            )
         self.result = self.references(self.source.data["return"], ("return",))
         for step in self.steps:
             if not self.used.intersection(self.results[step.name]):
-                raise self.error(("blocks", step.name), "nothing uses its result: drop the block, or return it")
+                raise self.error(
+                    ("blocks", step.name), "nothing uses its result: drop the block, or return it"
+                )
         for name in inputs + list(params):
             if name not in self.used:
-                raise self.error(("params", name) if name in params else ("inputs",), f"nothing uses '{name}'")
+                raise self.error(
+                    ("params", name) if name in params else ("inputs",), f"nothing uses '{name}'"
+                )
 
     def add(self, name, entry, here, inputs=None):
         """Check one block against its signatures, and note how to make and to call it."""
@@ -276,15 +321,27 @@ class _Checked:
         for name in [n for n in FACTS if n in values]:
             value, fact = values[name], self.facts.get(name)
             if value is None and fact is None:
-                raise self.error((*here, name), "null is filled from a dataset, and none gives it: write the number")
+                raise self.error(
+                    (*here, name),
+                    "null is filled from a dataset, and none gives it: write the number",
+                )
             if None not in (value, fact) and value != fact:
-                raise self.error((*here, name), f"{value} here, but the dataset has {fact}: write null")
-        return {name: self.facts[name] if v is None and name in FACTS else v for name, v in values.items()}
+                raise self.error(
+                    (*here, name), f"{value} here, but the dataset has {fact}: write null"
+                )
+        return {
+            name: self.facts[name] if v is None and name in FACTS else v
+            for name, v in values.items()
+        }
 
     def resolve(self, name, here):
         """The class or function of a `block:`."""
         _import_own_blocks()
-        modules = {f"nn.{k}": v for k, v in vars(nn).items() if isinstance(v, type) and issubclass(v, nn.Module)}
+        modules = {
+            f"nn.{k}": v
+            for k, v in vars(nn).items()
+            if isinstance(v, type) and issubclass(v, nn.Module)
+        }
         known = modules | _BLOCKS
         if not isinstance(name, str) or name not in known:
             near = nearest(name, known) or f"; known: {', '.join(sorted(_BLOCKS))}, nn.*"
@@ -303,7 +360,10 @@ class _Checked:
             self.used.add(value[1:])
             return copy.deepcopy(self.params[value[1:]])
 
-        values = {name: _fill(value, functools.partial(find, here=(*here, name))) for name, value in values.items()}
+        values = {
+            name: _fill(value, functools.partial(find, here=(*here, name)))
+            for name, value in values.items()
+        }
         weights = values.get("weights")
         if isinstance(weights, str) and weights.split("/")[0] in (".", "..", "~"):
             path = os.path.join(self.source.path.parent, os.path.expanduser(weights))
@@ -356,5 +416,11 @@ def completed(source: Yaml, model: GraphModel) -> Yaml:
         entry, sizes = data if "block" in data else data["blocks"][name], getattr(made, "sizes", {})
         args = entry.get("args") or {}
         if sizes:
-            entry["args"] = args | {key: value for key, value in sizes.items() if args.get(key) is None}
-    return source if data == source.data else Yaml.parse(yaml.safe_dump(data, sort_keys=False), source.path)
+            entry["args"] = args | {
+                key: value for key, value in sizes.items() if args.get(key) is None
+            }
+    return (
+        source
+        if data == source.data
+        else Yaml.parse(yaml.safe_dump(data, sort_keys=False), source.path)
+    )

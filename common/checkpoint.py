@@ -38,11 +38,16 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
         for name in policy.parts.trainable():
             prefix = f"parts.{name}."
             state = policy.parts[name].state_dict()
-            _write(tmp / f"{name}.safetensors", {key: averaged.get(prefix + key, state[key]) for key in state})
+            _write(
+                tmp / f"{name}.safetensors",
+                {key: averaged.get(prefix + key, state[key]) for key in state},
+            )
         _write(tmp / "dataset_stats.safetensors", policy.stats.state_dict())
         raw = {name: p for name, p in policy.named_parameters() if name in averaged}
         held = ("stats.", *(f"parts.{name}." for name in policy.parts))
-        other = {key: value for key, value in policy.state_dict().items() if not key.startswith(held)}
+        other = {
+            key: value for key, value in policy.state_dict().items() if not key.startswith(held)
+        }
         for file, tensors in (("raw", raw), ("other", other)):
             if tensors:
                 _write(tmp / f"resume/{file}.safetensors", tensors)
@@ -50,11 +55,17 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
         meta = {**meta, "frozen": _record_frozen(folder.parent, policy.parts), "optimizers": []}
         meta["schedules"] = _schedules(optimizers)
         for i, optimizer in enumerate(optimizers):
-            state = {f"{names[id(p)]}/{key}": v for p, values in optimizer.state.items() for key, v in values.items()}
+            state = {
+                f"{names[id(p)]}/{key}": v
+                for p, values in optimizer.state.items()
+                for key, v in values.items()
+            }
             _write(tmp / f"resume/optimizer_{i}.safetensors", state)
             meta["optimizers"].append([_progress(group) for group in optimizer.param_groups])
         files = sorted(file for file in tmp.rglob("*") if file.is_file())
-        meta["files"] = {str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files}
+        meta["files"] = {
+            str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files
+        }
         with (tmp / "meta.json").open("w") as f:
             json.dump({**meta, "sha256": _digest(meta)}, f, indent=1)
             f.flush()
@@ -70,11 +81,17 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 2**20
-        raise UserError(f"{folder}: could not be saved: {e} ({free:.0f} MiB free); nothing else changed") from e
+        raise UserError(
+            f"{folder}: could not be saved: {e} ({free:.0f} MiB free); nothing else changed"
+        ) from e
 
 
 def _schedules(optimizers):
-    return {group["component"]: group["schedule"] for optimizer in optimizers for group in optimizer.param_groups}
+    return {
+        group["component"]: group["schedule"]
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    }
 
 
 def _progress(group):
@@ -94,7 +111,9 @@ def _record_frozen(save_dir, parts):
                 file.parent.mkdir(exist_ok=True)
                 _write(file.with_suffix(".tmp"), parts[name].state_dict())
                 file.with_suffix(".tmp").rename(file)
-        record[name] = {"path": os.path.relpath(file, save_dir) if file.parent.parent == save_dir else str(file)}
+        record[name] = {
+            "path": os.path.relpath(file, save_dir) if file.parent.parent == save_dir else str(file)
+        }
         if name not in parts.hashes:
             parts.hashes[name] = sha256(file)
         record[name]["sha256"] = parts.hashes[name]
@@ -105,14 +124,19 @@ def _frozen_file(folder, name, record, given=None) -> Path:
     """The file of a frozen component: as given, or as recorded. Raises UserError if it is gone or not the same."""
     file = Path(given or folder.parent / record["path"]).expanduser()
     if not file.is_file():
-        raise UserError(f"{file}: weights of frozen '{name}' are gone; evaluate.py takes --weights {name}=PATH")
+        raise UserError(
+            f"{file}: weights of frozen '{name}' are gone; evaluate.py takes --weights {name}=PATH"
+        )
     if sha256(file) != record["sha256"]:
         raise UserError(f"{file}: not the file that '{name}' was trained with (sha256 differs)")
     return file
 
 
 def _write(file, tensors):
-    save_file({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, file)
+    save_file(
+        {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()},
+        file,
+    )
     _sync(file)
 
 
@@ -181,11 +205,18 @@ def newest(save_dir: Path) -> Path | None:
     for folder in reversed(steps(save_dir)):
         problem = damage(folder)
         if problem is None:
-            print("".join(f"warning: {text}; {folder.name} is taken instead\n" for text in problems), end="")
+            print(
+                "".join(f"warning: {text}; {folder.name} is taken instead\n" for text in problems),
+                end="",
+            )
             return folder
         problems.append(problem)
     if problems:
-        raise UserError("\n".join([*problems, f"{save_dir}: no checkpoint is whole; move them away to begin anew"]))
+        raise UserError(
+            "\n".join(
+                [*problems, f"{save_dir}: no checkpoint is whole; move them away to begin anew"]
+            )
+        )
     return None
 
 
@@ -205,15 +236,28 @@ def prune(save_dir: Path, keep_last: int, step: int):
     found = steps(save_dir)
     kept = [folder for folder, at in found.items() if at <= step][-keep_last:]
     for folder in found.keys() - set(kept):
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # half deleted, it would look damaged
+        shutil.rmtree(
+            folder.rename(folder.with_name(folder.name + ".tmp"))
+        )  # half deleted, it would look damaged
 
 
 def load(folder: Path, policy, optimizers, average) -> dict:
     """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
     meta, parts, problems = read_meta(folder), policy.parts, []
-    was = {"components": set(meta["components"]), "frozen": set(meta["frozen"]), "shared": {*meta["aliases"].items()}}
-    now = {"components": {*parts, *parts.aliases}, "frozen": parts.frozen, "shared": {*parts.aliases.items()}}
-    was["optimizers"], now["optimizers"] = {*meta["schedules"].items()}, {*_schedules(optimizers).items()}
+    was = {
+        "components": set(meta["components"]),
+        "frozen": set(meta["frozen"]),
+        "shared": {*meta["aliases"].items()},
+    }
+    now = {
+        "components": {*parts, *parts.aliases},
+        "frozen": parts.frozen,
+        "shared": {*parts.aliases.items()},
+    }
+    was["optimizers"], now["optimizers"] = (
+        {*meta["schedules"].items()},
+        {*_schedules(optimizers).items()},
+    )
     for what in [what for what in now if was[what] != now[what]]:
         here, there = (sorted(x) or "none" for x in (now[what] - was[what], was[what] - now[what]))
         problems.append(f"{what}: {there} in the checkpoint, {here} configured")
@@ -224,7 +268,9 @@ def load(folder: Path, policy, optimizers, average) -> dict:
             problems.append(str(e))
     if problems:
         advice = "a run keeps its components; for a new one from these weights set train.save_dir and train.load_dir"
-        raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems, f"    {advice}"]))
+        raise UserError(
+            "\n".join([f"{folder}: not of the run that is configured", *problems, f"    {advice}"])
+        )
     policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
@@ -272,22 +318,32 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None):
     if not (folder / "meta.json").is_file():
         found = newest(folder) if folder.is_dir() else None
         if found is None:
-            raise UserError(f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such folders)")
+            raise UserError(
+                f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such folders)"
+            )
         folder = found
     elif problem := damage(folder):
         raise UserError(f"{problem}; take another checkpoint of this run")
     meta, weights = read_meta(folder), weights or {}
     if unknown := sorted(weights.keys() - meta["frozen"]):
-        raise UserError(f"--weights: {unknown} not among the frozen components: {sorted(meta['frozen']) or 'none'}")
+        raise UserError(
+            f"--weights: {unknown} not among the frozen components: {sorted(meta['frozen']) or 'none'}"
+        )
     script = load_script(meta["script"])
     cfg = from_dict(script.Config, meta["config"])
     import_plugins(cfg.plugins)
-    files = {name: _frozen_file(folder, name, record, weights.get(name)) for name, record in meta["frozen"].items()}
+    files = {
+        name: _frozen_file(folder, name, record, weights.get(name))
+        for name, record in meta["frozen"].items()
+    }
     cfg.model.component_build_args = {
         name: Part(init=files.get(name), freeze=name in files, same_as=meta["aliases"].get(name))
         for name in meta["components"]
     }
-    sources = {name: Yaml.parse(text, f"{folder}/meta.json:{name}") for name, text in meta["components"].items()}
+    sources = {
+        name: Yaml.parse(text, f"{folder}/meta.json:{name}")
+        for name, text in meta["components"].items()
+    }
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
     stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
     return script.Policy(parts, stats, cfg).eval(), cfg

@@ -69,8 +69,12 @@ class Yaml:
             node = loader.get_single_node()
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
-            self.places[()] = (mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))) + 1
-            raise self.error((), f"not YAML: {getattr(e, 'problem', None) or getattr(e, 'reason', e)}") from e
+            self.places[()] = (
+                mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
+            ) + 1
+            raise self.error(
+                (), f"not YAML: {getattr(e, 'problem', None) or getattr(e, 'reason', e)}"
+            ) from e
         self.data = self._value(loader, node, (), ()) if node else None
 
     @classmethod
@@ -96,7 +100,10 @@ class Yaml:
         if node in above:
             raise self.error(keys, "an anchor must not contain itself")
         if node.tag == _TAG + "seq" and isinstance(node, yaml.SequenceNode):
-            return [self._value(loader, item, (*keys, i), (*above, node)) for i, item in enumerate(node.value)]
+            return [
+                self._value(loader, item, (*keys, i), (*above, node))
+                for i, item in enumerate(node.value)
+            ]
         if node.tag == _TAG + "map" and isinstance(node, yaml.MappingNode):
             data, merged, lines = {}, {}, {}
             for key, item in node.value:
@@ -111,13 +118,19 @@ class Yaml:
                 self.places[(*keys, name)] = line
                 if name in data:
                     raise self.error((*keys, name), f"duplicate key, already on line {lines[name]}")
-                data[name], lines[name] = self._value(loader, item, (*keys, name), (*above, node)), line
+                data[name], lines[name] = (
+                    self._value(loader, item, (*keys, name), (*above, node)),
+                    line,
+                )
             return {**merged, **data}
         if node.tag in [_TAG + kind for kind in ("null", "bool", "int", "float", "str")]:
             with contextlib.suppress(ValueError, KeyError):
                 return loader.construct_object(node)
         tag = node.tag.replace(_TAG, "!!")
-        raise self.error(keys, f"{tag} is refused: only mappings, lists, numbers, booleans and (quoted) text are read")
+        raise self.error(
+            keys,
+            f"{tag} is refused: only mappings, lists, numbers, booleans and (quoted) text are read",
+        )
 
     def override(self, text):
         """Apply one `a.b=yaml` of the command line; it replaces whatever is there."""
@@ -127,13 +140,17 @@ class Yaml:
             if data.get(key) is None:
                 data[key], self.places[keys[:i]] = {}, text
             if not isinstance(data[key], dict):
-                raise ConfigError(f"command line: {text}: {'.'.join(keys[:i])} is {show(data[key])}, not a mapping")
+                raise ConfigError(
+                    f"command line: {text}: {'.'.join(keys[:i])} is {show(data[key])}, not a mapping"
+                )
             data = data[key]
         try:
             data[keys[-1]] = Yaml(value, "value").data
         except ConfigError as e:
             raise ConfigError(f"command line: {text}: {e}") from e
-        self.places = {p: place for p, place in self.places.items() if p[: len(keys)] != keys} | {keys: text}
+        self.places = {p: place for p, place in self.places.items() if p[: len(keys)] != keys} | {
+            keys: text
+        }
 
     def place(self, keys):
         """(line or override text, number of leading keys it stands for) of the longest known start of keys."""
@@ -197,19 +214,32 @@ class Reader:
             return self.path(value, keys)
         elif type(value) is kind or (kind is float and type(value) is int):
             return kind(value)
-        raise self.error(keys, f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}")
+        raise self.error(
+            keys, f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}"
+        )
 
     def section(self, schema, mapping, keys):
         """The dataclass schema from a mapping."""
-        hints, known, values = typing.get_type_hints(schema), {f.name: f for f in fields(schema)}, {}
+        hints, known, values = (
+            typing.get_type_hints(schema),
+            {f.name: f for f in fields(schema)},
+            {},
+        )
         for name in [n for n in mapping if n not in known]:
             raise self.error((*keys, name), f"unknown key{suggest(name, known)}")
         for name, entry in known.items():
-            here, kind, required = (*keys, name), hints[name], entry.default is entry.default_factory is MISSING
+            here, kind, required = (
+                (*keys, name),
+                hints[name],
+                entry.default is entry.default_factory is MISSING,
+            )
             if name not in mapping and not required:
                 continue
             if name not in mapping and not is_dataclass(kind):
-                raise self.error(here, f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})")
+                raise self.error(
+                    here,
+                    f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})",
+                )
             value = values[name] = self.read(kind, mapping.get(name, {}), here)
             low, high, size = map(entry.metadata.get, ("low", "high", "size"))
             items = value if isinstance(value, list) else [value]
@@ -230,7 +260,9 @@ def type_name(kind):
     inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
     if typing.get_origin(kind) in (Literal, *_UNIONS):
         return " | ".join(inner)
-    name = "null" if kind is type(None) else "mapping" if is_dataclass(kind) else kind.__name__.lower()
+    name = (
+        "null" if kind is type(None) else "mapping" if is_dataclass(kind) else kind.__name__.lower()
+    )
     return f"{name}[{', '.join(inner)}]" if inner else name
 
 
@@ -252,13 +284,23 @@ def describe(schema, prefix=""):
     """Every key of a schema with type, default and meaning, one paragraph each."""
     lines, hints = [], typing.get_type_hints(schema)
     for entry in sorted(fields(schema), key=lambda f: is_dataclass(hints[f.name])):
-        kind, name, meaning = hints[entry.name], prefix + entry.name, entry.metadata.get("meaning", "")
+        kind, name, meaning = (
+            hints[entry.name],
+            prefix + entry.name,
+            entry.metadata.get("meaning", ""),
+        )
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         given = "required" if default is MISSING else f"default {show(default)}"
         title = f"\n{name}" if is_dataclass(kind) else f"  {name} ({type_name(kind)}; {given})"
-        lines.append(textwrap.fill(f"{title}: {meaning}", 110, subsequent_indent=" " * 6, replace_whitespace=False))
+        lines.append(
+            textwrap.fill(
+                f"{title}: {meaning}", 110, subsequent_indent=" " * 6, replace_whitespace=False
+            )
+        )
         for inner in filter(is_dataclass, (kind, *typing.get_args(kind))):
-            lines += describe(inner, f"{name}.NAME." if typing.get_origin(kind) is dict else f"{name}.")
+            lines += describe(
+                inner, f"{name}.NAME." if typing.get_origin(kind) is dict else f"{name}."
+            )
     return lines
 
 
@@ -267,12 +309,21 @@ def load(schema, script, argv=None, description=""):
 
     script: its __file__. A wrong command line exits with 2; anything wrong in the file raises ConfigError.
     """
-    usage, keys = "%(prog)s --config FILE [--dry_run] [key=value ...]", "\n".join(["keys of FILE:", *describe(schema)])
+    usage, keys = (
+        "%(prog)s --config FILE [--dry_run] [key=value ...]",
+        "\n".join(["keys of FILE:", *describe(schema)]),
+    )
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(Path(script).name, usage, description, keys, **style)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment")
-    parser.add_argument("--dry_run", action="store_true", help="build, run one batch, print what there is, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key: data.batch_size=8")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="build, run one batch, print what there is, and stop"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key: data.batch_size=8"
+    )
     options = parser.parse_intermixed_args(argv)
     source = Yaml.read(options.config)
     for text in options.overrides:

@@ -62,7 +62,9 @@ def heun(velocity, x0: Tensor, steps: int) -> Tensor:
     return x
 
 
-def generate(decode, target: str, x0: Tensor, steps: int, solver=euler, prefix: Tensor | None = None) -> Tensor:
+def generate(
+    decode, target: str, x0: Tensor, steps: int, solver=euler, prefix: Tensor | None = None
+) -> Tensor:
     """Noise x0 (B, T, A) -> x1. With `prefix` (B, d, A) the first d actions are these, and the rest continues them."""
     fixed = None
     if prefix is not None:
@@ -82,7 +84,10 @@ class Execution:
 
     def __init__(self, n: int, execute: int, ensemble: float | None = None, delay: int = 0):
         self.n, self.execute, self.ensemble, self.delay = n, execute, ensemble, delay
-        self.tick, self.chunks = 0, {}  # tick at which it was planned -> (n, T, A); NaN for robots that have stopped
+        self.tick, self.chunks = (
+            0,
+            {},
+        )  # tick at which it was planned -> (n, T, A); NaN for robots that have stopped
 
     def due(self) -> bool:
         """Whether the policy is to look at this tick."""
@@ -97,7 +102,9 @@ class Execution:
     def add(self, rows, chunks: np.ndarray):
         """Chunks (B, T, A) planned for the robots `rows` from what they see at this tick."""
         if chunks.shape[1] < self.execute + self.delay:
-            raise ValueError(f"chunks of {chunks.shape[1]} for execute {self.execute} and delay {self.delay}")
+            raise ValueError(
+                f"chunks of {chunks.shape[1]} for execute {self.execute} and delay {self.delay}"
+            )
         self.chunks[self.tick] = np.full((self.n, *chunks.shape[1:]), np.nan, chunks.dtype)
         self.chunks[self.tick][rows] = chunks
 
@@ -105,7 +112,11 @@ class Execution:
         """Actions (B, A) of this tick; the clock advances."""
         actions = self._at(self.tick, rows)
         self.tick += 1
-        self.chunks = {start: chunk for start, chunk in self.chunks.items() if start + chunk.shape[1] > self.tick}
+        self.chunks = {
+            start: chunk
+            for start, chunk in self.chunks.items()
+            if start + chunk.shape[1] > self.tick
+        }
         return actions
 
     def _at(self, tick, rows):
@@ -118,5 +129,7 @@ class Execution:
             return acting[-1]
         weights = np.exp(-self.ensemble * np.arange(len(acting)))
         # Added one by one: the order, and with it the last bit, must not depend on how many robots there are.
-        mean = sum(weight * action for weight, action in zip(weights / weights.sum(), acting, strict=True))
+        mean = sum(
+            weight * action for weight, action in zip(weights / weights.sum(), acting, strict=True)
+        )
         return mean.astype(acting[0].dtype)

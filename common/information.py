@@ -42,7 +42,9 @@ def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window
     d_s, d_a = (d.masked_fill_(close, torch.inf) for d in (d_s, d_a))
     joint, total = torch.maximum(d_s, d_a), 0.0
     reach, same = joint.topk(max(k), largest=False).values.clamp(min=SAME), (joint < SAME).sum(1)
-    psi = torch.arange(1, len(s) + 1, dtype=torch.float64, device=s.device).digamma()  # psi[n] is psi(n + 1)
+    psi = torch.arange(
+        1, len(s) + 1, dtype=torch.float64, device=s.device
+    ).digamma()  # psi[n] is psi(n + 1)
     for i in k:
         total += psi[same.clamp(min=i) - 1] - psi[i - 1]
         total -= sum(psi[(d < reach[:, i - 1, None]).sum(1)] for d in (d_s, d_a))
@@ -64,7 +66,9 @@ def deal(transitions, scoring, seed):
     """Rows of each batch of each shuffle: scoring.batch or more, as the rest of the division is spread over them."""
     for shuffle in range(scoring.shuffles):
         order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(transitions)
-        yield from map(torch.from_numpy, np.array_split(order, max(transitions // scoring.batch, 1)))
+        yield from map(
+            torch.from_numpy, np.array_split(order, max(transitions // scoring.batch, 1))
+        )
 
 
 def places(windows) -> tuple[np.ndarray, np.ndarray]:
@@ -124,18 +128,24 @@ def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
     episodes, transitions, score = (x[chosen] for x in (episodes, transitions, score))
     best = np.lexsort((episodes, -score))
     quantile = np.searchsorted(np.sort(score), score, side="right") / len(score)
-    return pa.table(dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True)))
+    return pa.table(
+        dict(zip(COLUMNS, (x[best] for x in (episodes, transitions, score, quantile)), strict=True))
+    )
 
 
 def look_over(windows, scoring, seed):
     """Raises DataError where neighbours would say nothing: episodes that are copies, actions that never change, or
     too few transitions for scoring.k."""
     same, action = {}, windows.action
-    if (np.ptp(action, axis=0) <= 1e-5 * np.abs(action).max(0)).all():  # resampling leaves rounding errors
+    if (
+        np.ptp(action, axis=0) <= 1e-5 * np.abs(action).max(0)
+    ).all():  # resampling leaves rounding errors
         raise DataError(
             f"data.action_key: {windows.cfg.action_key} never changes in {len(windows.first)} episodes: all alike"
         )
-    for number, first, last in zip(windows.episode_index.tolist(), windows.first, windows.last, strict=True):
+    for number, first, last in zip(
+        windows.episode_index.tolist(), windows.first, windows.last, strict=True
+    ):
         rows = slice(first, last + 1)
         content = hashlib.sha256(windows.state[rows].tobytes() + action[rows].tobytes()).digest()
         same.setdefault(content, []).append(number)
@@ -169,7 +179,11 @@ def keep(file: Path, share: float, dataset, episodes) -> list[int]:
     Raises UserError where the file is gone, of another dataset, or lacks an episode.
     """
     if not file.is_file():
-        found = " is a folder, give its scores.parquet" if (file / "scores.parquet").is_file() else ": no such file"
+        found = (
+            " is a folder, give its scores.parquet"
+            if (file / "scores.parquet").is_file()
+            else ": no such file"
+        )
         raise UserError(f"data.scores: {file}{found}; train_mi.py writes it")
     with reading(file):
         table = pq.read_table(file)

@@ -26,7 +26,12 @@ class Noise:
         return self._rows(torch.rand, shape)
 
     def _rows(self, draw, shape):
-        drawn = draw(shape[0] * self.world, *shape[1:], generator=self.generator, device=self.generator.device)
+        drawn = draw(
+            shape[0] * self.world,
+            *shape[1:],
+            generator=self.generator,
+            device=self.generator.device,
+        )
         return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
 
 
@@ -93,7 +98,9 @@ def masked_mse(prediction: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
     return (prediction - target).square().masked_fill(ignored[..., None], 0).mean()
 
 
-def mixture_mse(prediction: Tensor, target: Tensor, ignored: Tensor, weights: Tensor, sigma: float | None = None):
+def mixture_mse(
+    prediction: Tensor, target: Tensor, ignored: Tensor, weights: Tensor, sigma: float | None = None
+):
     """masked_mse of k experts: prediction (B, k R, T, A) for target (B, R, T, A), weights (B, k) that sum to 1.
 
     The mean of each chunk's errors under the weights; with sigma the negative log-likelihood of their mixture,
@@ -150,7 +157,9 @@ def gaussian_kl(q, p, balance=0.8, free_nats=0.25) -> tuple[Tensor, Tensor]:
 
         to_prior = per_token(mq.detach(), vq.detach(), mp, vp)
         to_posterior = per_token(mq, vq, mp.detach(), vp.detach())
-        loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_posterior.clamp(min=free_nats)
+        loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_posterior.clamp(
+            min=free_nats
+        )
         return loss.sum(-1).mean(), to_prior.detach().sum(-1).mean()
 
 

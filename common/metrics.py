@@ -15,13 +15,19 @@ def wilson(successes: int, n: int, z=1.959963984540054) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     p, spread = successes / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max((p + spread / 2 - half) / (1 + spread), 0.0), min((p + spread / 2 + half) / (1 + spread), 1.0)
+    return max((p + spread / 2 - half) / (1 + spread), 0.0), min(
+        (p + spread / 2 + half) / (1 + spread), 1.0
+    )
 
 
 def entropy(counts) -> float | None:
     """Entropy of the modes as a share of its maximum, log of the number of modes; None without a success."""
     p = np.array(counts) / max(sum(counts), 1)
-    return abs(float((p[p > 0] * np.log(p[p > 0])).sum()) / math.log(len(p))) if p.any() and len(p) > 1 else None
+    return (
+        abs(float((p[p > 0] * np.log(p[p > 0])).sum()) / math.log(len(p)))
+        if p.any() and len(p) > 1
+        else None
+    )
 
 
 def coverage(counts) -> float:
@@ -45,7 +51,9 @@ def information(table) -> float | None:
     expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     some = joint > 0
     nats = float((joint[some] * np.log(joint[some] / expected[some])).sum())
-    return max(nats, 0.0) / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
+    return (
+        max(nats, 0.0) / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
+    )
 
 
 def experts(episodes, names, count) -> dict:
@@ -54,7 +62,9 @@ def experts(episodes, names, count) -> dict:
     table = {name: np.zeros(count) for name in names}
     for episode in episodes:
         if episode.success and episode.mode in table:  # one that changes its expert counts in parts
-            table[episode.mode] += np.bincount(episode.experts, minlength=count) / len(episode.experts)
+            table[episode.mode] += np.bincount(episode.experts, minlength=count) / len(
+                episode.experts
+            )
     drove = np.array([*table.values()])
     return {
         "experts": {mode: row.round(6).tolist() for mode, row in table.items()},
@@ -85,8 +95,12 @@ def summary(episodes, names, shares, times) -> dict:
         "entropy": entropy(counts) if names else None,
         "coverage": coverage(counts) if names else None,
         "kl": kl(counts, shares) if names and shares is not None else None,
-        "modes": dict(zip(names, counts, strict=True)) if names else dict(sorted(taken.items(), key=str)),
-        "failures": dict(sorted(Counter(episode.failure for episode in episodes if not episode.success).items())),
+        "modes": dict(zip(names, counts, strict=True))
+        if names
+        else dict(sorted(taken.items(), key=str)),
+        "failures": dict(
+            sorted(Counter(episode.failure for episode in episodes if not episode.success).items())
+        ),
         "ms_per_chunk": 1000 * float(np.median(times)),
         "ms_p95": 1000 * float(np.quantile(times, 0.95)),
     }
@@ -94,13 +108,18 @@ def summary(episodes, names, shares, times) -> dict:
 
 def table(rows, names) -> str:
     """Rows of results.json as Markdown."""
-    lines = ["| NFE | success | 95 % interval | entropy | KL | modes of successes | failures | ms per chunk (p95) |"]
+    lines = [
+        "| NFE | success | 95 % interval | entropy | KL | modes of successes | failures | ms per chunk (p95) |"
+    ]
     lines.append("|" + "---|" * 8)
     for row in rows:
         low, high = row["interval"]
         numbers = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("entropy", "kl")]
         taken = {name: n for name, n in row["modes"].items() if n}
-        lists = [", ".join(f"{k} {v}" for k, v in some.items()) or "-" for some in (taken, row["failures"])]
+        lists = [
+            ", ".join(f"{k} {v}" for k, v in some.items()) or "-"
+            for some in (taken, row["failures"])
+        ]
         if len(taken) > 8:
             lists[0] = f"{len(taken)} of {len(names or taken)}"
         ms = f"{row['ms_per_chunk']:.1f} ({row['ms_p95']:.1f})"
@@ -128,7 +147,11 @@ def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
     t, sums, entries = [(k + 0.5) / bins for k in range(bins)], {}, 0
     unguided = {"w": 1.0} if hasattr(getattr(policy, "sampling", None), "guidance") else {}
     device = next(policy.parameters()).device
-    for rows in tqdm(np.array_split(data.val_rows, -(-len(data.val_rows) // 64)), desc="velocity loss", leave=None):
+    for rows in tqdm(
+        np.array_split(data.val_rows, -(-len(data.val_rows) // 64)),
+        desc="velocity loss",
+        leave=None,
+    ):
         batch = to_device(data.windows[rows], device)
         memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
         keys = list(zip(["velocity"] * len(rows), [seed] * len(rows), rows.tolist(), strict=True))

@@ -20,11 +20,17 @@ def build(parts: nn.ModuleDict, cfg) -> list[torch.optim.Optimizer]:
     by_type = {}
     for name in parts.trainable():
         settings = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
-        layers = [module for module in parts[name].modules() if not isinstance(module, nn.Embedding)]
+        layers = [
+            module for module in parts[name].modules() if not isinstance(module, nn.Embedding)
+        ]
         weights = [getattr(module, "weight", None) for module in layers]
         decayed = {id(x) for x in weights if isinstance(x, nn.Parameter) and x.ndim > 1}
         for decay in (True, False):
-            chosen = [p for p in parts[name].parameters() if p.requires_grad and (id(p) in decayed) == decay]
+            chosen = [
+                p
+                for p in parts[name].parameters()
+                if p.requires_grad and (id(p) in decayed) == decay
+            ]
             group = {**settings, "component": name, "params": chosen, "lr": 0.0}
             if not decay:
                 group["weight_decay"] = 0.0
@@ -100,7 +106,9 @@ def slow_copy(parts, name: str) -> nn.Module:
 @torch.no_grad()
 def follow(slow: nn.Module, own: nn.Module, decay: float, step: int):
     """After optimizer step number `step` (from 1): the moving average of a component, with its buffers as they are."""
-    torch._foreach_lerp_(list(slow.parameters()), [p.detach() for p in own.parameters()], 1 - warmed(decay, step))
+    torch._foreach_lerp_(
+        list(slow.parameters()), [p.detach() for p in own.parameters()], 1 - warmed(decay, step)
+    )
     for buffer, value in zip(slow.buffers(), own.buffers(), strict=True):
         buffer.copy_(value)
 
@@ -118,7 +126,13 @@ class Average:
 
     def __init__(self, policy: nn.Module, optimizers, decay: float | None):
         self.optimizers, self.decay = optimizers, decay
-        free = {id(p) for o in optimizers if _is_free(o) for group in o.param_groups for p in group["params"]}
+        free = {
+            id(p)
+            for o in optimizers
+            if _is_free(o)
+            for group in o.param_groups
+            for p in group["params"]
+        }
         named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
         self.free = {name: p for name, p in named if id(p) in free}
         self.raw = {name: p for name, p in named if id(p) not in free} if decay else {}
@@ -135,12 +149,19 @@ class Average:
     def weights(self) -> dict[str, torch.Tensor]:
         """Parameter name -> averaged weights, for all parameters that have any. Training is not disturbed."""
         averaged = dict(self.ema)
-        groups = {id(p): (o, group) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        groups = {
+            id(p): (o, group)
+            for o in self.optimizers
+            for group in o.param_groups
+            for p in group["params"]
+        }
         for name, p in self.free.items():
             optimizer, group = groups[id(p)]
             z = optimizer.state[p].get("z")
             # schedulefree's eval(), out of place: x = y + (1 - 1 / beta1) (z - y)
-            averaged[name] = p.detach().clone() if z is None else p.detach().lerp(z, 1 - 1 / group["betas"][0])
+            averaged[name] = (
+                p.detach().clone() if z is None else p.detach().lerp(z, 1 - 1 / group["betas"][0])
+            )
         return averaged
 
     @contextmanager
@@ -158,6 +179,6 @@ class Average:
 
 
 def _is_free(optimizer):
-    return hasattr(getattr(optimizer, "optimizer", optimizer), "train") and "schedule_free_radam" in {
-        group["schedule"] for group in optimizer.param_groups
-    }
+    return hasattr(
+        getattr(optimizer, "optimizer", optimizer), "train"
+    ) and "schedule_free_radam" in {group["schedule"] for group in optimizer.param_groups}

@@ -23,7 +23,10 @@ class Memory(NamedTuple):
 
 def first_camera(proprio, visual, semantic, drop=None) -> dict[str, Tensor]:
     """What a latent's posterior and prior read. The flow loss shapes these features; posterior and prior do not."""
-    seen = {"cond_visual": [x.detach() for x in visual[:1]], "cond_semantic": [x.detach() for x in semantic[:1]]}
+    seen = {
+        "cond_visual": [x.detach() for x in visual[:1]],
+        "cond_semantic": [x.detach() for x in semantic[:1]],
+    }
     return {**seen, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]}
 
 
@@ -33,7 +36,9 @@ class Parts(nn.ModuleDict):
     def __init__(self, modules, frozen=(), aliases=None, sources=None):
         super().__init__(modules)
         self.frozen, self.aliases = set(frozen), dict(aliases or {})
-        self.sources = dict(sources or {})  # frozen component -> the file that all of its weights come from
+        self.sources = dict(
+            sources or {}
+        )  # frozen component -> the file that all of its weights come from
         self.loaded = set()  # components whose weights are from a file
         self.hashes = {}  # frozen component -> sha256 of that file, once it was needed
         for name in self.frozen:
@@ -63,7 +68,11 @@ class Parts(nn.ModuleDict):
         grids = [seen[key][0].flatten(1, -3) for key in eyes]
         summaries = [seen[key][1].flatten(1, -2).mean(1, keepdim=True) for key in eyes]
         tokens = [seen[key][0].flatten(1, -2) for key in hands]
-        return [*grids, *tokens, *(seen[key][0].movedim(1, -4).flatten(1, -3) for key in depth)], summaries
+        return [
+            *grids,
+            *tokens,
+            *(seen[key][0].movedim(1, -4).flatten(1, -3) for key in depth),
+        ], summaries
 
     def hidden(self, drop: Tensor | None, cameras: list[str]) -> Tensor | None:
         """Which cameras are hidden (B, cameras) -> which visual inputs are: whatever is made of a hidden picture."""
@@ -77,8 +86,14 @@ class Parts(nn.ModuleDict):
         """
         found = []
         for kind, serves in {"backbone": cameras, "hand_extractor": [], "da3": cameras[:1]}.items():
-            own = {camera: self.aliases.get(f"{camera}_{kind}", f"{camera}_{kind}") for camera in cameras}
-            eyes = [(kind if kind in self and camera in serves else name, camera) for camera, name in own.items()]
+            own = {
+                camera: self.aliases.get(f"{camera}_{kind}", f"{camera}_{kind}")
+                for camera in cameras
+            }
+            eyes = [
+                (kind if kind in self and camera in serves else name, camera)
+                for camera, name in own.items()
+            ]
             found.append([(name, camera) for name, camera in eyes if name in self])
         return tuple(found)
 
@@ -98,9 +113,15 @@ class Parts(nn.ModuleDict):
             batch = torch.cat([obs[IMAGE + camera] for camera in cameras])
             frames = (len(batch), batch.shape[1] if batch.ndim == 5 else 1)
             results = self[name](image=batch.flatten(0, -4))
-            results = (results[0].movedim(1, -1), results[1]) if isinstance(results, tuple) else (results,)
+            results = (
+                (results[0].movedim(1, -1), results[1])
+                if isinstance(results, tuple)
+                else (results,)
+            )
             shares = [result.unflatten(0, frames).chunk(len(cameras)) for result in results]
-            seen |= zip([(name, camera) for camera in cameras], zip(*shares, strict=True), strict=True)
+            seen |= zip(
+                [(name, camera) for camera in cameras], zip(*shares, strict=True), strict=True
+            )
         return seen
 
     def table(self, cfg) -> str:
@@ -112,15 +133,28 @@ class Parts(nn.ModuleDict):
             optim = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
             # Every optimizer keeps two tensors per parameter; of schedule-free's, one is the average.
             averaged = bool(cfg.train.ema) and optim["type"] != "schedule_free_radam"
-            rows[name] = count, trained, count - trained, count, trained, 2 * trained, averaged * trained
+            rows[name] = (
+                count,
+                trained,
+                count - trained,
+                count,
+                trained,
+                2 * trained,
+                averaged * trained,
+            )
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
         lines = [f"{'component':<20}{'parameters':>15}{'trainable':>15}{'frozen':>15}"]
         lines[0] += f"{'weights':>11}{'gradients':>11}{'optimizer':>11}{'EMA':>11}{'MiB':>11}"
         for name, row in rows.items():
             sizes = [4 * n / 2**20 for n in (*row[3:], sum(row[3:]))]
-            lines.append(f"{name:<20}" + "".join([*(f"{n:>15,}" for n in row[:3]), *(f"{n:>11,.1f}" for n in sizes)]))
+            lines.append(
+                f"{name:<20}"
+                + "".join([*(f"{n:>15,}" for n in row[:3]), *(f"{n:>11,.1f}" for n in sizes)])
+            )
         lines[-1:-1] = [f"{name:<20}same as {owner}" for name, owner in self.aliases.items()]
-        lines.append("MiB of weights and what training adds; not estimated: activations, which come on top")
+        lines.append(
+            "MiB of weights and what training adds; not estimated: activations, which come on top"
+        )
         return "\n".join(lines)
 
 
@@ -138,28 +172,46 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
         if of_camera and of_camera[1] not in cameras:
             print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
             continue
-        groups.setdefault(model.component_build_args.get(name, Part()).same_as or name, []).append(name)
+        groups.setdefault(model.component_build_args.get(name, Part()).same_as or name, []).append(
+            name
+        )
     owners = {name if name in group else group[0]: name for name, group in groups.items()}
-    aliases = {name: owner for owner, shared in owners.items() for name in groups[shared] if name != owner}
-    args = {owner: model.component_build_args.get(shared, Part()) for owner, shared in owners.items()}
+    aliases = {
+        name: owner for owner, shared in owners.items() for name in groups[shared] if name != owner
+    }
+    args = {
+        owner: model.component_build_args.get(shared, Part()) for owner, shared in owners.items()
+    }
     for camera in cameras:
         own = f"{camera}_backbone"
         if not {"backbone", own, "state_resnet34_encoder"} & {*owners, *aliases}:
-            raise ConfigError(f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'")
+            raise ConfigError(
+                f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'"
+            )
     if "da3" in owners and not cameras:
-        raise ConfigError("model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at")
+        raise ConfigError(
+            "model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at"
+        )
     modules = {name: build(sources[name], facts) for name in owners}
-    learning = [name for name, module in modules.items() if any(p.requires_grad for p in module.parameters())]
+    learning = [
+        name
+        for name, module in modules.items()
+        if any(p.requires_grad for p in module.parameters())
+    ]
     frozen = [name for name in modules if args[name].freeze or name not in learning]
     for name in [name for name in frozen if name in model.component_optims]:
-        raise ConfigError(f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own")
+        raise ConfigError(
+            f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own"
+        )
     files, whole = {}, []
     for name, module in modules.items():
         file, holds_all = initialise(module, name, args[name].init, load_dir)
         files |= {name: file} if file else {}
         whole += [name] if holds_all else []
     if load_dir and not any(file.parent == load_dir for file in files.values()):
-        raise ConfigError(f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}")
+        raise ConfigError(
+            f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}"
+        )
     for name, file in files.items():
         print(f"{name}: weights from {file}")
     parts = Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
@@ -167,9 +219,13 @@ def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | Non
     return parts
 
 
-def initialise(module: nn.Module, name: str, init, load_dir: Path | None) -> tuple[Path | None, bool]:
+def initialise(
+    module: nn.Module, name: str, init, load_dir: Path | None
+) -> tuple[Path | None, bool]:
     """Weights of one component: the file they are from, if there is one, and whether it holds all of the component."""
-    own = {prefix: inner for prefix, inner in module.named_modules() if hasattr(inner, "load_weights")}
+    own = {
+        prefix: inner for prefix, inner in module.named_modules() if hasattr(inner, "load_weights")
+    }
     blocks, keys = [*own.values()], module.state_dict().keys()
     saved = load_dir and load_dir / f"{name}.safetensors"
     if init == "scratch":
@@ -183,15 +239,23 @@ def initialise(module: nn.Module, name: str, init, load_dir: Path | None) -> tup
         named = [inner for inner in blocks if getattr(inner, "weights", None)]
     for inner in [inner for inner in blocks if inner not in named]:
         usual = getattr(inner, "weights", None) or getattr(inner, "published", None)
-        print(f"NOTICE: {name} starts with RANDOM weights" + (f", not those of {usual}" if usual else ""))
+        print(
+            f"NOTICE: {name} starts with RANDOM weights"
+            + (f", not those of {usual}" if usual else "")
+        )
     files = [inner.load_weights() for inner in named]
-    whole = len(files) == len(own) == 1 and all(key.startswith(f"{next(iter(own))}.") for key in keys)
+    whole = len(files) == len(own) == 1 and all(
+        key.startswith(f"{next(iter(own))}.") for key in keys
+    )
     return (files[-1] if files else None), whole
 
 
 def load_component(module: nn.Module, file: Path, name: str) -> Path:
     """Weights of one component from a safetensors file, exactly; the file. Raises UserError that lists what differs."""
-    tensors, own = read_tensors(file), {key: value.shape for key, value in module.state_dict().items()}
+    tensors, own = (
+        read_tensors(file),
+        {key: value.shape for key, value in module.state_dict().items()},
+    )
     require(own, tensors, f"{file}: not the weights of component '{name}' as configured")
     module.load_state_dict(tensors)
     return file

@@ -33,10 +33,19 @@ def success(rows, file):
     figure, (axis,) = sheet(1, 1, 5.2, 3.6)
     at, rate = np.arange(len(rows)), np.array([row["success"] for row in rows])
     reach = np.abs(np.array([row["interval"] for row in rows]).T - rate)
-    axis.errorbar(at, rate, reach, marker="o", capsize=4, label=f"success, 95 % ({rows[0]['episodes']} episodes)")
+    axis.errorbar(
+        at,
+        rate,
+        reach,
+        marker="o",
+        capsize=4,
+        label=f"success, 95 % ({rows[0]['episodes']} episodes)",
+    )
     entropy = np.array([row["entropy"] for row in rows], float)
     if np.isfinite(entropy).any():
-        axis.plot(at, entropy, marker="s", ls="--", color="tab:orange", label="entropy of the modes taken")
+        axis.plot(
+            at, entropy, marker="s", ls="--", color="tab:orange", label="entropy of the modes taken"
+        )
     axis.set(xticks=at, xticklabels=[row["nfe"] for row in rows], ylim=(-0.03, 1.05))
     axis.set_xlabel("network evaluations per chunk (NFE)")
     axis.grid(alpha=0.3)
@@ -56,34 +65,54 @@ def tracks(panels, modes, file, limit=200):
     from matplotlib.patches import Circle
 
     few, shades = len(modes) <= 9, colormaps["turbo"](np.linspace(0.03, 0.97, max(len(modes), 1)))
-    hues = [colormaps["tab10"](i + (i > 6)) for i in range(9)] if few else shades  # its number 7 is grey
+    hues = (
+        [colormaps["tab10"](i + (i > 6)) for i in range(9)] if few else shades
+    )  # its number 7 is grey
     colours = dict(zip(modes, hues, strict=False))
     drawn = [episode for episodes in panels.values() for episode in episodes[:limit]]
     discs = np.unique(np.concatenate([episode.obstacles for episode in drawn]), axis=0)
-    corners = np.concatenate([discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:], *(e.path for e in drawn)])
+    corners = np.concatenate(
+        [discs[:, :2] - discs[:, 2:], discs[:, :2] + discs[:, 2:], *(e.path for e in drawn)]
+    )
     (left, bottom), (right, top) = corners.min(0) - 0.03, corners.max(0) + 0.03
     shape = np.clip((top - bottom) / (right - left), 0.4, 2.5)
     figure, axes = sheet(len(panels), 2, 4, 4 * shape + 0.5)
     for axis, (title, episodes) in zip(axes, panels.items(), strict=True):
         layouts = np.concatenate([episode.obstacles for episode in episodes[:limit]])
-        each = len(np.unique(layouts, axis=0)) / max(len(episodes[0].obstacles), 1)  # about how many lie on each other
+        each = len(np.unique(layouts, axis=0)) / max(
+            len(episodes[0].obstacles), 1
+        )  # about how many lie on each other
         circles = [Circle((x, y), radius) for x, y, radius in np.unique(layouts, axis=0)]
-        axis.add_collection(PatchCollection(circles, fc="0.6", ec="none", alpha=max(0.05, 0.8 / max(each, 1))))
+        axis.add_collection(
+            PatchCollection(circles, fc="0.6", ec="none", alpha=max(0.05, 0.8 / max(each, 1)))
+        )
         failed = [episode.path for episode in episodes[:limit] if not episode.success]
         passed = [episode for episode in episodes[:limit] if episode.success]
         axis.add_collection(LineCollection(failed, colors=GREY, lw=0.7, zorder=3))
-        axis.plot(*np.array([path[-1] for path in failed]).reshape(-1, 2).T, "x", color=GREY, ms=4, zorder=3)
+        axis.plot(
+            *np.array([path[-1] for path in failed]).reshape(-1, 2).T,
+            "x",
+            color=GREY,
+            ms=4,
+            zorder=3,
+        )
         own = [colours.get(episode.mode, "black") for episode in passed]
-        axis.add_collection(LineCollection([episode.path for episode in passed], colors=own, lw=0.8, alpha=0.8))
+        axis.add_collection(
+            LineCollection([episode.path for episode in passed], colors=own, lw=0.8, alpha=0.8)
+        )
         axis.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
         shown = f"{len(failed) + len(passed)}" if len(episodes) <= limit else f"the first {limit}"
         axis.set_title(f"{title}: {len(passed)} of {shown} succeed", fontsize=9)
     figure.supxlabel("x (m)", fontsize=9)
     figure.supylabel("y (m)", fontsize=9)
     handles = [Line2D([], [], color=colours[mode], label=mode) for mode in modes if few]
-    handles += [] if few else [Line2D([], [], color="none", label=f"{len(modes)} modes, a colour each")]
+    handles += (
+        [] if few else [Line2D([], [], color="none", label=f"{len(modes)} modes, a colour each")]
+    )
     handles.append(Line2D([], [], color=GREY, marker="x", ms=4, label="failed"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=3 * len(axes), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=3 * len(axes), fontsize=8, frameon=False
+    )
     figure.savefig(file, dpi=130)
 
 
@@ -91,16 +120,26 @@ def modes(rows, names, shares, file):
     """Each mode's share of the successes, a panel per NFE, beside its share of the demonstrations (None: unknown)."""
     figure, axes = sheet(len(rows), 1, float(np.clip(0.32 * len(names), 4.5, 12)), 1.7)
     taken = [np.array([row["modes"][name] for name in names]) for row in rows]
-    top = 1.1 * max([*(counts.max() / max(counts.sum(), 1) for counts in taken), *(shares or ()), 0.01])
+    top = 1.1 * max(
+        [*(counts.max() / max(counts.sum(), 1) for counts in taken), *(shares or ()), 0.01]
+    )
     for axis, row, counts in zip(axes, rows, taken, strict=True):
         at = np.arange(len(names))
         axis.bar(at, counts / max(counts.sum(), 1), 0.7, label="share of the successes")
         if shares is not None:
-            axis.plot(at, shares, "_", color="black", ms=11, mew=2, label="share of the demonstrations")
+            axis.plot(
+                at, shares, "_", color="black", ms=11, mew=2, label="share of the demonstrations"
+            )
         axis.set_xticks(at, names if axis is axes[-1] else [], rotation=90 if len(names) > 6 else 0)
         axis.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, top))
         axis.set_title(f"NFE {row['nfe']}: {counts.sum()} successes", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(file, dpi=110)
 
 
@@ -111,18 +150,31 @@ def experts(found, title, log, file):
     looks = np.array([*found.values()])
     figure, axes = sheet(1 + bool(lines), 2, 5.2, max(3.2, 0.16 * len(looks) + 1))
     total = looks.sum(1, keepdims=True)
-    shares = np.divide(looks, total, out=np.full_like(looks, np.nan), where=total > 0)  # without a success: blank
+    shares = np.divide(
+        looks, total, out=np.full_like(looks, np.nan), where=total > 0
+    )  # without a success: blank
     image = axes[0].imshow(shares, aspect="auto", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes[0], label="share of the mode (none: blank)")
     axes[0].set(
-        title=title, xlabel="expert that acts", xticks=range(looks.shape[1]), yticks=range(len(looks)), ylabel="mode"
+        title=title,
+        xlabel="expert that acts",
+        xticks=range(looks.shape[1]),
+        yticks=range(len(looks)),
+        ylabel="mode",
     )
     axes[0].set_yticklabels(found, fontsize=6)
     if lines:
         for i in range(looks.shape[1]):
-            axes[1].plot([line["step"] for line in lines], [line[f"load/{i}"] for line in lines], label=f"expert {i}")
+            axes[1].plot(
+                [line["step"] for line in lines],
+                [line[f"load/{i}"] for line in lines],
+                label=f"expert {i}",
+            )
         axes[1].set(
-            title="first choice of the gate", xlabel="training step", ylabel="share of the samples", ylim=(0, None)
+            title="first choice of the gate",
+            xlabel="training step",
+            ylabel="share of the samples",
+            ylim=(0, None),
         )
         axes[1].legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(file, dpi=110)
@@ -136,7 +188,9 @@ def film(episodes, fps, file):
     longest = max(len(pictures) for pictures, _ in episodes)
     height, width = episodes[0][0][0].shape[:2]
     columns = min(len(episodes), max(1, round(math.sqrt(1.6 * len(episodes) * height / width))))
-    grid = np.zeros((longest, math.ceil(len(episodes) / columns) * height, columns * width, 3), np.uint8)
+    grid = np.zeros(
+        (longest, math.ceil(len(episodes) / columns) * height, columns * width, 3), np.uint8
+    )
     for i, (pictures, good) in enumerate(episodes):
         top, left = i // columns * height, i % columns * width
         tile = grid[:, top : top + height, left : left + width]
@@ -148,7 +202,9 @@ def film(episodes, fps, file):
         stream.height, stream.width = (size - size % 2 for size in grid.shape[1:3])
         stream.pix_fmt = "yuv420p"
         for image in grid:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[: stream.height, : stream.width]), "rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(image[: stream.height, : stream.width]), "rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -163,7 +219,9 @@ def chunks(episode, predicted, recorded, valid, names, file):
             axis.plot(at, recorded[k, valid[k], joint], color="black", lw=1)
             axis.plot(at, predicted[k, valid[k], joint], lw=1.2)
         axis.set_title(names[joint], fontsize=8)
-    figure.suptitle(f"held-out episode {episode}: recorded (black), predicted (coloured)", fontsize=9)
+    figure.suptitle(
+        f"held-out episode {episode}: recorded (black), predicted (coloured)", fontsize=9
+    )
     figure.supxlabel("step", fontsize=8)
     figure.savefig(file, dpi=110)
 
@@ -227,24 +285,37 @@ def scores(table, windows, file, ends=3, moments=10):
     shown = [*range(ends), *range(len(score) - ends, len(score))]
     height = 0.55 * max(len(windows.cfg.cameras), 2.5)
     figure = Figure(figsize=(9, 2.4 + (height + 0.3) * len(shown)), layout="constrained")
-    top, *strips = figure.subplots(len(shown) + 1, 1, height_ratios=[2.4, *[height + 0.3] * len(shown)])
-    colours = [f"C{2 * (i in shown) + (i in shown and i >= len(score) - ends)}" for i in range(len(score))]
+    top, *strips = figure.subplots(
+        len(shown) + 1, 1, height_ratios=[2.4, *[height + 0.3] * len(shown)]
+    )
+    colours = [
+        f"C{2 * (i in shown) + (i in shown and i >= len(score) - ends)}" for i in range(len(score))
+    ]
     top.bar(np.arange(len(score)), score, 1.0, color=colours)
-    top.set(xlabel=f"{len(score)} episodes, ranked; below, the best (green) and the worst (red)", ylabel="score")
+    top.set(
+        xlabel=f"{len(score)} episodes, ranked; below, the best (green) and the worst (red)",
+        ylabel="score",
+    )
     if len(score) <= 40:
         top.set_xticks(np.arange(len(score)), episodes)
     for i, axis in zip(shown, strips, strict=True):
         rows = windows.rows([episodes[i]])
-        axis.set_title(f"episode {episodes[i]}, rank {i + 1} of {len(score)}, score {score[i]:.2f}", fontsize=9)
+        axis.set_title(
+            f"episode {episodes[i]}, rank {i + 1} of {len(score)}, score {score[i]:.2f}", fontsize=9
+        )
         if windows.cfg.cameras:
             taken = rows[np.linspace(0, len(rows) - 1, moments).astype(int)]
             seen = windows[taken]
             seen = [seen[f"observation.images.{name}"].numpy() for name in windows.cfg.cameras]
-            axis.imshow(np.concatenate([np.concatenate([*x.transpose(0, 2, 3, 1)], 1) for x in seen]))
+            axis.imshow(
+                np.concatenate([np.concatenate([*x.transpose(0, 2, 3, 1)], 1) for x in seen])
+            )
             axis.set_axis_off()
         else:
             axis.plot(windows.action[rows], lw=1)
-            axis.set(ylim=(windows.action.min(), windows.action.max()), xlabel="step", ylabel="action")
+            axis.set(
+                ylim=(windows.action.min(), windows.action.max()), xlabel="step", ylabel="action"
+            )
     figure.savefig(file, dpi=110)
 
 
@@ -258,7 +329,9 @@ def draw_curves(folder: Path):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+                axis.plot(
+                    *zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None
+                )
         axis.set(xlabel="optimizer step", yscale="log" if "loss" in keys and points else "linear")
         axis.legend()
         axis.grid(alpha=0.3)

@@ -55,7 +55,9 @@ class Run:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=cfg.train.micro_steps,
             project_dir=self.folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
         )
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -73,7 +75,9 @@ class Run:
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             # The launcher leaves one thread per process; results repeat bit for bit for the same number.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(
+                max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            )
         import_plugins(cfg.plugins)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
@@ -97,20 +101,26 @@ class Run:
                 self.lock.flush()
         except BlockingIOError as e:
             self.lock.seek(0)
-            raise UserError(f"{self.folder}: another run writes here ({self.lock.read()}); set train.save_dir") from e
+            raise UserError(
+                f"{self.folder}: another run writes here ({self.lock.read()}); set train.save_dir"
+            ) from e
         except OSError as e:
             raise UserError(f"train.save_dir: {self.folder} cannot be written: {e.strerror}") from e
 
     def components(self) -> tuple[Parts, Normalizer]:
         """The listed components as train.yaml wants them initialised, and the statistics of this dataset."""
         torch.manual_seed(self.cfg.seed)
-        self.sources = {name: Yaml.read(path) for name, path in self.cfg.model.component_config_paths.items()}
+        self.sources = {
+            name: Yaml.read(path) for name, path in self.cfg.model.component_config_paths.items()
+        }
         start = self.train.load_dir
         if start and not (start / "meta.json").is_file():
             start = checkpoint.newest(start)
             if start is None:
                 raise ConfigError(f"train.load_dir: {self.train.load_dir} holds no checkpoint")
-        parts = build_parts(self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start)
+        parts = build_parts(
+            self.cfg.model, self.sources, self.data.facts, self.cfg.data.cameras, start
+        )
         self.sources |= {name: completed(self.sources[name], part) for name, part in parts.items()}
         if self.options.dry_run:
             print(parts.table(self.cfg))
@@ -130,16 +140,37 @@ class Run:
             loss, _ = policy(batch)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
             owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
-            at = [name for owner in owners for name, part in policy.parts.items() if owner in [*part.modules()]]
-            where = f"component '{at[-1]}' ({self.cfg.model.component_config_paths[at[-1]]})" if at else self.script
-            problem = f"no component {e} is listed" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
-            shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in batch.items() if isinstance(x, torch.Tensor))
+            at = [
+                name
+                for owner in owners
+                for name, part in policy.parts.items()
+                if owner in [*part.modules()]
+            ]
+            where = (
+                f"component '{at[-1]}' ({self.cfg.model.component_config_paths[at[-1]]})"
+                if at
+                else self.script
+            )
+            problem = (
+                f"no component {e} is listed"
+                if isinstance(e, KeyError)
+                else f"{type(e).__name__}: {e}"
+            )
+            shapes = ", ".join(
+                f"{key} {tuple(x.shape)}" for key, x in batch.items() if isinstance(x, torch.Tensor)
+            )
             raise ConfigError(f"{where}: {problem}\n    the first batch is {shapes}") from e
         used = parameters_of(loss)
         for name in policy.parts.trainable():
-            idle = [key for key, p in policy.parts[name].named_parameters() if p.requires_grad and p not in used]
+            idle = [
+                key
+                for key, p in policy.parts[name].named_parameters()
+                if p.requires_grad and p not in used
+            ]
             if len(idle) == sum(p.requires_grad for p in policy.parts[name].parameters()):
-                raise ConfigError(f"component '{name}' is listed, but {self.script} does not use it: leave it out")
+                raise ConfigError(
+                    f"component '{name}' is listed, but {self.script} does not use it: leave it out"
+                )
             if idle and self.world > 1:
                 raise ConfigError(
                     f"component '{name}': {', '.join(idle[:5])} would be idle, which processes cannot share"
@@ -156,25 +187,44 @@ class Run:
         if folder:
             meta = checkpoint.load(folder, policy, optimizers, average)
             if meta["script"] != self.script:
-                raise UserError(f"{folder}: of {meta['script']}, not of {self.script}: set another train.save_dir")
+                raise UserError(
+                    f"{folder}: of {meta['script']}, not of {self.script}: set another train.save_dir"
+                )
             for key, was, now in changes(meta["config"], to_dict(self.cfg)) if self.main else ():
                 print(f"warning: {key} was {was}, now {now}")
             self.step, self.epoch, self.offset = meta["step"], meta["epoch"], meta["offset"]
-            if meta.get("episodes", {}).get("trained on", self.data.episodes) != self.data.episodes and self.main:
-                print("warning: other training episodes than so far (data.episodes, val_episodes, scores, keep_top)")
+            if (
+                meta.get("episodes", {}).get("trained on", self.data.episodes) != self.data.episodes
+                and self.main
+            ):
+                print(
+                    "warning: other training episodes than so far (data.episodes, val_episodes, scores, keep_top)"
+                )
             for what, now in self._circumstances().items():
                 if meta[what] != now and self.main:
-                    print(f"warning: {what} was {meta[what]}, now {now}: training goes on, not bit for bit")
-        if self.cfg.data.cache == "features" and self.step < self.total:  # now that the frozen weights are final
+                    print(
+                        f"warning: {what} was {meta[what]}, now {now}: training goes on, not bit for bit"
+                    )
+        if (
+            self.cfg.data.cache == "features" and self.step < self.total
+        ):  # now that the frozen weights are final
             self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.main:
-            print(f"resuming {folder} at step {self.step} of {self.total}" if folder else f"new run in {self.folder}")
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+            print(
+                f"resuming {folder} at step {self.step} of {self.total}"
+                if folder
+                else f"new run in {self.folder}"
+            )
+            (self.folder / "config.yaml").write_text(
+                yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
+            )
             self._cut_log()
         if self.train.tracker:
             try:
                 self.accelerator.log_with = filter_trackers(self.train.tracker, self.folder)
-                shown = {"config": yaml.safe_dump(to_dict(self.cfg))}  # as text: some take no nested values
+                shown = {
+                    "config": yaml.safe_dump(to_dict(self.cfg))
+                }  # as text: some take no nested values
                 self.accelerator.init_trackers(self.train.project_name, shown)
                 problem = "" if self.accelerator.trackers else "its package is not installed"
             except Exception as e:  # a tracker that cannot be reached must not cost the run
@@ -182,7 +232,12 @@ class Run:
             if problem and self.main:
                 print(f"warning: tracker {self.train.tracker} is off: {problem}")
         self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        shown = {"initial": self.step, "total": self.total, "disable": not self.main, "dynamic_ncols": True}
+        shown = {
+            "initial": self.step,
+            "total": self.total,
+            "disable": not self.main,
+            "dynamic_ncols": True,
+        }
         self.bar = tqdm(desc=self.train.project_name, unit="step", **shown)
 
     def _stop(self, number, frame):
@@ -206,7 +261,9 @@ class Run:
             batch = to_device(batch, self.device, self.cfg.data.augment)
             self.position = batch.pop("position")
             key = (self.cfg.seed, self.step, micro)
-            batch["noise"] = Noise("objective", *key, rank=self.rank, world=self.world, device=self.device)
+            batch["noise"] = Noise(
+                "objective", *key, rank=self.rank, world=self.world, device=self.device
+            )
             batch["progress"] = self.step / self.total
             torch.manual_seed(seed_of("dropout", *key, self.rank))
             yield batch
@@ -217,7 +274,9 @@ class Run:
 
     def _batches(self, epoch=0, offset=0):
         pin, seed = self.device.type == "cuda", self.cfg.seed
-        return self.data.batches(seed, self.train.micro_steps, self.rank, self.world, pin, epoch, offset)
+        return self.data.batches(
+            seed, self.train.micro_steps, self.rank, self.world, pin, epoch, offset
+        )
 
     def note(self, **scalars):
         """Add scalars of this step to what is logged, averaged over its micro-steps; no host read."""
@@ -237,7 +296,10 @@ class Run:
             )
         self.scalars |= norms
         # With float16 the scaler itself meets overflowing gradients, by skipping the step.
-        watched = [self.scalars["loss"], *(norms.values() if self.accelerator.scaler is None else ())]
+        watched = [
+            self.scalars["loss"],
+            *(norms.values() if self.accelerator.scaler is None else ()),
+        ]
         broken = (~torch.stack([value.float() for value in watched]).isfinite()).any().float()
         flags = torch.stack([broken, torch.full_like(broken, self.signal is not None)])
         broken, stopping = self.accelerator.reduce(flags, "sum").tolist()
@@ -278,12 +340,16 @@ class Run:
 
     def _log(self, scalars, **extra):
         """Mean over processes of device scalars, to log.jsonl and the tracker."""
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()])
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scalars.values()]
+        )
         values = self.accelerator.reduce(values, "mean").tolist()
         scalars = dict(zip(scalars, values, strict=True))
         if self.main:
             with (self.folder / "log.jsonl").open("a") as f:
-                f.write(json.dumps({"step": self.step, "epoch": self.epoch, **scalars, **extra}) + "\n")
+                f.write(
+                    json.dumps({"step": self.step, "epoch": self.epoch, **scalars, **extra}) + "\n"
+                )
         self.accelerator.log({**scalars, **extra}, step=self.step)
         return scalars
 
@@ -291,7 +357,9 @@ class Run:
         """Lines of steps after the checkpoint are written again by this run: drop them."""
         file = self.folder / "log.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        kept = [
+            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step
+        ]
         file.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
         file.with_suffix(".tmp").replace(file)
 
@@ -313,18 +381,29 @@ class Run:
         if count:
             scalars = self._log({f"val/{name}": value / count for name, value in sums.items()})
             if self.main:
-                self.bar.write(f"epoch {self.epoch}, step {self.step}: held-out loss {scalars['val/loss']:.4f}")
+                self.bar.write(
+                    f"epoch {self.epoch}, step {self.step}: held-out loss {scalars['val/loss']:.4f}"
+                )
 
     def _save(self):
         name = f"step_{self.step}" if self.offset else f"epoch_{self.epoch}"
         if self.main:
-            meta = {"step": self.step, "epoch": self.epoch, "offset": self.offset, "script": self.script}
+            meta = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "offset": self.offset,
+                "script": self.script,
+            }
             meta |= self._circumstances()
             meta["versions"] = {"torch": torch.__version__, "accelerate": accelerate.__version__}
             meta |= {"facts": self.data.facts, "aliases": self.policy.parts.aliases}
-            meta["episodes"] = {"trained on": self.data.episodes, "held out": self.data.val_episodes}
+            meta["episodes"] = {
+                "trained on": self.data.episodes,
+                "held out": self.data.val_episodes,
+            }
             meta["components"] = {
-                name: self.sources[name].text for name in [*self.policy.parts, *self.policy.parts.aliases]
+                name: self.sources[name].text
+                for name in [*self.policy.parts, *self.policy.parts.aliases]
             }
             meta["config"] = to_dict(self.cfg)
             checkpoint.save(self.folder / name, self.policy, self.optimizers, self.average, meta)
@@ -336,7 +415,9 @@ class Run:
         """Close the run; the exit code: 130 after Ctrl-C, else 0."""
         self.close()
         if self.main:
-            print(f"{'stopped' if self.step < self.total else 'finished'} at step {self.step}: {self.folder}")
+            print(
+                f"{'stopped' if self.step < self.total else 'finished'} at step {self.step}: {self.folder}"
+            )
         return 130 if self.signal == signal.SIGINT else 0
 
     def close(self):
@@ -354,8 +435,13 @@ class Run:
         batch.pop("position")
         for key, value in batch.items():
             print(f"batch  {key:<32}{tuple(value.shape)!s:<24}{value.dtype}")
-        two = {key: value[:2] for key, value in batch.items()}  # a whole batch takes minutes on a CPU
-        two |= {"noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device), "progress": 1.0}
+        two = {
+            key: value[:2] for key, value in batch.items()
+        }  # a whole batch takes minutes on a CPU
+        two |= {
+            "noise": Noise("objective", self.cfg.seed, 0, 0, device=self.device),
+            "progress": 1.0,
+        }
         _, scalars = policy.train()(two)
         print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
         policy.eval()
@@ -392,6 +478,14 @@ def parameters_of(loss):
 def changes(was, now, path=""):
     """(key, old, new) of every key that matters to training and differs between two configs."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
-        return [(path, was, now)] if was != now and not re.match(HARMLESS, f"{path}: {was} {now}") else []
+        return (
+            [(path, was, now)]
+            if was != now and not re.match(HARMLESS, f"{path}: {was} {now}")
+            else []
+        )
     keys = [*was, *(key for key in now if key not in was)]
-    return [one for key in keys for one in changes(was.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [
+        one
+        for key in keys
+        for one in changes(was.get(key), now.get(key), f"{path}.{key}" if path else key)
+    ]

@@ -10,20 +10,33 @@ from common.config import key, suggest
 
 @dataclass
 class Part:
-    init: Literal["scratch"] | Path | None = key(None, "a .safetensors; scratch: random; null: the block's `weights:`")
+    init: Literal["scratch"] | Path | None = key(
+        None, "a .safetensors; scratch: random; null: the block's `weights:`"
+    )
     freeze: bool = key(False, "not trained, kept in eval mode")
-    same_as: str | None = key(None, "the component whose module this one shares; one call serves both")
+    same_as: str | None = key(
+        None, "the component whose module this one shares; one call serves both"
+    )
 
 
 @dataclass
 class Model:
     component_config_paths: dict[str, Path] = key(..., "component name -> its YAML")
     component_build_args: dict[str, Part] = key({}, "the exceptions only")
-    component_optims: dict[str, dict] = key({}, "component name -> the keys of train.optim that differ for it")
+    component_optims: dict[str, dict] = key(
+        {}, "component name -> the keys of train.optim that differ for it"
+    )
 
     def check(self, reader, keys):
-        names, args, optim = self.component_config_paths, self.component_build_args, typing.get_type_hints(Optim)
-        for where, parts in (("component_build_args", args), ("component_optims", self.component_optims)):
+        names, args, optim = (
+            self.component_config_paths,
+            self.component_build_args,
+            typing.get_type_hints(Optim),
+        )
+        for where, parts in (
+            ("component_build_args", args),
+            ("component_optims", self.component_optims),
+        ):
             for name in [n for n in parts if n not in names]:
                 raise reader.error((*keys, where, name), f"no such component{suggest(name, names)}")
         files = {("component_config_paths", name): path for name, path in names.items()}
@@ -34,9 +47,14 @@ class Model:
         for name, part in args.items():
             here, other = (*keys, "component_build_args", name), part.same_as
             if other is not None and other not in names:
-                raise reader.error((*here, "same_as"), f"no component '{other}'{suggest(other, names)}")
+                raise reader.error(
+                    (*here, "same_as"), f"no component '{other}'{suggest(other, names)}"
+                )
             if other is not None and args.get(other, Part()).same_as:
-                raise reader.error((*here, "same_as"), f"'{other}' is shared itself: name a component without same_as")
+                raise reader.error(
+                    (*here, "same_as"),
+                    f"'{other}' is shared itself: name a component without same_as",
+                )
             if other is not None and (part.init or part.freeze):
                 raise reader.error(here, f"init and freeze are those of '{other}': set them there")
         for name, changes in self.component_optims.items():
@@ -46,7 +64,9 @@ class Model:
                 raise reader.error(here, f"'{name}' is {why}: it has no optimizer of its own")
             for k in [k for k in changes if k not in optim]:
                 raise reader.error((*here, k), f"unknown key{suggest(k, optim)}")
-            changes.update({k: reader.read(optim[k], value, (*here, k)) for k, value in changes.items()})
+            changes.update(
+                {k: reader.read(optim[k], value, (*here, k)) for k, value in changes.items()}
+            )
 
 
 @dataclass
@@ -62,8 +82,12 @@ class Augment:
 @dataclass
 class Data:
     root: str = key(..., "a LeRobot folder, a Hub id org/name, or a generated set such as tabletop")
-    cameras: dict[str, str] = key({}, "name of a camera here -> its key in the dataset; the order counts")
-    state_keys: list[str] = key(["observation.state"], "low-dimensional columns, concatenated in this order")
+    cameras: dict[str, str] = key(
+        {}, "name of a camera here -> its key in the dataset; the order counts"
+    )
+    state_keys: list[str] = key(
+        ["observation.state"], "low-dimensional columns, concatenated in this order"
+    )
     hold_keys: list[str] = key([], "columns taken nearest, not interpolated, when resampling")
     action_key: str = key("action", "column of the action")
     action_horizon: int = key(40, "actions per chunk", low=1)
@@ -71,19 +95,39 @@ class Data:
     obs_proprio_history: int = key(40, "states per observation", low=1)
     obs_images_history: int = key(1, "images per observation and camera", low=1)
     HZ: float = key(..., "steps per second; a dataset of another fps is resampled", low=0.01)
-    image_size: list[int] = key([240, 320], "[height, width] that images are resized to", low=1, size=2)
+    image_size: list[int] = key(
+        [240, 320], "[height, width] that images are resized to", low=1, size=2
+    )
     augment: Augment | None = key(None, "of the images, in training; null: none")
-    normalize: Literal["mean_std", "quantile"] = key("mean_std", "how states and actions are scaled")
-    first_frames: int | None = key(None, "samples start at the first frames of an episode only; null: at all", low=1)
-    neighbours: int = key(1, "samples of similar state that share a batch, for K-OT; 1: a plain shuffle", low=1)
+    normalize: Literal["mean_std", "quantile"] = key(
+        "mean_std", "how states and actions are scaled"
+    )
+    first_frames: int | None = key(
+        None, "samples start at the first frames of an episode only; null: at all", low=1
+    )
+    neighbours: int = key(
+        1, "samples of similar state that share a batch, for K-OT; 1: a plain shuffle", low=1
+    )
     episodes: list[int] | None = key(None, "null: all", low=0)
-    scores: Path | None = key(None, "scores.parquet of train_mi.py; null: no episode is left out for its score")
-    keep_top: float | None = key(None, "share of the training episodes that data.scores keeps, the best")
-    val_episodes: float | list[int] = key(0.1, "held-out episodes: a share, taken from the end, or a list", low=0)
-    val_samples: int = key(512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0)
-    cache: Literal["none", "frames", "features"] = key("frames", "on disk; features: what frozen components see, too")
+    scores: Path | None = key(
+        None, "scores.parquet of train_mi.py; null: no episode is left out for its score"
+    )
+    keep_top: float | None = key(
+        None, "share of the training episodes that data.scores keeps, the best"
+    )
+    val_episodes: float | list[int] = key(
+        0.1, "held-out episodes: a share, taken from the end, or a list", low=0
+    )
+    val_samples: int = key(
+        512, "held-out windows evaluated at the end of each epoch, evenly spaced", low=0
+    )
+    cache: Literal["none", "frames", "features"] = key(
+        "frames", "on disk; features: what frozen components see, too"
+    )
     cache_max_gb: float = key(200.0, "a larger cache is refused", low=0)
-    batch_size: int = key(60, "samples per optimizer step, over all processes and micro-steps", low=1)
+    batch_size: int = key(
+        60, "samples per optimizer step, over all processes and micro-steps", low=1
+    )
     num_workers: int = key(2, "loader processes per training process", low=0)
 
     def check(self, reader, keys):
@@ -91,16 +135,28 @@ class Data:
         if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
             self.root = str(root)
         if self.cache == "features" and self.augment is not None:
-            raise reader.error((*keys, "augment"), "set it to null: data.cache: features looks at plain pictures, once")
+            raise reader.error(
+                (*keys, "augment"),
+                "set it to null: data.cache: features looks at plain pictures, once",
+            )
         if isinstance(self.val_episodes, float) and (held := self.val_episodes) >= 1:
-            raise reader.error((*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}")
+            raise reader.error(
+                (*keys, "val_episodes"), f"expected a share below 1, or a list; found {held}"
+            )
         if (self.scores is None) != (self.keep_top is None):
-            raise reader.error((*keys, "keep_top"), "data.scores and data.keep_top go together: set both, or neither")
+            raise reader.error(
+                (*keys, "keep_top"),
+                "data.scores and data.keep_top go together: set both, or neither",
+            )
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
-            raise reader.error((*keys, "keep_top"), f"expected a share above 0, at most 1; found {self.keep_top}")
+            raise reader.error(
+                (*keys, "keep_top"), f"expected a share above 0, at most 1; found {self.keep_top}"
+            )
         for k in self.hold_keys:
             if k not in (known := [*self.state_keys, self.action_key]):
-                raise reader.error((*keys, "hold_keys"), f"'{k}' is no state or action key{suggest(k, known)}")
+                raise reader.error(
+                    (*keys, "hold_keys"), f"'{k}' is no state or action key{suggest(k, known)}"
+                )
 
 
 @dataclass
@@ -122,16 +178,24 @@ class Train:
     project_name: str = key(..., "name of the run")
     optim: Optim = key(Optim(), "of every component; model.component_optims names exceptions")
     epoch: int = key(1000, "epochs to train", low=1)
-    total_steps: int | None = key(None, "optimizer steps to train, if that is fewer; null: all of epoch's", low=1)
+    total_steps: int | None = key(
+        None, "optimizer steps to train, if that is fewer; null: all of epoch's", low=1
+    )
     micro_steps: int = key(1, "gradient accumulation: batches per optimizer step", low=1)
     clip: float = key(1.0, "largest norm of a component's gradient", low=0)
     val_every: int = key(1, "epochs between held-out losses", low=1)
-    ema: float | None = key(0.999, "decay of the average of the weights that is evaluated and saved; null: none", low=0)
+    ema: float | None = key(
+        0.999, "decay of the average of the weights that is evaluated and saved; null: none", low=0
+    )
     save_every: int = key(3, "epochs between checkpoints", low=1)
-    save_every_steps: int | None = key(None, "optimizer steps between further checkpoints; null: none", low=1)
+    save_every_steps: int | None = key(
+        None, "optimizer steps between further checkpoints; null: none", low=1
+    )
     keep_last: int = key(2, "checkpoints kept", low=1)
     save_dir: Path = key(..., "run folder; the same command again resumes it")
-    load_dir: Path | None = key(None, "checkpoint of another run whose components a new run starts from")
+    load_dir: Path | None = key(
+        None, "checkpoint of another run whose components a new run starts from"
+    )
     tracker: str | None = key(None, "any of Accelerate's; null: log.jsonl only")
     log_every: int = key(20, "optimizer steps between lines of the log", low=1)
 

@@ -24,11 +24,20 @@ CAMERAS["right"] = "observation.images.cam_right"
 LENGTHS = (14, 16, 18, 20, 15, 17)
 SIZE = {"dim": 16, "heads": 2, "ff": 32, "layers": 1}
 SEEN = {"state_dim": None, "visual_dim": 8, "semantic_dim": 16}
-LATENT = {"block": "vae_prior", "args": {**SIZE, **SEEN, "tokens": 2, "latent_dim": 4, "dropout": 0.1}}
+LATENT = {
+    "block": "vae_prior",
+    "args": {**SIZE, **SEEN, "tokens": 2, "latent_dim": 4, "dropout": 0.1},
+}
 COMPONENTS = {
     "backbone": {"block": "tiny_cnn", "args": {"dim": 8, "width": 4}},
-    "info_embedder": {"block": "info_encoder", "args": {**SIZE, **SEEN, "num_cameras": None, "dropout": 0.1}},
-    "action_decoder": {"block": "vfp_single_action_decoder", "args": {**SIZE, "action_dim": None, "dropout": 0.1}},
+    "info_embedder": {
+        "block": "info_encoder",
+        "args": {**SIZE, **SEEN, "num_cameras": None, "dropout": 0.1},
+    },
+    "action_decoder": {
+        "block": "vfp_single_action_decoder",
+        "args": {**SIZE, "action_dim": None, "dropout": 0.1},
+    },
 }
 LATENT_COMPONENTS = {
     **COMPONENTS,
@@ -48,9 +57,20 @@ CODES = {key: value for key, value in LATENT_COMPONENTS.items() if not key.start
         "args": {**LATENT["args"], "latent_dim": None, "head": "codes", "num_codes": 6},
     },
 }
-GUIDED = {"info_encoder" if name == "info_embedder" else name: component for name, component in CODES.items()}
-GUIDED |= {"vqvae_codebook": {"block": "vq_codebook", "args": {"num_codes": 6, "latent_dim": 4, "null_tokens": 2}}}
-ONE = {"vqvae_posterior": {**POINT, "action_dim": None}, "vqvae_prior": CODES["vqvae_prior"]["args"]}
+GUIDED = {
+    "info_encoder" if name == "info_embedder" else name: component
+    for name, component in CODES.items()
+}
+GUIDED |= {
+    "vqvae_codebook": {
+        "block": "vq_codebook",
+        "args": {"num_codes": 6, "latent_dim": 4, "null_tokens": 2},
+    }
+}
+ONE = {
+    "vqvae_posterior": {**POINT, "action_dim": None},
+    "vqvae_prior": CODES["vqvae_prior"]["args"],
+}
 EXPERTS = {name: component for name, component in CODES.items() if name != "action_decoder"} | {
     name: {**CODES[name], "args": {**args, "tokens": 1}} for name, args in ONE.items()
 }
@@ -60,7 +80,14 @@ EXPERTS["moe_action_decoder"] = {
     "args": {**LATENT_COMPONENTS["action_decoder"]["args"], "experts": 3},
 }
 VAE = {"dim": 16, "layers": 1, "latent_dim": 4}
-STATE = {**VAE, "state_dim": None, "proprio_history": None, "num_cameras": None, "width": 8, "depths": [1]}
+STATE = {
+    **VAE,
+    "state_dim": None,
+    "proprio_history": None,
+    "num_cameras": None,
+    "width": 8,
+    "depths": [1],
+}
 CHUNK = {**VAE, "action_dim": None, "action_horizon": None}
 ESTIMATOR = {}
 for side in ("encoder", "decoder"):
@@ -69,7 +96,8 @@ for side in ("encoder", "decoder"):
 POLICIES = {  # script, or script:variant -> its components
     "train_flow_matching": COMPONENTS,
     "train_vfp": LATENT_COMPONENTS,
-    "train_vfp:flow": LATENT_COMPONENTS | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
+    "train_vfp:flow": LATENT_COMPONENTS
+    | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
     "train_vfp:codes": CODES,
     "train_vfp:point": CODES | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
     "train_vfp:experts": EXPERTS,
@@ -94,10 +122,16 @@ def write_demos(root: Path, lengths=LENGTHS, fps=10, seed=0, edit=None) -> Path:
     """A LeRobot v3.0 dataset: 3 cameras of 32 x 32, state (5,), action (4,); edit(episode, arrays) may change it."""
     features = {"observation.state": {"dtype": "float32", "shape": [5], "names": None}}
     features["action"] = {"dtype": "float32", "shape": [4], "names": None}
-    features |= {key: {"dtype": "video", "shape": [32, 32, 3], "names": ["h", "w", "c"]} for key in CAMERAS.values()}
+    features |= {
+        key: {"dtype": "video", "shape": [32, 32, 3], "names": ["h", "w", "c"]}
+        for key in CAMERAS.values()
+    }
     writer, rng = DatasetWriter(root, fps, features), np.random.default_rng(seed)
     for episode, n in enumerate(lengths):
-        arrays = {"observation.state": rng.normal(size=(n, 5)).cumsum(0), "action": rng.normal(size=(n, 4)).cumsum(0)}
+        arrays = {
+            "observation.state": rng.normal(size=(n, 5)).cumsum(0),
+            "action": rng.normal(size=(n, 4)).cumsum(0),
+        }
         for shift, key in enumerate(CAMERAS.values()):
             ramp = np.arange(32)[None, :, None] * 5 + np.arange(n)[:, None, None] * 4 + 10 * shift
             arrays[key] = np.broadcast_to((ramp % 256)[..., None], (n, 32, 32, 3)).astype(np.uint8)
@@ -132,7 +166,9 @@ class Experiment:
         for name, content in POLICIES[script].items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
         self.config = {
-            "model": {"component_config_paths": {name: f"./{name}.yaml" for name in POLICIES[script]}},
+            "model": {
+                "component_config_paths": {name: f"./{name}.yaml" for name in POLICIES[script]}
+            },
             "data": {
                 "root": str(demos),
                 "cameras": CAMERAS,
@@ -229,5 +265,7 @@ class Experiment:
 @pytest.fixture
 def experiment(tmp_path, demos):
     """experiment(script, name) -> Experiment in a fresh folder."""
-    yield lambda script="train_flow_matching", name="exp": Experiment(tmp_path / name, demos, script)
+    yield lambda script="train_flow_matching", name="exp": Experiment(
+        tmp_path / name, demos, script
+    )
     forget_accelerator()

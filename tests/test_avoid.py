@@ -10,7 +10,16 @@ import evaluate
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data
 from common.envs import avoid
-from common.envs.avoid import Avoid, AvoidSkewed, collides, demonstrations, expert, generate, generate_skewed, modes
+from common.envs.avoid import (
+    Avoid,
+    AvoidSkewed,
+    collides,
+    demonstrations,
+    expert,
+    generate,
+    generate_skewed,
+    modes,
+)
 from common.schema import Data as Settings
 
 # The world again, by hand.
@@ -47,7 +56,11 @@ def placed(x, y, **settings):
     return env
 
 
-@pytest.fixture(scope="module", params=[(Avoid, generate), (AvoidSkewed, generate_skewed)], ids=["even", "skewed"])
+@pytest.fixture(
+    scope="module",
+    params=[(Avoid, generate), (AvoidSkewed, generate_skewed)],
+    ids=["even", "skewed"],
+)
 def written(request, tmp_path_factory):
     """(class, folder) of a dataset."""
     env, write = request.param
@@ -87,10 +100,18 @@ def test_all_24_modes_in_the_environment():
 
 def test_mode_is_that_of_the_last_crossing():
     up = route((0, 1, 2))
-    around = [(-0.2, 0.4), (-0.2, 0.1), (0.2, 0.1), (0.2, 0.4), (0, 0.4)]  # back below row 1 and up on the right
+    around = [
+        (-0.2, 0.4),
+        (-0.2, 0.1),
+        (0.2, 0.1),
+        (0.2, 0.4),
+        (0, 0.4),
+    ]  # back below row 1 and up on the right
     twice = np.concatenate([up[:3], around, up[4:]])
     assert modes(twice[None]).tolist() == ["1-1-2"]
-    assert modes(np.concatenate([up, [(0.6, 1.0), (0.6, 0.6), (-0.2, 0.6), (-0.2, 1)]])[None]).tolist() == ["0-1-1"]
+    assert modes(
+        np.concatenate([up, [(0.6, 1.0), (0.6, 0.6), (-0.2, 0.6), (-0.2, 1)]])[None]
+    ).tolist() == ["0-1-1"]
 
 
 def test_crossing_is_interpolated():
@@ -99,8 +120,19 @@ def test_crossing_is_interpolated():
     for end, gap in ((0.1, 0), (1.1, 1)):
         path = [(0, 0), (-0.3, 0.2), (end, 0.4), (0, 0.4), (0, 0.7), (0.2, 0.7), (0.2, 1)]
         assert modes(np.array([path])).tolist() == [f"{gap}-1-2"]
-    level = [(0, 0), (-0.2, 0.25), (0.2, 0.25), (0.2, 0.4), (0, 0.4), (0, 0.6), (0.2, 0.7), (0.2, 1)]
-    assert modes(np.array([level])).tolist() == ["0-1-2"]  # along a row after reaching it: it was crossed on arrival
+    level = [
+        (0, 0),
+        (-0.2, 0.25),
+        (0.2, 0.25),
+        (0.2, 0.4),
+        (0, 0.4),
+        (0, 0.6),
+        (0.2, 0.7),
+        (0.2, 1),
+    ]
+    assert modes(np.array([level])).tolist() == [
+        "0-1-2"
+    ]  # along a row after reaching it: it was crossed on arrival
 
 
 def test_no_mode_before_all_rows_are_passed():
@@ -134,16 +166,23 @@ def test_modes_of_many_are_those_of_each():
 
 def test_collision_against_dense_sampling():
     rng = np.random.default_rng(0)
-    paths = rng.uniform([-0.7, 0], [0.7, 1], (2000, 1, 2)) + np.cumsum(rng.normal(0, 0.1, (2000, 4, 2)), 1)
+    paths = rng.uniform([-0.7, 0], [0.7, 1], (2000, 1, 2)) + np.cumsum(
+        rng.normal(0, 0.1, (2000, 4, 2)), 1
+    )
     share = np.linspace(0, 1, 1001)[:, None]
     nearest = np.empty(len(paths))
     for n, path in enumerate(paths):
         points = np.concatenate([start + share * (end - start) for start, end in pairwise(path)])
         nearest[n] = min(np.hypot(*(points - disc).T).min() for disc in DISCS)
-    clear, found = np.abs(nearest - 0.06) > 1e-6, collides(paths)  # samples 0.5 mm apart are off by less than that
+    clear, found = (
+        np.abs(nearest - 0.06) > 1e-6,
+        collides(paths),
+    )  # samples 0.5 mm apart are off by less than that
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(found[clear], nearest[clear] < 0.06)
-    ends_clear = np.min([np.hypot(*(paths - disc).transpose(2, 0, 1)).min(1) for disc in DISCS], 0) > 0.06
+    ends_clear = (
+        np.min([np.hypot(*(paths - disc).transpose(2, 0, 1)).min(1) for disc in DISCS], 0) > 0.06
+    )
     assert (found & ends_clear).sum() > 50  # no corner inside, but a segment goes through
     assert found.tolist() == [collides(path[None])[0] for path in paths]
 
@@ -153,7 +192,10 @@ def test_disc_contact(gap, touches):
     reach = 0.06 + gap
     passing = [(-0.1, 0.25 - reach), (0.1, 0.25 - reach)]
     aside = np.array([0.3, 0.4]) * 2 * reach
-    slanted = [(0.2 + aside[0] - 0.04, 0.5 + aside[1] + 0.03), (0.2 + aside[0] + 0.04, 0.5 + aside[1] - 0.03)]
+    slanted = [
+        (0.2 + aside[0] - 0.04, 0.5 + aside[1] + 0.03),
+        (0.2 + aside[0] + 0.04, 0.5 + aside[1] - 0.03),
+    ]
     stopping = [(-0.4, 0.6), (-0.4, 0.75 - reach)]
     leaving = [(0.4 + reach, 0.75), (0.6, 0.75)]
     still = [(0.0, 0.75 + reach)] * 2
@@ -173,7 +215,9 @@ def test_step_is_straight_and_limited():
     np.testing.assert_allclose(observation["observation.state"], [0.2, 0.18, 0, -0.2], atol=1e-6)
     assert rest == [0, False, False]
     np.testing.assert_array_equal(info["position"], observation["observation.state"][:2])
-    np.testing.assert_array_equal(env.step([0.2, 0.18])[0]["observation.state"], np.float32([0.2, 0.18, 0, 0]))
+    np.testing.assert_array_equal(
+        env.step([0.2, 0.18])[0]["observation.state"], np.float32([0.2, 0.18, 0, 0])
+    )
     for distance, reached in ((0.249, 0.249), (0.25, 0.25), (0.251, 0.25)):
         assert placed(0, 0).step([-distance, 0])[0]["observation.state"][0] == np.float32(-reached)
 
@@ -188,7 +232,9 @@ def test_reset_forgets_the_last_episode():
     env, finished = placed(0, 0), []
     for points in (route((0, 1, 2)), route((0, 1, 2), shift=0.15)):
         finished.append(drive(env, points)[4])
-        assert env.reset(seed=0)[1] | {"position": None} == dict.fromkeys(finished[0]) | {"success": False}
+        assert env.reset(seed=0)[1] | {"position": None} == dict.fromkeys(finished[0]) | {
+            "success": False
+        }
         assert len(env.path) == 1
         assert not env.step([0, 0])[4]["success"]
         env.path = np.zeros((1, 2), np.float32)
@@ -214,7 +260,9 @@ def test_disc_comes_before_the_finish_and_both_before_timeout(x, failure):
     assert (info["success"], info["failure"]) == (failure is None, failure)
 
 
-@pytest.mark.parametrize("action", [0.5, np.zeros(3), np.zeros((1, 2)), [0, np.nan], [np.inf, 0], None])
+@pytest.mark.parametrize(
+    "action", [0.5, np.zeros(3), np.zeros((1, 2)), [0, np.nan], [np.inf, 0], None]
+)
 def test_bad_actions_are_refused(action):
     with pytest.raises(ValueError, match="two finite numbers"):
         placed(0, 0).step(action)
@@ -231,7 +279,9 @@ def test_seed_decides_everything():
     assert env.reset(seed=4)[0]["observation.state"][0] != first["observation.state"][0]
     assert env.reset()[0]["observation.state"][0] != env.reset()[0]["observation.state"][0]
     starts = np.array([env.reset(seed=seed)[0]["observation.state"] for seed in range(2000)])
-    assert (starts[:, 1:] == np.float32([0, 0, 0.4])).all()  # at y = 0, straight ahead at the demonstrations' speed
+    assert (
+        starts[:, 1:] == np.float32([0, 0, 0.4])
+    ).all()  # at y = 0, straight ahead at the demonstrations' speed
     counts, _ = np.histogram(starts[:, 0], 10, (-0.1, 0.1))
     assert counts.sum() == 2000  # none outside
     assert 140 < counts.min() <= counts.max() < 260  # 200 +- 4.5 standard deviations
@@ -256,14 +306,18 @@ def test_expert_takes_every_mode_step_by_step():
 
 def test_expert_path_is_smoothsteps_through_noisy_gaps():
     n = 4000
-    paths = expert(np.full(n, 0.08), np.full(n, Avoid.MODES.index("0-1-2")), np.random.default_rng(0)).astype(float)
+    paths = expert(
+        np.full(n, 0.08), np.full(n, Avoid.MODES.index("0-1-2")), np.random.default_rng(0)
+    ).astype(float)
     begin, draws, pace = np.full(n, 0.08), [], []
     for y, middle in {0.25: -0.2, 0.5: 0, 0.75: 0.2, 1.0: None}.items():
         # Between knots, x = a + s (b - a) with s = 3 u^2 - 2 u^3: least squares over a piece's points find a and b.
         steps = np.arange(math.ceil(25 * (y - 0.25)), math.floor(25 * y) + 1)
         u = 4 * (steps / 25 - y + 0.25)
         s = 3 * u**2 - 2 * u**3
-        (start, end), residual, _, _ = np.linalg.lstsq(np.stack([1 - s, s], 1), paths[:, steps, 0].T, rcond=None)
+        (start, end), residual, _, _ = np.linalg.lstsq(
+            np.stack([1 - s, s], 1), paths[:, steps, 0].T, rcond=None
+        )
         np.testing.assert_allclose(start, begin, atol=1e-5)
         assert residual.max() < 1e-10
         draws.append(end - (begin if middle is None else middle))
@@ -284,7 +338,9 @@ def test_expert_draws_again_what_hits_or_is_too_fast(monkeypatch):
     assert np.hypot(*np.diff(paths, axis=1).transpose(2, 0, 1)).max() <= 0.25
     assert len(np.unique(paths[:, -1, 0])) == 480
     monkeypatch.setattr(avoid, "collides", lambda paths: np.zeros(len(paths), bool))
-    assert collides(expert(starts, chosen, np.random.default_rng(0))).any()  # there was something to draw again
+    assert collides(
+        expert(starts, chosen, np.random.default_rng(0))
+    ).any()  # there was something to draw again
 
 
 def test_demonstrations_follow_from_the_seed():
@@ -324,7 +380,12 @@ def test_shares():
 def test_dataset_holds_what_the_expert_did(written):
     kind, root = written
     dataset = LeRobotDataset(root)
-    assert (dataset.fps, dataset.robot_type, len(dataset.episodes), dataset.cameras) == (10, "avoid", 960, [])
+    assert (dataset.fps, dataset.robot_type, len(dataset.episodes), dataset.cameras) == (
+        10,
+        "avoid",
+        960,
+        [],
+    )
     assert {episode.length for episode in dataset.episodes} == {25}
     columns = dataset.columns(["observation.state", "action"])
     state, action = (columns[key].reshape(960, 25, -1) for key in ("observation.state", "action"))
@@ -346,14 +407,30 @@ def test_dataset_holds_what_the_expert_did(written):
 @pytest.mark.parametrize("cache", ["frames", "none"])
 def test_loader_reads_it_without_cameras(written, cache):
     kind, root = written
-    sizes = {"action_horizon": 25, "obs_proprio_history": 2, "batch_size": 64, "num_workers": 0, "cache": cache}
+    sizes = {
+        "action_horizon": 25,
+        "obs_proprio_history": 2,
+        "batch_size": 64,
+        "num_workers": 0,
+        "cache": cache,
+    }
     data = Data(Settings(root=str(root), cameras={}, HZ=10.0, **sizes))
     if cache == "frames":
         data.cache_frames()  # of no camera
-    assert (len(data.windows), len(data.train_rows), data.val_episodes) == (24_000, 21_600, list(range(864, 960)))
-    assert (data.facts["action_dim"], data.facts["state_dim"], data.facts["num_cameras"]) == (2, 4, 0)
+    assert (len(data.windows), len(data.train_rows), data.val_episodes) == (
+        24_000,
+        21_600,
+        list(range(864, 960)),
+    )
+    assert (data.facts["action_dim"], data.facts["state_dim"], data.facts["num_cameras"]) == (
+        2,
+        4,
+        0,
+    )
     paths = demonstrations(kind.COUNTS)[2]
-    sample = data.windows[np.arange(0, 24_000, 25)]  # the first moment of each episode: its whole way in one chunk
+    sample = data.windows[
+        np.arange(0, 24_000, 25)
+    ]  # the first moment of each episode: its whole way in one chunk
     np.testing.assert_array_equal(sample["action"], paths[:, 1:])
     assert not sample["action_is_pad"].any()
     expected = np.concatenate([paths[:, :1], np.tile(np.float32([0, 0.4]), (960, 1, 1))], -1)

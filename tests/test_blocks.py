@@ -12,7 +12,14 @@ from torch import nn
 from common import flow
 from common.blocks.embed import sincos
 from common.blocks.mlp import MLPActionDecoder, MLPInfoEncoder, MLPPosterior, MLPPrior
-from common.blocks.transformer import ActionDecoder, Attention, InfoEncoder, MultimodalBridge, VAEPosterior, VAEPrior
+from common.blocks.transformer import (
+    ActionDecoder,
+    Attention,
+    InfoEncoder,
+    MultimodalBridge,
+    VAEPosterior,
+    VAEPrior,
+)
 from common.blocks.vision import TimmBackbone, TinyCNN
 from common.build import FACTS, build
 from common.config import UserError
@@ -25,7 +32,9 @@ GRID, VISUAL, SEMANTIC, LATENT = (2, 3), 8, 10, 5
 
 DECODERS = {
     "transformer": lambda z: ActionDecoder(D, 4, 32, 2, A, latent_dim=LATENT if z else None),
-    "causal": lambda z: ActionDecoder(D, 4, 32, 2, A, latent_dim=LATENT if z else None, causal=True),
+    "causal": lambda z: ActionDecoder(
+        D, 4, 32, 2, A, latent_dim=LATENT if z else None, causal=True
+    ),
     "mlp": lambda z: MLPActionDecoder(D, 2, D, A, T, latent_size=2 * LATENT if z else 0),
 }
 INFO = {
@@ -40,7 +49,10 @@ LATENTS = {
         lambda: VAEPosterior(D, 4, 32, 1, S, VISUAL, SEMANTIC, LATENT, action_dim=A, tokens=2),
         lambda: VAEPrior(D, 4, 32, 1, S, VISUAL, SEMANTIC, LATENT, tokens=2),
     ),
-    "mlp": (lambda: MLPPosterior(D, 1, action_dim=A, action_horizon=T, **SIZES), lambda: MLPPrior(D, 1, **SIZES)),
+    "mlp": (
+        lambda: MLPPosterior(D, 1, action_dim=A, action_horizon=T, **SIZES),
+        lambda: MLPPrior(D, 1, **SIZES),
+    ),
 }
 
 
@@ -82,7 +94,9 @@ def test_a_decoder_predicts_for_every_row_of_every_sample(kind, z):
     result = model(**inputs)
     assert result.shape == (B, R, T, A)
     for r in range(R):  # the rows share the memory and nothing else
-        alone = model(**inputs | {"x_t": inputs["x_t"][:, r : r + 1], "t": inputs["t"][:, r : r + 1]})
+        alone = model(
+            **inputs | {"x_t": inputs["x_t"][:, r : r + 1], "t": inputs["t"][:, r : r + 1]}
+        )
         torch.testing.assert_close(result[:, r : r + 1], alone, atol=1e-5, rtol=1e-5)
     for b in range(B):
         alone = model(**{name: x[b : b + 1] for name, x in inputs.items()})
@@ -105,7 +119,9 @@ def test_bound_sampling_is_the_plain_euler_loop(kind, z):
     for k in range(steps):
         x = x + model(x_t=x, t=torch.full((B, 1), k / steps), **known) / steps
     bound = model.bind(**known)
-    sampled = flow.euler(lambda x, t: flow.velocity(bound, "velocity", x, t), inputs["x_t"][:, 0], steps)
+    sampled = flow.euler(
+        lambda x, t: flow.velocity(bound, "velocity", x, t), inputs["x_t"][:, 0], steps
+    )
     torch.testing.assert_close(sampled, x[:, 0], atol=1e-5, rtol=0)
     assert (sampled - inputs["x_t"][:, 0]).abs().max() > 0.1
 
@@ -113,7 +129,11 @@ def test_bound_sampling_is_the_plain_euler_loop(kind, z):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_latent_may_be_bound_given_later_or_replaced(kind):
     model, inputs = decoder(kind, True), decoder_inputs(kind, True)
-    rest, memory, other = {k: inputs[k] for k in ("x_t", "t")}, inputs["memory"], torch.randn(B, 2, LATENT)
+    rest, memory, other = (
+        {k: inputs[k] for k in ("x_t", "t")},
+        inputs["memory"],
+        torch.randn(B, 2, LATENT),
+    )
     expected = model(**inputs)
     torch.testing.assert_close(model.bind(memory)(**rest, z=inputs["z"]), expected)
     torch.testing.assert_close(model.bind(memory, other)(**rest, z=inputs["z"]), expected)
@@ -139,7 +159,9 @@ def test_detached_memory_gets_no_gradient_and_the_latent_does(kind):
     given = [layer.cross.key_value.weight.grad.clone() for layer in model.layers]
     model.zero_grad()
     _, of_z = model.bind(memory.detach())._join(z)
-    frozen = [tuple(torch.cat([x[:, :, :N].detach(), x[:, :, N:]], 2) for x in pair) for pair in of_z]
+    frozen = [
+        tuple(torch.cat([x[:, :, :N].detach(), x[:, :, N:]], 2) for x in pair) for pair in of_z
+    ]
     model.run(inputs["x_t"], inputs["t"], frozen, model.latent(z), None).square().sum().backward()
     for grad, layer in zip(given, model.layers, strict=True):
         torch.testing.assert_close(grad, layer.cross.key_value.weight.grad)
@@ -172,12 +194,16 @@ def test_positions_of_action_steps_matter(kind):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_times_are_told_apart_over_their_whole_range(kind):
     model, inputs = decoder(kind), decoder_inputs(kind)
-    results = [model(**inputs | {"t": torch.full((B, R), t)}) for t in (0.0, 0.01, 0.5, 0.99, 0.999)]
+    results = [
+        model(**inputs | {"t": torch.full((B, R), t)}) for t in (0.0, 0.01, 0.5, 0.99, 0.999)
+    ]
     assert min((a - b).abs().max() for a, b in pairwise(results)) > 1e-4
     seen = []
     model.time.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
     model(**inputs | {"t": torch.tensor([[0.0, 1.0]] * B)})
-    assert torch.cosine_similarity(*seen[0], dim=0) < 0.5  # the usual base of 10,000 gives 0.95 for t in [0, 1]
+    assert (
+        torch.cosine_similarity(*seen[0], dim=0) < 0.5
+    )  # the usual base of 10,000 gives 0.95 for t in [0, 1]
 
 
 def test_sincos_periods_run_from_shortest_to_longest():
@@ -202,7 +228,9 @@ def test_a_hidden_camera_has_no_influence_and_the_others_have(kind):
     for name in ("cond_visual", "cond_semantic"):
         for camera in range(2):
             other = copy.copy(obs)
-            other[name] = [x + 1 + torch.randn_like(x) if i == camera else x for i, x in enumerate(obs[name])]
+            other[name] = [
+                x + 1 + torch.randn_like(x) if i == camera else x for i, x in enumerate(obs[name])
+            ]
             changed = (model(**other, drop=drop) - seen).abs().amax((1, 2)) > 1e-4
             assert changed.tolist() == (~drop[:, camera]).tolist()
     hidden = (model(**obs) - seen).abs().amax((1, 2)) > 1e-4
@@ -212,12 +240,16 @@ def test_a_hidden_camera_has_no_influence_and_the_others_have(kind):
 def test_positions_tell_patches_and_history_steps_apart():
     model, obs = MultimodalBridge(D, S, 1, VISUAL, SEMANTIC), observation(1)
     same = {
-        name: torch.ones_like(x) if torch.is_tensor(x) else [torch.ones_like(y) for y in x] for name, x in obs.items()
+        name: torch.ones_like(x) if torch.is_tensor(x) else [torch.ones_like(y) for y in x]
+        for name, x in obs.items()
     }
     tokens = model(**same)[0]
     assert torch.pdist(tokens).min() > 1e-2
     moved = (
-        model(**obs | {"cond_visual": [obs["cond_visual"][0].flip(2)]})[:, :6].unflatten(1, GRID).flip(2).flatten(1, 2)
+        model(**obs | {"cond_visual": [obs["cond_visual"][0].flip(2)]})[:, :6]
+        .unflatten(1, GRID)
+        .flip(2)
+        .flatten(1, 2)
     )
     assert (moved - model(**obs)[:, :6]).abs().max() > 1e-2
 
@@ -246,7 +278,9 @@ def test_attention_is_torchs(causal):
     reference.in_proj_weight.data = torch.cat([ours.query.weight, ours.key_value.weight]).detach()
     x, memory = torch.randn(B, T, D), torch.randn(B, N, D)
     mask = nn.Transformer.generate_square_subsequent_mask(T) if causal else None
-    torch.testing.assert_close(ours(x, causal=causal), reference(x, x, x, attn_mask=mask, is_causal=causal)[0])
+    torch.testing.assert_close(
+        ours(x, causal=causal), reference(x, x, x, attn_mask=mask, is_causal=causal)[0]
+    )
     torch.testing.assert_close(ours(x, ours.keys_values(memory)), reference(x, memory, memory)[0])
 
 
@@ -266,7 +300,9 @@ def test_latents_are_gaussians_with_a_bounded_variance(kind):
     assert (posterior(**obs, action=action + 1).mu - q.mu).abs().max() > 1e-4
     drop = torch.tensor([[True]] * B)
     hidden = prior(**obs, drop=drop).mu
-    assert torch.equal(prior(**obs | {"cond_visual": observation(1)["cond_visual"]}, drop=drop).mu, hidden)
+    assert torch.equal(
+        prior(**obs | {"cond_visual": observation(1)["cond_visual"]}, drop=drop).mu, hidden
+    )
     prior.head.weight.data *= 1000
     assert prior(**obs).logvar.unique().tolist()[:: tokens * B * LATENT] == [-6.0]
     assert prior(**obs).logvar.max() == 2
@@ -287,15 +323,27 @@ def without_gradient_after_two_steps(module, loss):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_every_parameter_of_a_decoder_learns(kind):
-    model, inputs, target = DECODERS[kind](True), decoder_inputs(kind, True), torch.randn(B, R, T, A)
-    assert without_gradient_after_two_steps(model, lambda: (model(**inputs) - target).square().mean()) == []
+    model, inputs, target = (
+        DECODERS[kind](True),
+        decoder_inputs(kind, True),
+        torch.randn(B, R, T, A),
+    )
+    assert (
+        without_gradient_after_two_steps(model, lambda: (model(**inputs) - target).square().mean())
+        == []
+    )
 
 
 @pytest.mark.parametrize("kind", INFO)
 def test_every_parameter_of_an_encoder_learns(kind):
     model, obs, target = INFO[kind](2), observation(), torch.randn(D)
     drop = torch.tensor([[True, False], [False, True], [False, False]])
-    assert without_gradient_after_two_steps(model, lambda: (model(**obs, drop=drop) - target).square().mean()) == []
+    assert (
+        without_gradient_after_two_steps(
+            model, lambda: (model(**obs, drop=drop) - target).square().mean()
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("kind", LATENTS)
@@ -325,12 +373,19 @@ def test_a_backbone_gives_a_grid_and_a_summary_and_learns(kind):
     features, summary = model(image)
     assert features.shape == (2, channels, 96 // stride, 128 // stride)
     assert summary.shape == (2, summary_size)
-    assert without_gradient_after_two_steps(model, lambda: sum((x - 0.3).square().sum() for x in model(image))) == []
+    assert (
+        without_gradient_after_two_steps(
+            model, lambda: sum((x - 0.3).square().sum() for x in model(image))
+        )
+        == []
+    )
 
 
 def test_the_keypoint_summary_finds_a_bright_dot():
     model = TinyCNN(dim=2, width=4)
-    for conv in (m for m in model.stem if isinstance(m, nn.Conv2d)):  # brightness, blurred over a few pixels
+    for conv in (
+        m for m in model.stem if isinstance(m, nn.Conv2d)
+    ):  # brightness, blurred over a few pixels
         nn.init.constant_(conv.weight, 1 / conv.weight[0].numel())
         nn.init.zeros_(conv.bias)
     nn.init.constant_(model.keypoints.weight, 300)
@@ -344,10 +399,14 @@ def test_the_keypoint_summary_finds_a_bright_dot():
 
 def test_timm_pictures_are_normalised_and_prefix_tokens_dropped():
     model, image = (
-        TimmBackbone("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=64).eval(),
+        TimmBackbone(
+            "vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=64
+        ).eval(),
         torch.rand(2, 3, 64, 64),
     )
-    tokens = model.model.forward_features((image - 0.5) / 0.5)  # this model's own mean and deviation
+    tokens = model.model.forward_features(
+        (image - 0.5) / 0.5
+    )  # this model's own mean and deviation
     features, summary = model(image)
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens[:, 1:])
     torch.testing.assert_close(summary, tokens[:, 0])
@@ -363,10 +422,14 @@ def test_timm_weights_come_from_a_file_whose_classifier_is_ignored(tmp_path, nam
     model = TimmBackbone(name, weights=str(file))
     assert model.load_weights() == file
     own = model.model.state_dict()
-    assert all(torch.equal(own[key], value) for key, value in published.state_dict().items() if key in own)
+    assert all(
+        torch.equal(own[key], value) for key, value in published.state_dict().items() if key in own
+    )
     tensors = {key: value for key, value in own.items() if "norm" not in key and "bn" not in key}
     save_file(tensors, file)
-    with pytest.raises(UserError, match=rf"(?s)model.safetensors: not the weights of timm's '{name}'.*Missing key"):
+    with pytest.raises(
+        UserError, match=rf"(?s)model.safetensors: not the weights of timm's '{name}'.*Missing key"
+    ):
         model.load_weights()
     with pytest.raises(UserError, match="no such file"):
         TimmBackbone(name, weights=str(tmp_path / "none.safetensors")).load_weights()
@@ -375,7 +438,9 @@ def test_timm_weights_come_from_a_file_whose_classifier_is_ignored(tmp_path, nam
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("train"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT / "configs")) for path in CONFIGS])
+@pytest.mark.parametrize(
+    "path", CONFIGS, ids=[str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
+)
 def test_every_component_of_the_configs_builds(path):
     facts = {name: 3 for name in FACTS if f"{name}: null" in path.read_text()}
     with torch.device("meta"):

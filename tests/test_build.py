@@ -96,8 +96,15 @@ def test_forward_is_what_the_modules_compute_by_hand():
 
 
 def test_state_dict_names_are_the_blocks_names():
-    assert {key.split(".")[0] for key in parse(LONG).state_dict()} == {"tokens", "context", "h", "both"}
-    assert list(parse("block: nn.Linear\nargs: {in_features: 2, out_features: 1}").state_dict()) == [
+    assert {key.split(".")[0] for key in parse(LONG).state_dict()} == {
+        "tokens",
+        "context",
+        "h",
+        "both",
+    }
+    assert list(
+        parse("block: nn.Linear\nargs: {in_features: 2, out_features: 1}").state_dict()
+    ) == [
         "block.weight",
         "block.bias",
     ]
@@ -190,7 +197,8 @@ def test_deepcopy_is_independent():
 
 def test_compiles_without_graph_breaks():
     text = LONG.replace(
-        "test_scale, in: [$context], args: {by: $factor}", "nn.Softplus, in: [$context], args: {beta: $factor}"
+        "test_scale, in: [$context], args: {by: $factor}",
+        "nn.Softplus, in: [$context], args: {beta: $factor}",
     )
     text = text.replace(
         "test_attend, in: [$tokens, $twice], args: {dim: $dim}",
@@ -214,7 +222,9 @@ def test_meta_device_allocates_nothing():
 
 def test_nothing_is_made_before_everything_is_checked(monkeypatch):
     made = []
-    monkeypatch.setattr(Pair, "__init__", functools.wraps(Pair.__init__)(lambda *a, **k: made.append(1)))
+    monkeypatch.setattr(
+        Pair, "__init__", functools.wraps(Pair.__init__)(lambda *a, **k: made.append(1))
+    )
     with pytest.raises(ConfigError):
         parse(LONG.replace("$a, second", "$nothing, second"))
     assert not made
@@ -232,7 +242,9 @@ return: $v
 
 def test_facts_fill_null_params():
     assert parse(FACTS, action_dim=6).v.out_features == 6
-    assert parse("block: test_anything\nargs: {state_dim: null, other: null}", state_dim=9).block.options == {
+    assert parse(
+        "block: test_anything\nargs: {state_dim: null, other: null}", state_dim=9
+    ).block.options == {
         "state_dim": 9,
         "other": None,
     }
@@ -270,7 +282,10 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("block: nn.Linaer", r"part.yaml:1: block: no block 'nn.Linaer'; did you mean 'nn.Linear'\?\n.*plugins"),
+        (
+            "block: nn.Linaer",
+            r"part.yaml:1: block: no block 'nn.Linaer'; did you mean 'nn.Linear'\?\n.*plugins",
+        ),
         ("block: nn.functional", "part.yaml:1: block: no block 'nn.functional'"),
         ("block: nn.Parameter", "part.yaml:1: block: no block 'nn.Parameter'"),
         ("block: 3", "part.yaml:1: block: no block '3'"),
@@ -286,9 +301,18 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
             "block: nn.Linear\nargs: {in_features: 1}",
             "part.yaml:2: args: .*missing a required argument: 'out_features'",
         ),
-        ("block: test_pair\nargs: {dim: $dim}", "part.yaml:2: args.dim: no param 'dim'; known: none"),
-        ("block: test_pair\nargs: {dim: 0}", "part.yaml:1: block: Pair refuses its arguments: dim must be positive"),
-        ("block: test_pair\nargs: {dim: x}", "part.yaml:1: block: Pair refuses its arguments: '<='"),
+        (
+            "block: test_pair\nargs: {dim: $dim}",
+            "part.yaml:2: args.dim: no param 'dim'; known: none",
+        ),
+        (
+            "block: test_pair\nargs: {dim: 0}",
+            "part.yaml:1: block: Pair refuses its arguments: dim must be positive",
+        ),
+        (
+            "block: test_pair\nargs: {dim: x}",
+            "part.yaml:1: block: Pair refuses its arguments: '<='",
+        ),
         (graph(TANH).replace("return: $a\n", ""), "part.yaml:1: 'return' is missing"),
         (graph(TANH).replace("inputs: [x]\n", ""), "part.yaml:1: 'inputs' is missing"),
         (graph(TANH, inputs="x"), 'part.yaml:1: inputs: expected a list of names, found "x"'),
@@ -299,22 +323,46 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
         (graph("a: nn.Tanh"), "part.yaml:4: blocks.a: expected a mapping"),
         (graph("a: {in: [$x]}"), "part.yaml:4: blocks.a: 'block' is missing"),
         (graph("a: {block: nn.Tanh}"), "part.yaml:4: blocks.a: 'in' is missing"),
-        (graph("a: {block: nn.Tanh, inn: [$x]}"), "part.yaml:4: blocks.a.inn: unknown key; did you mean 'in'"),
+        (
+            graph("a: {block: nn.Tanh, inn: [$x]}"),
+            "part.yaml:4: blocks.a.inn: unknown key; did you mean 'in'",
+        ),
         (
             graph("a: {block: nn.Tan, in: [$x]}"),
             "part.yaml:4: blocks.a.block: no block 'nn.Tan'; did you mean 'nn.Tanh'",
         ),
-        (graph("a: {block: nn.Tanh, in: [x]}"), 'part.yaml:4: blocks.a.in: expected \\$name, found "x"'),
-        (graph("a: {block: nn.Tanh, in: [$y]}"), "part.yaml:4: blocks.a.in: nothing is called 'y'; known: x"),
-        (graph("a: {block: nn.Tanh, in: [$a]}"), "part.yaml:4: blocks.a.in: 'a' is not there yet: .* only look back"),
+        (
+            graph("a: {block: nn.Tanh, in: [x]}"),
+            'part.yaml:4: blocks.a.in: expected \\$name, found "x"',
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: [$y]}"),
+            "part.yaml:4: blocks.a.in: nothing is called 'y'; known: x",
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: [$a]}"),
+            "part.yaml:4: blocks.a.in: 'a' is not there yet: .* only look back",
+        ),
         (
             graph("a: {block: nn.Tanh, in: [$b]}\n  b: {block: nn.Tanh, in: [$a]}"),
             "part.yaml:4: .*'b' is not there yet",
         ),
-        (graph("a: {block: nn.Tanh, in: [$d]}", params="{d: 3}"), "part.yaml:4: .*'d' is a param, not a tensor"),
-        (graph("a: {block: test_pair, in: [$x], args: {dim: 2}, out: [b, c]}"), "'a' has several results"),
-        (graph("a: {block: nn.Tanh, in: [$x, $x]}"), "part.yaml:4: blocks.a.in: block 'nn.Tanh': too many positional"),
-        (graph("a: {block: nn.Tanh, in: {y: $x}}"), "part.yaml:4: blocks.a.in.y: .*takes no 'y'\n    known: input"),
+        (
+            graph("a: {block: nn.Tanh, in: [$d]}", params="{d: 3}"),
+            "part.yaml:4: .*'d' is a param, not a tensor",
+        ),
+        (
+            graph("a: {block: test_pair, in: [$x], args: {dim: 2}, out: [b, c]}"),
+            "'a' has several results",
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: [$x, $x]}"),
+            "part.yaml:4: blocks.a.in: block 'nn.Tanh': too many positional",
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: {y: $x}}"),
+            "part.yaml:4: blocks.a.in.y: .*takes no 'y'\n    known: input",
+        ),
         (
             graph("a: {block: test_attend, in: [$x], args: {dim: 2}}"),
             "part.yaml:4: .*missing a required argument: 'memory'",
@@ -332,17 +380,32 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
             graph("a: {block: test_scale, in: [$x], args: {by: $c}}", params="{b: 3}"),
             "blocks.a.args.by: no param 'c'; known: b",
         ),
-        (graph(TANH + "\n  b: {block: nn.Tanh, in: [$x]}"), "part.yaml:5: blocks.b: nothing uses its result"),
+        (
+            graph(TANH + "\n  b: {block: nn.Tanh, in: [$x]}"),
+            "part.yaml:5: blocks.b: nothing uses its result",
+        ),
         (graph("x: {block: nn.Tanh, in: [$x]}"), "part.yaml:4: blocks.x: the name 'x' is taken"),
-        (graph("a: {block: nn.Tanh, in: [$x]}", params="{a: 3}"), "part.yaml:4: .*the name 'a' is taken"),
-        (graph("a: {block: nn.Tanh, in: [$x], out: [x]}"), "part.yaml:4: blocks.a: the name 'x' is taken"),
-        (graph("a: {block: nn.Tanh, in: [$x], out: b}"), "part.yaml:4: blocks.a.out: expected a list of names"),
+        (
+            graph("a: {block: nn.Tanh, in: [$x]}", params="{a: 3}"),
+            "part.yaml:4: .*the name 'a' is taken",
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: [$x], out: [x]}"),
+            "part.yaml:4: blocks.a: the name 'x' is taken",
+        ),
+        (
+            graph("a: {block: nn.Tanh, in: [$x], out: b}"),
+            "part.yaml:4: blocks.a.out: expected a list of names",
+        ),
         (
             graph("train: {block: nn.Tanh, in: [$x]}"),
             "part.yaml:4: blocks.train: torch modules have an attribute 'train'",
         ),
         (graph("bind: {block: nn.Tanh, in: [$x]}"), "torch modules have an attribute 'bind'"),
-        (graph("training: {block: nn.Tanh, in: [$x]}"), "torch modules have an attribute 'training'"),
+        (
+            graph("training: {block: nn.Tanh, in: [$x]}"),
+            "torch modules have an attribute 'training'",
+        ),
         (graph("a-b: {block: nn.Tanh, in: [$x]}"), 'part.yaml:4: blocks.a-b: "a-b" is no name'),
         (graph(TANH, result="$c"), "part.yaml:5: return: nothing is called 'c'"),
         (graph(TANH, result="a"), 'part.yaml:5: return: expected \\$name, found "a"'),
@@ -356,13 +419,18 @@ def test_mistakes(text, message):
 @pytest.mark.parametrize(
     ("entry", "found"),
     [
-        ("{block: test_pair, in: [$x], args: {dim: 2}, out: [a, b, c]}", "the block returned 2 results"),
+        (
+            "{block: test_pair, in: [$x], args: {dim: 2}, out: [a, b, c]}",
+            "the block returned 2 results",
+        ),
         ("{block: nn.Tanh, in: [$x], out: [a, b, c]}", "the block returned one Tensor"),
     ],
 )
 def test_arity_of_out(entry, found):
     model = parse(graph(f"p: {entry}", result="[$a, $b, $c]"))
-    with pytest.raises(ConfigError, match=f"part.yaml:4: blocks.p.out: `out` names 3 results, {found}"):
+    with pytest.raises(
+        ConfigError, match=f"part.yaml:4: blocks.p.out: `out` names 3 results, {found}"
+    ):
         model(x=torch.randn(1, 2))
 
 
@@ -418,5 +486,7 @@ def test_plugins_register_blocks_or_say_what_is_missing(tmp_path, monkeypatch):
     assert parse("block: from_plugin\nargs: {by: 1}")(torch.zeros(1)) == 1
     del sys.modules["plugin_of_test"]
     source = Yaml.parse("seed: 0\nplugins:\n  - no_such_module", "train.yaml")
-    with pytest.raises(ConfigError, match=r"train.yaml:3: plugins.0: cannot import plugin 'no_such_module'"):
+    with pytest.raises(
+        ConfigError, match=r"train.yaml:3: plugins.0: cannot import plugin 'no_such_module'"
+    ):
         import_plugins(source.data["plugins"], source)

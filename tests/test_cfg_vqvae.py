@@ -58,7 +58,9 @@ def test_guidance_is_a_line_through_two_velocities(decoder, target):
     z, null, x, t = torch.randn(B, 2, D), torch.randn(B, 2, D), torch.randn(B, T, A), 0.3
     told, untold = (flow.velocity(made.bind(memory, which), target, x, t) for which in (z, null))
     for w in (0.0, 0.5, 1.0, 3.0):
-        guided = flow.velocity(flow.guided(made.bind(memory, torch.cat([z, null])), w), target, x, t)
+        guided = flow.velocity(
+            flow.guided(made.bind(memory, torch.cat([z, null])), w), target, x, t
+        )
         torch.testing.assert_close(guided, untold + w * (told - untold), atol=1e-5, rtol=1e-5)
 
 
@@ -113,27 +115,37 @@ def test_guided_sampling_is_the_guided_flow(trained):
     null = policy.codebook.null.expand_as(z)
     for k in range(3):
         t = torch.full((8, 1), k / 3)
-        told, untold = (decoder(x_t=x[:, None], t=t, memory=memory.tokens, z=which)[:, 0] for which in (z, null))
+        told, untold = (
+            decoder(x_t=x[:, None], t=t, memory=memory.tokens, z=which)[:, 0] for which in (z, null)
+        )
         x = x + (untold + w * (told - untold)) / 3
     torch.testing.assert_close(found, policy.stats.denormalize("action", x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("null", "progress", "share"), [(0.3, 0.5, 0.3), (0.3, 0.01, 0.0), (1.0, 0.02, 1.0)])
+@pytest.mark.parametrize(
+    ("null", "progress", "share"), [(0.3, 0.5, 0.3), (0.3, 0.01, 0.0), (1.0, 0.02, 1.0)]
+)
 def test_so_many_samples_are_told_nothing(trained, monkeypatch, null, progress, share):
     policy, batch = trained
     policy.loss.null, policy.loss.camera_dropout, told = null, 0.0, []
-    monkeypatch.setattr(ActionDecoder, "bind", lambda self, memory: lambda x_t, t, z: told.append(z) or 0 * x_t)
+    monkeypatch.setattr(
+        ActionDecoder, "bind", lambda self, memory: lambda x_t, t, z: told.append(z) or 0 * x_t
+    )
     for step in range(100):
         policy.train()(batch | {"noise": Noise(step), "progress": progress})
     z = torch.cat(told)
     untold = (z == policy.codebook.null).flatten(1).all(1)
-    assert not (z == policy.codebook.null).flatten(1).any(1)[~untold].any()  # all tokens of a sample, or none
+    assert (
+        not (z == policy.codebook.null).flatten(1).any(1)[~untold].any()
+    )  # all tokens of a sample, or none
     assert abs(untold.float().mean().item() - share) < (0.05 if 0 < share < 1 else 1e-6)
     policy.eval()(batch | {"noise": Noise(0), "progress": progress})
     assert not (told[-1] == policy.codebook.null).any()
 
 
-def test_only_the_posterior_decoder_and_codes_get_the_flow_s_gradient_and_the_prior_its_own(trained):
+def test_only_the_posterior_decoder_and_codes_get_the_flow_s_gradient_and_the_prior_its_own(
+    trained,
+):
     policy, batch = trained
     policy.loss.prior = 0.0
     for module in policy.train().modules():
@@ -153,7 +165,9 @@ def test_only_the_posterior_decoder_and_codes_get_the_flow_s_gradient_and_the_pr
     assert not any(p.requires_grad for p in policy.slow_posterior.parameters())
 
 
-def test_the_slow_posterior_follows_and_its_codes_are_what_the_prior_learns(experiment, monkeypatch):
+def test_the_slow_posterior_follows_and_its_codes_are_what_the_prior_learns(
+    experiment, monkeypatch
+):
     exp = experiment("train_cfg_vqvae")
     slow, own, seen = [], [], []
     after = train_cfg_vqvae.Policy.after_step
@@ -165,9 +179,13 @@ def test_the_slow_posterior_follows_and_its_codes_are_what_the_prior_learns(expe
 
     loss = Codes.loss
     monkeypatch.setattr(train_cfg_vqvae.Policy, "after_step", watched)
-    monkeypatch.setattr(Codes, "loss", lambda self, codes, *rest: seen.append(codes) or loss(self, codes, *rest))
+    monkeypatch.setattr(
+        Codes, "loss", lambda self, codes, *rest: seen.append(codes) or loss(self, codes, *rest)
+    )
     exp.main("train.total_steps=4", "loss.posterior_ema=0.25", "train.micro_steps=1")
-    expected = [p.clone() for name, p in exp.start.items() if name.startswith("parts.vqvae_posterior.")]
+    expected = [
+        p.clone() for name, p in exp.start.items() if name.startswith("parts.vqvae_posterior.")
+    ]
     for decay, now, found in zip((2 / 11, 3 / 12, 0.25, 0.25), own, slow, strict=True):
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
         torch.testing.assert_close(found, expected)
@@ -196,7 +214,10 @@ def test_the_prior_s_likelihood_sums_to_one_over_all_codes():
 
 
 def test_smoothing_is_that_much_of_a_uniform_target():
-    prior, codes = latent_head("codes", 8, 1, None, 4)(torch.randn(6, 1, 8)), torch.randint(4, (6, 1))
+    prior, codes = (
+        latent_head("codes", 8, 1, None, 4)(torch.randn(6, 1, 8)),
+        torch.randint(4, (6, 1)),
+    )
     logp = prior.head.logits(prior.h, codes).log_softmax(-1)
     expected = -(0.9 * logp.gather(-1, codes[..., None])[..., 0] + 0.1 * logp.mean(-1)).mean()
     torch.testing.assert_close(prior.loss(codes, None, 0.1), expected)
@@ -206,11 +227,17 @@ def test_temperature_zero_is_the_most_likely_code_and_one_the_prior_s_own_draw()
     prior, codes = latent_head("codes", 8, 1, None, 4)(torch.randn(500, 1, 8)), torch.eye(4)
     logits = prior.head.logits(prior.h, torch.zeros(500, 1, dtype=torch.long))[:, 0].detach()
     with torch.no_grad():
-        greedy, cold, plain = (prior.sample(Noise(0), codes, tau)[:, 0].argmax(-1) for tau in (0.0, 0.5, 1.0))
+        greedy, cold, plain = (
+            prior.sample(Noise(0), codes, tau)[:, 0].argmax(-1) for tau in (0.0, 0.5, 1.0)
+        )
     assert torch.equal(greedy, logits.argmax(-1))
-    likely = [logits.softmax(-1).gather(1, drawn[:, None]).mean() for drawn in (greedy, cold, plain)]
+    likely = [
+        logits.softmax(-1).gather(1, drawn[:, None]).mean() for drawn in (greedy, cold, plain)
+    ]
     assert likely[0] > likely[1] > likely[2]
-    many = torch.cat([prior.sample(Noise(i), codes, 0.5).detach()[:1, 0] for i in range(2000)]).mean(0)
+    many = torch.cat(
+        [prior.sample(Noise(i), codes, 0.5).detach()[:1, 0] for i in range(2000)]
+    ).mean(0)
     torch.testing.assert_close(many, (logits[0] / 0.5).softmax(-1), atol=0.04, rtol=0)
 
 
@@ -237,11 +264,17 @@ def test_codes_of_a_file_are_not_moved_at_the_start(experiment):
     """The prior knows them by their numbers."""
     exp = experiment("train_cfg_vqvae")
     exp.main("train.total_steps=2")
-    frozen = "train.optim={peak_lr: 0.0, start_lr: 0.0}", f"train.save_dir={exp.folder / 'next'}", "train.total_steps=1"
+    frozen = (
+        "train.optim={peak_lr: 0.0, start_lr: 0.0}",
+        f"train.save_dir={exp.folder / 'next'}",
+        "train.total_steps=1",
+    )
     exp.main(*frozen, f"train.load_dir={exp.save_dir}")
     assert torch.equal(exp.start["parts.vqvae_codebook.block.codes"], exp.job.policy.codebook.codes)
     exp.main(*frozen[:1], f"train.save_dir={exp.folder / 'fresh'}", "train.total_steps=1")
-    assert not torch.equal(exp.start["parts.vqvae_codebook.block.codes"], exp.job.policy.codebook.codes)
+    assert not torch.equal(
+        exp.start["parts.vqvae_codebook.block.codes"], exp.job.policy.codebook.codes
+    )
 
 
 def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
@@ -258,7 +291,9 @@ def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
 
     monkeypatch.setattr(Codebook, "after_step", watched)
     exp.main("loss.revive_every=4", "train.save_every_steps=10")
-    assert calls == [(step == 1 or (step % 4 == 0 and step <= 12), step == 1) for step in range(1, 21)]
+    assert calls == [
+        (step == 1 or (step % 4 == 0 and step <= 12), step == 1) for step in range(1, 21)
+    ]
     assert all(moved[0])
     assert [step for step in range(2, 21) if any(moved[step - 1])] == [4, 8, 12]
     assert all(moved[step - 1] == [i == 2 for i in range(6)] for step in (4, 8, 12))
@@ -269,7 +304,9 @@ def test_the_terms_of_the_loss(trained):
     policy.loss.commitment, policy.loss.prior, policy.loss.smoothing = 0.7, 0.3, 0.2
     inputs = batch | {"noise": Noise(0), "progress": 0.5}
     loss, scalars = policy(inputs)
-    torch.testing.assert_close(loss.detach(), scalars["flow"] + 0.7 * scalars["commitment"] + 0.3 * scalars["prior"])
+    torch.testing.assert_close(
+        loss.detach(), scalars["flow"] + 0.7 * scalars["commitment"] + 0.3 * scalars["prior"]
+    )
     memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
     prior = policy.parts["vqvae_prior"](**memory.first_camera)
     codes = policy.codebook(policy.slow_posterior(**memory.first_camera, action=x1).tokens).indices
@@ -318,14 +355,23 @@ def test_null_tokens_that_do_not_fit(experiment, change, message):
 
 def test_settings_that_make_no_sense(experiment):
     exp = experiment("train_cfg_vqvae")
-    with pytest.raises(ConfigError, match=r"sampling\.guidance: leads away from null tokens, which learn nothing"):
+    with pytest.raises(
+        ConfigError, match=r"sampling\.guidance: leads away from null tokens, which learn nothing"
+    ):
         exp.main("sampling.guidance=2", "loss.null=0.0")
-    for setting in ("loss.null=15", "loss.posterior_ema=1.5", "loss.camera_dropout=9", "loss.smoothing=2"):
+    for setting in (
+        "loss.null=15",
+        "loss.posterior_ema=1.5",
+        "loss.camera_dropout=9",
+        "loss.smoothing=2",
+    ):
         with pytest.raises(ConfigError, match="expected at most 1"):
             exp.main(setting)
     del exp.config["model"]["component_config_paths"]["vqvae_posterior"]
     exp.write()
-    with pytest.raises(ConfigError, match="no component 'vqvae_posterior' is listed; there are backbone"):
+    with pytest.raises(
+        ConfigError, match="no component 'vqvae_posterior' is listed; there are backbone"
+    ):
         exp.main("train.total_steps=1")
 
 
@@ -335,7 +381,9 @@ def test_evaluation_takes_guidance_and_temperature(experiment, capsys):
     found = {}
     for options in ((), ("--guidance", "3"), ("--temperature", "0")):
         out = exp.folder / "".join(options)
-        evaluate.main(["--checkpoint", str(exp.save_dir), "--nfe", "2", "--out", str(out), *options])
+        evaluate.main(
+            ["--checkpoint", str(exp.save_dir), "--nfe", "2", "--out", str(out), *options]
+        )
         found[options[:1]] = json.loads((out / "results.json").read_text())
     assert found[("--guidance",)]["sampling"] == {"guidance": 3.0, "temperature": 1.0}
     assert found[("--temperature",)]["sampling"] == {"guidance": 1.0, "temperature": 0.0}
@@ -381,7 +429,9 @@ def test_exp1_at_full_size_without_allocating_anything():
 
 
 def test_a_slow_copy_has_the_buffers_of_its_original():
-    parts = torch.nn.ModuleDict({"posterior": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))})
+    parts = torch.nn.ModuleDict(
+        {"posterior": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))}
+    )
     slow = optim.slow_copy(parts, "posterior")
     parts["posterior"](torch.randn(8, 2) + 3)
     optim.follow(slow, parts["posterior"], 0.5, 100)

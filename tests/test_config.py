@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import ConfigError, DataError, UserError, Yaml, describe, from_dict, key, load, nearest, to_dict
+from common.config import (
+    ConfigError,
+    DataError,
+    UserError,
+    Yaml,
+    describe,
+    from_dict,
+    key,
+    load,
+    nearest,
+    to_dict,
+)
 from common.schema import Augment, Data, Model, Train
 
 
@@ -62,7 +73,12 @@ train:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A script, a config folder with train.yaml, and another current folder."""
-    for path in ("configs/exp/head.yaml", "configs/decoder.yaml", "here/mine.yaml", "here/head.yaml"):
+    for path in (
+        "configs/exp/head.yaml",
+        "configs/decoder.yaml",
+        "here/mine.yaml",
+        "here/head.yaml",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("block: nn.Tanh\n")
     (tmp_path / "configs/exp/train.yaml").write_text(TEXT)
@@ -79,7 +95,9 @@ def run(folder, *overrides, text=None):
 
 def test_a_config_is_filled_with_types_and_defaults(folder):
     cfg, options = load(
-        Config, folder / "train_test.py", ["--config", str(folder / "configs/exp/train.yaml"), "--dry_run", "seed=2"]
+        Config,
+        folder / "train_test.py",
+        ["--config", str(folder / "configs/exp/train.yaml"), "--dry_run", "seed=2"],
     )
     assert options.dry_run
     assert options.config == folder / "configs/exp/train.yaml"
@@ -115,25 +133,38 @@ def test_root_is_a_folder_or_stays_a_name(folder):
     assert run(folder, "data.root=./mine").data.root == str(folder / "here/mine")
     assert run(folder, "data.root=~/mine").data.root == str(Path.home() / "mine")
     assert run(folder, "data.root=configs/exp").data.root == str(folder / "configs/exp")
-    assert run(folder, text=TEXT.replace("tabletop", "../mine")).data.root == str(folder / "configs/mine")
+    assert run(folder, text=TEXT.replace("tabletop", "../mine")).data.root == str(
+        folder / "configs/mine"
+    )
 
 
 def test_init_is_scratch_or_a_file(folder):
     (folder / "w.safetensors").touch()
     args = "model.component_build_args.decoder.init="
     assert run(folder, args + "scratch").model.component_build_args["decoder"].init == "scratch"
-    assert run(folder, args + "w.safetensors").model.component_build_args["decoder"].init == folder / "w.safetensors"
+    assert (
+        run(folder, args + "w.safetensors").model.component_build_args["decoder"].init
+        == folder / "w.safetensors"
+    )
 
 
 def test_overrides_replace_whole_mappings_and_fill_optional_sections(folder):
     cfg = run(
-        folder, "data.augment.hue=0.05", "loss={extra: {weight: 2}}", "data.cameras={head: observation.images.head}"
+        folder,
+        "data.augment.hue=0.05",
+        "loss={extra: {weight: 2}}",
+        "data.cameras={head: observation.images.head}",
     )
     assert cfg.data.augment == Augment(hue=0.05)
     assert cfg.loss == Loss(extra=Term(weight=2.0))
     assert cfg.data.cameras == {"head": "observation.images.head"}
     cfg = run(
-        folder, "data.augment={hue: 0}", "data.augment={blur: 1}", "loss.extra.weight=1e-3", "train.ema=", "seed=7"
+        folder,
+        "data.augment={hue: 0}",
+        "data.augment={blur: 1}",
+        "loss.extra.weight=1e-3",
+        "train.ema=",
+        "seed=7",
     )
     assert cfg.data.augment == Augment(blur=1.0)
     assert cfg.loss.extra.weight == 1e-3
@@ -141,7 +172,9 @@ def test_overrides_replace_whole_mappings_and_fill_optional_sections(folder):
 
 
 def test_optimizer_overrides_have_the_types_of_optim(folder):
-    changes = run(folder, "model.component_optims.decoder={peak_lr: 1, type: adamw_onecycle}").model.component_optims
+    changes = run(
+        folder, "model.component_optims.decoder={peak_lr: 1, type: adamw_onecycle}"
+    ).model.component_optims
     assert isinstance(changes["decoder"]["peak_lr"], float)
 
 
@@ -149,7 +182,8 @@ def test_anchors_and_merge_keys(folder):
     text = TEXT + "loss:\n  extra: &e {weight: 3}\nplugins: &p [a]\n"
     assert run(folder, text=text).plugins == ["a"]
     source = Yaml.parse(
-        "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc: {<<: [{x: 5}, *a]}\nd: *a\ne: {y: 7, <<: *a}", "f.yaml"
+        "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc: {<<: [{x: 5}, *a]}\nd: *a\ne: {y: 7, <<: *a}",
+        "f.yaml",
     )
     assert source.data["b"] == {"x": 1, "y": 3}
     assert source.data["c"] == {"x": 5, "y": 2}
@@ -205,27 +239,67 @@ def test_kinds_of_errors():
         ("  HZ: 20\n", "", "13: data.HZ: this key is required (float: "),
         ("  root: tabletop", "  root: 5", "14: data.root: expected str, found 5"),
         ("  root: tabletop", "  root: 2024-01-01", "14: data.root: !!timestamp is refused"),
-        ("  augment: null", "  augment: {hu: 1}", "16: data.augment.hu: unknown key; did you mean 'hue'?"),
+        (
+            "  augment: null",
+            "  augment: {hu: 1}",
+            "16: data.augment.hu: unknown key; did you mean 'hue'?",
+        ),
         ("  augment: null", "  augment: 1", "16: data.augment: expected mapping, found 1"),
-        ("  augment: null", "  cache: frame", '16: data.cache: expected none | frames | features, found "frame"; did'),
-        ("  augment: null", "  image_size: [96]", "16: data.image_size: expected 2 numbers, found [96]"),
-        ("  augment: null", "  image_size: [96, x]", '16: data.image_size.1: expected int, found "x"'),
-        ("  augment: null", "  image_size: [96, 0]", "16: data.image_size: expected at least 1, found [96, 0]"),
+        (
+            "  augment: null",
+            "  cache: frame",
+            '16: data.cache: expected none | frames | features, found "frame"; did',
+        ),
+        (
+            "  augment: null",
+            "  image_size: [96]",
+            "16: data.image_size: expected 2 numbers, found [96]",
+        ),
+        (
+            "  augment: null",
+            "  image_size: [96, x]",
+            '16: data.image_size.1: expected int, found "x"',
+        ),
+        (
+            "  augment: null",
+            "  image_size: [96, 0]",
+            "16: data.image_size: expected at least 1, found [96, 0]",
+        ),
         ("  augment: null", "  batch_size: 0", "16: data.batch_size: expected at least 1, found 0"),
-        ("  augment: null", "  hold_keys: [grip]", "16: data.hold_keys: 'grip' is no state or action key"),
+        (
+            "  augment: null",
+            "  hold_keys: [grip]",
+            "16: data.hold_keys: 'grip' is no state or action key",
+        ),
         ("[1, 2]", "1", "17: data.val_episodes: expected a share below 1, or a list; found 1.0"),
         ("[1, 2]", "{}", "17: data.val_episodes: expected float | list[int], found {}"),
         ("[1, 2]", "[1, x]", '17: data.val_episodes: expected float | list[int], found [1, "x"]'),
         ("  project_name: test", "", "18: train.project_name: this key is required (str: "),
-        ("    eps: 1e-10", "    type: adam", "22: train.optim.type: expected adamw_warmup_cosine_decay | "),
-        ("./head.yaml", "./heat.yaml", "4: model.component_config_paths.head_backbone: no such file: "),
+        (
+            "    eps: 1e-10",
+            "    type: adam",
+            "22: train.optim.type: expected adamw_warmup_cosine_decay | ",
+        ),
+        (
+            "./head.yaml",
+            "./heat.yaml",
+            "4: model.component_config_paths.head_backbone: no such file: ",
+        ),
         (
             "    head_backbone: {",
             "    head_backbon: {",
             "8: model.component_build_args.head_backbon: no such component; did you mean 'head_backbone'?",
         ),
-        ("freeze: true", "frozen: true", "8: model.component_build_args.head_backbone.frozen: unknown key; "),
-        ("freeze: true", "init: ./w", "8: model.component_build_args.head_backbone.init: no such file: "),
+        (
+            "freeze: true",
+            "frozen: true",
+            "8: model.component_build_args.head_backbone.frozen: unknown key; ",
+        ),
+        (
+            "freeze: true",
+            "init: ./w",
+            "8: model.component_build_args.head_backbone.init: no such file: ",
+        ),
         (
             "same_as: head_backbone",
             "same_as: head",
@@ -247,7 +321,11 @@ def test_kinds_of_errors():
             "same_as: head_backbone\n      freeze: true",
             "9: model.component_build_args.left_backbone: init and freeze are those of 'head_backbone'",
         ),
-        ("    decoder: {", "    decode: {", "12: model.component_optims.decode: no such component; did you"),
+        (
+            "    decoder: {",
+            "    decode: {",
+            "12: model.component_optims.decode: no such component; did you",
+        ),
         (
             "    decoder: {",
             "    head_backbone: {",
@@ -259,11 +337,19 @@ def test_kinds_of_errors():
             "12: model.component_optims.left_backbone: 'left_backbone' is the same as 'head_backbone'",
         ),
         ("{peak_lr: 2e-4}", "{lr: 2e-4}", "12: model.component_optims.decoder.lr: unknown key; "),
-        ("{peak_lr: 2e-4}", "{peak_lr: x}", '12: model.component_optims.decoder.peak_lr: expected float, found "x"'),
+        (
+            "{peak_lr: 2e-4}",
+            "{peak_lr: x}",
+            '12: model.component_optims.decoder.peak_lr: expected float, found "x"',
+        ),
         ("{peak_lr: 2e-4}", "3", "12: model.component_optims.decoder: expected dict, found 3"),
         ("  optim:", "\toptim:", "21: not YAML: found character '\\t'"),
         ("[1, 2]", "[1, 2", "18: not YAML: "),
-        ("seed: 1", "seed: !!python/object/apply:os.system [exit 1]", "1: seed: !!python/object/apply:os.system is"),
+        (
+            "seed: 1",
+            "seed: !!python/object/apply:os.system [exit 1]",
+            "1: seed: !!python/object/apply:os.system is",
+        ),
         ("seed: 1", "seed: !!int x", "1: seed: !!int is refused"),
         ("seed: 1", "seed: &a [*a]", "1: seed.0: an anchor must not contain itself"),
         ("seed: 1", "seed: {<<: 3}", "1: seed: '<<' merges a mapping, found 3"),
@@ -272,7 +358,11 @@ def test_kinds_of_errors():
         (TEXT, "- a\n", '1: expected a mapping, found ["a"]'),
         (TEXT, "a: 1\n---\nb: 2\n", "2: not YAML: "),
         (TEXT, "a: 1\nb: \0\n", "2: not YAML: special characters are not allowed"),
-        (TEXT, "seed: 1\n", "1: model.component_config_paths: this key is required (dict[str, path]: "),
+        (
+            TEXT,
+            "seed: 1\n",
+            "1: model.component_config_paths: this key is required (dict[str, path]: ",
+        ),
     ],
 )
 def test_mistakes_in_the_file(folder, old, new, message):
@@ -305,7 +395,9 @@ def test_mistakes_in_an_override(folder, override, message):
 
 
 def test_an_override_that_replaces_a_mapping_owns_its_lines(folder):
-    with pytest.raises(ConfigError, match=r"^command line: data={root: x, HZ: a}: HZ: expected float"):
+    with pytest.raises(
+        ConfigError, match=r"^command line: data={root: x, HZ: a}: HZ: expected float"
+    ):
         run(folder, "data.augment.hue=1", "data={root: x, HZ: a}")
     with pytest.raises(ConfigError, match=r"train.yaml:15: data.HZ: expected float"):
         run(folder, "data.augment.hue=1", text=TEXT.replace("20", "x"))

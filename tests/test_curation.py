@@ -29,16 +29,22 @@ def curation(monkeypatch):
 
 
 def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, capsys):
-    mixed.generate_tabletop(demos := cache_folder() / "tabletop-mixed", episodes=9, image_size=(32, 32))
+    mixed.generate_tabletop(
+        demos := cache_folder() / "tabletop-mixed", episodes=9, image_size=(32, 32)
+    )
     dataset, trained = LeRobotDataset(demos), []
-    made = [int(columns["quality"][0, 0]) for _, columns in dataset.read(["quality"], dataset.episodes)]
+    made = [
+        int(columns["quality"][0, 0]) for _, columns in dataset.read(["quality"], dataset.episodes)
+    ]
 
     def call(command, log, core):
         argv = dict(word.split("=", 1) for word in command if "=" in word)
         if command[0] == "train_mi.py":  # one that knows
             folder = Path(argv["train.save_dir"])
             folder.mkdir()
-            knows = information.rank(-1.0 * (np.array(made) > 0) - 0.01 * np.arange(9), np.arange(9))
+            knows = information.rank(
+                -1.0 * (np.array(made) > 0) - 0.01 * np.arange(9), np.arange(9)
+            )
             information.save(knows, folder / "scores.parquet", dataset)
         else:
             trained.append(yaml.safe_load(argv["data.episodes"]))
@@ -49,7 +55,10 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
     assert trained == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
     curation.ranked("tabletop", 0, tmp_path, 0)
     assert len(trained) == 2  # what is there is not made again
-    tables = {kind: pq.read_table(tmp_path / f"rankings/tabletop/seed_0/{kind}.parquet") for kind in curation.KEPT}
+    tables = {
+        kind: pq.read_table(tmp_path / f"rankings/tabletop/seed_0/{kind}.parquet")
+        for kind in curation.KEPT
+    }
     assert all(sorted(table["episode"].to_pylist()) == [*range(9)] for table in tables.values())
     assert len({tuple(table["episode"].to_pylist()) for table in tables.values()}) == 3
 

@@ -66,14 +66,27 @@ def test_features_are_the_references(case, dtype):
 def test_without_the_switch_it_is_a_dinov2_vit():
     import timm
 
-    sizes = {"patch_size": 14, "img_size": 70, "embed_dim": 32, "depth": 4, "num_heads": 2, "init_values": 1.0}
-    oracle = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, **sizes).eval()
+    sizes = {
+        "patch_size": 14,
+        "img_size": 70,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "init_values": 1.0,
+    }
+    oracle = timm.create_model(
+        "vit_small_patch14_dinov2", pretrained=False, num_classes=0, **sizes
+    ).eval()
     oracle.norm.eps = 1e-5
     model = tiny(alt_start=None)
     oracle.load_state_dict(model.state_dict())
     image = torch.rand(2, 3, 70, 70)
-    seen = oracle.forward_intermediates((image - model.mean) / model.std, [1, 3], norm=True, intermediates_only=True)
-    torch.testing.assert_close(model(image), torch.stack(seen, 1).permute(0, 1, 3, 4, 2), atol=1e-5, rtol=1e-5)
+    seen = oracle.forward_intermediates(
+        (image - model.mean) / model.std, [1, 3], norm=True, intermediates_only=True
+    )
+    torch.testing.assert_close(
+        model(image), torch.stack(seen, 1).permute(0, 1, 3, 4, 2), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rope_keeps_lengths_and_sees_only_differences():
@@ -95,7 +108,9 @@ def test_layers_come_in_the_order_asked_for():
     for asked in ([3, 1], [1, 3], [-1, 0], [2, 2], [0]):
         model = DepthAnything3(asked, **SIZES)
         assert len(model.blocks) == max(i % 4 for i in asked) + 1
-        model.load_state_dict({key: value for key, value in every.state_dict().items() if key in model.state_dict()})
+        model.load_state_dict(
+            {key: value for key, value in every.state_dict().items() if key in model.state_dict()}
+        )
         torch.testing.assert_close(model(image), features[:, asked])
 
 
@@ -111,7 +126,10 @@ def test_layers_out_of_range_are_refused_when_built(layers):
         ({"model": "huge"}, "no 'huge'; known: small, base, large, metric_large, mono_large"),
         ({"model": "small", "depth": 4}, "sizes go with model: null; 'small' has its own"),
         ({"depth": 4}, "give model .*, weights, or embed_dim and depth"),
-        ({"embed_dim": 36, "depth": 4, "num_heads": 2}, "embed_dim 36 is not 2 heads of a multiple of 4"),
+        (
+            {"embed_dim": 36, "depth": 4, "num_heads": 2},
+            "embed_dim 36 is not 2 heads of a multiple of 4",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, message):
@@ -136,13 +154,24 @@ def test_presets_have_the_published_sizes(name, millions):
 def test_sides_go_to_the_nearest_multiple_of_14_ties_up_and_this_is_said_once(capsys):
     model = tiny([0])
     capsys.readouterr()
-    for size, grid in [((28, 28), (2, 2)), ((21, 48), (2, 3)), ((20, 49), (1, 4)), ((3, 34), (1, 2))]:
+    for size, grid in [
+        ((28, 28), (2, 2)),
+        ((21, 48), (2, 3)),
+        ((20, 49), (1, 4)),
+        ((3, 34), (1, 2)),
+    ]:
         assert model(torch.rand(1, 3, *size)).shape[2:4] == grid
-    assert capsys.readouterr().out == "notice: da3 resizes pictures to multiples of 14: 21 x 48 to 28 x 42\n"
+    assert (
+        capsys.readouterr().out
+        == "notice: da3 resizes pictures to multiples of 14: 21 x 48 to 28 x 42\n"
+    )
 
 
 def test_the_dtype_of_a_picture_decides_its_range():
-    model, image = tiny(), torch.randint(2, (2, 3, 28, 28), dtype=torch.uint8)  # nearly black, all values below 1.5
+    model, image = (
+        tiny(),
+        torch.randint(2, (2, 3, 28, 28), dtype=torch.uint8),
+    )  # nearly black, all values below 1.5
     assert torch.equal(model(image), model(image.float() / 255))
     assert not torch.allclose(model(image), model(image.float()), atol=0.01)
     with pytest.raises(ValueError, match=r"float \[0, 1\] or uint8, found torch.int64"):
@@ -169,7 +198,8 @@ def test_tables_are_made_once_per_grid_and_again_when_they_change(monkeypatch):
     model, made = tiny(), []
     interpolate = torch.nn.functional.interpolate
     monkeypatch.setattr(
-        "torch.nn.functional.interpolate", lambda *a, **k: made.append(k["mode"]) or interpolate(*a, **k)
+        "torch.nn.functional.interpolate",
+        lambda *a, **k: made.append(k["mode"]) or interpolate(*a, **k),
     )
     small, wide = torch.rand(1, 3, 28, 28), torch.rand(1, 3, 28, 42)
     first = [model(image) for image in (small, wide, small, wide)]
@@ -231,7 +261,9 @@ def test_files_that_load(file, kind):
     elif kind != "folder":
         tensors = {key: value for key, value in tensors.items() if key.startswith(PREFIX)}
     expected = tiny()
-    expected.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)})
+    expected.load_state_dict(
+        {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
+    )
     if kind == "without prefix":
         tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     save_file(tensors, file)
@@ -246,10 +278,18 @@ def test_files_that_load(file, kind):
     ("name", "shape", "message"),
     [
         ("blocks.1.attn.qkv.weight", None, "missing blocks.1.attn.qkv.weight"),
-        ("blocks.2.mlp.fc1.bias", None, "missing blocks.2.mlp.fc1.bias"),  # of a block that is dropped
+        (
+            "blocks.2.mlp.fc1.bias",
+            None,
+            "missing blocks.2.mlp.fc1.bias",
+        ),  # of a block that is dropped
         ("blocks.0.ls1.gamma", None, "missing blocks.0.ls1.gamma"),
         ("camera_token", None, "missing camera_token"),
-        ("blocks.3.attn.q_norm.weight", (4,), r"blocks.3.attn.q_norm.weight is \(4,\), expected \(16,\)"),
+        (
+            "blocks.3.attn.q_norm.weight",
+            (4,),
+            r"blocks.3.attn.q_norm.weight is \(4,\), expected \(16,\)",
+        ),
         (
             "pos_embed",
             (1, 50, 32),
@@ -265,17 +305,23 @@ def test_files_that_are_refused(file, name, shape, message):
     save_file(tensors | ({PREFIX + name: torch.zeros(shape)} if shape else {}), file)
     model = tiny([1], weights=str(file))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=rf"(?s){file.name} \(weights: .*licence.*not the weights.*{message}"):
+    with pytest.raises(
+        UserError, match=rf"(?s){file.name} \(weights: .*licence.*not the weights.*{message}"
+    ):
         model.load_weights()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_file_of_another_model_is_recognised(tmp_path):
     tensors = {f"{PREFIX}blocks.{i}.attn.q_norm.weight": torch.ones(64) for i in range(4, 12)}
-    save_file(tensors | {f"{PREFIX}pos_embed": torch.ones(1, 1370, 384)}, tmp_path / "a.safetensors")
+    save_file(
+        tensors | {f"{PREFIX}pos_embed": torch.ones(1, 1370, 384)}, tmp_path / "a.safetensors"
+    )
     with torch.device("meta"):
         large = DepthAnything3([-1], "large", weights=str(tmp_path / "a.safetensors"))
-    with pytest.raises(UserError, match=r"(?s)CC BY-NC 4.0.*embed_dim 384, depth 12, alt_start 4.*\(model: small\)"):
+    with pytest.raises(
+        UserError, match=r"(?s)CC BY-NC 4.0.*embed_dim 384, depth 12, alt_start 4.*\(model: small\)"
+    ):
         large.load_weights()
 
 
@@ -283,43 +329,59 @@ def test_a_file_of_another_model_is_recognised(tmp_path):
 @pytest.mark.parametrize("layout", ["published", "without prefix"])
 def test_sizes_are_the_files_where_none_are_given(tmp_path, layout, alt_start):
     full = tiny(alt_start=alt_start)
-    save_file(published(full) if layout == "published" else full.state_dict(), tmp_path / "a.safetensors")
+    save_file(
+        published(full) if layout == "published" else full.state_dict(), tmp_path / "a.safetensors"
+    )
     model = DepthAnything3([1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2)
     assert model.sizes | {"num_heads": 2} == SIZES | {"alt_start": alt_start}
     model.load_weights()
     image = torch.rand(1, 3, 28, 42)
     assert torch.equal(model(image), full(image))
     (tmp_path / "a.safetensors").unlink()
-    again = DepthAnything3([1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2, **model.sizes)
+    again = DepthAnything3(
+        [1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2, **model.sizes
+    )
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(image), full(image))
     with pytest.raises(
-        UserError, match=r"no such file .*a.safetensors(?s:.*)to do without it, give model \(small, base, .*\), or"
+        UserError,
+        match=r"no such file .*a.safetensors(?s:.*)to do without it, give model \(small, base, .*\), or",
     ):
         DepthAnything3([0], weights=str(tmp_path / "a.safetensors"))
 
 
 def test_sizes_that_are_given_are_kept(file):
-    with pytest.raises(UserError, match=r"the file has .*depth 4.*\n    missing blocks.4 \(18 tensors\)$"):
+    with pytest.raises(
+        UserError, match=r"the file has .*depth 4.*\n    missing blocks.4 \(18 tensors\)$"
+    ):
         DepthAnything3([1], weights=str(file), num_heads=2, depth=5).load_weights()
     with (
         torch.device("meta"),
         pytest.raises(
-            UserError, match=r"(?s)pos_embed is \(1, 26, 32\), expected \(1, 1370, 1024\).*unexpected camera"
+            UserError,
+            match=r"(?s)pos_embed is \(1, 26, 32\), expected \(1, 1370, 1024\).*unexpected camera",
         ),
     ):
         DepthAnything3([1], "metric_large", weights=str(file)).load_weights()
 
 
-def test_the_licence_is_that_of_the_weights_or_else_of_the_model(file, tmp_path, monkeypatch, capsys):
+def test_the_licence_is_that_of_the_weights_or_else_of_the_model(
+    file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=OSError("no network")))
     with torch.device("meta"):
-        models = {name: DepthAnything3([0], name, weights=str(tmp_path / "none.safetensors")) for name in PRESETS}
+        models = {
+            name: DepthAnything3([0], name, weights=str(tmp_path / "none.safetensors"))
+            for name in PRESETS
+        }
     for name, model in models.items():
         licence = "CC BY-NC 4.0: no commercial use" if name == "large" else "Apache-2.0"
         with pytest.raises(UserError, match=rf"none.safetensors.*{licence}"):
             model.load_weights()
-    for name, weights, licence in (("metric_large", "DA3-LARGE-1.1", "CC BY-NC"), ("large", "DA3-BASE", "Apache-2.0")):
+    for name, weights, licence in (
+        ("metric_large", "DA3-LARGE-1.1", "CC BY-NC"),
+        ("large", "DA3-BASE", "Apache-2.0"),
+    ):
         models[name].weights = f"depth-anything/{weights}"
         with pytest.raises(UserError, match=rf"{weights} .*\({licence}"):
             models[name].load_weights()
@@ -327,7 +389,10 @@ def test_the_licence_is_that_of_the_weights_or_else_of_the_model(file, tmp_path,
     for weights, count in (("DA3-LARGE", 1), ("DA3-BASE", 0)):
         DepthAnything3([0], weights=f"depth-anything/{weights}", **SIZES).load_weights()
         assert (
-            capsys.readouterr().out.count("notice: weights: depth-anything/DA3-LARGE, CC BY-NC 4.0: no comm") == count
+            capsys.readouterr().out.count(
+                "notice: weights: depth-anything/DA3-LARGE, CC BY-NC 4.0: no comm"
+            )
+            == count
         )
 
 
@@ -339,5 +404,7 @@ def test_it_is_a_block_of_component_yaml(tmp_path, file):
     assert model.block.load_weights() == file
     assert model(image=torch.rand(1, 3, 28, 28)).shape == (1, 2, 2, 2, 32)
     yaml.write_text(f"block: da3\nargs: {{{args}, alt_start: 1}}\n".replace("[3, 1]", "[3, 4]"))
-    with pytest.raises(ConfigError, match=r"da3.yaml:1: .*refuses its arguments: layers: expected some of -4 to 3"):
+    with pytest.raises(
+        ConfigError, match=r"da3.yaml:1: .*refuses its arguments: layers: expected some of -4 to 3"
+    ):
         build(yaml)

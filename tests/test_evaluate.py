@@ -59,7 +59,12 @@ class World(gymnasium.Env):
         good = done and self.seed % 5 > 0
         mode = self.MODES[int(np.floor(np.sum(TOLD[self.seed]))) % 2] if done else None
         position = np.array([self.seed % 4, self.tick], float)
-        return {"success": good, "mode": mode, "failure": "five" if done and not good else None, "position": position}
+        return {
+            "success": good,
+            "mode": mode,
+            "failure": "five" if done and not good else None,
+            "position": position,
+        }
 
     def obstacles(self):
         return np.array([[1.5, 3.0, 0.3]])
@@ -116,9 +121,15 @@ class Scripted(nn.Module):
 
     def __init__(self, latent=True):
         super().__init__()
-        self.parts = nn.ModuleDict({"decoder": nn.Linear(2, 3), "frozen": nn.Linear(2, 2).requires_grad_(False)})
+        self.parts = nn.ModuleDict(
+            {"decoder": nn.Linear(2, 3), "frozen": nn.Linear(2, 2).requires_grad_(False)}
+        )
         flat = {"mean": 0.0, "std": 1.0, "min": -1e6, "max": 1e6, "q01": -1.0, "q99": 1.0}
-        values = {f"{name}_{key}": torch.full((2,), x) for name in ("state", "action") for key, x in flat.items()}
+        values = {
+            f"{name}_{key}": torch.full((2,), x)
+            for name in ("state", "action")
+            for key, x in flat.items()
+        }
         self.stats, self.has_latent, self.seen = Normalizer("mean_std", values), latent, []
 
     def encode(self, obs):
@@ -132,8 +143,14 @@ class Scripted(nn.Module):
         first = 100 * state[:, 1, None] + torch.arange(x0.shape[1])
         chunk = torch.stack([first, x0[..., 1]], -1)
         for row in range(len(x0)):
-            about = {"seed": int(state[row, 0]), "tick": int(state[row, 1]), "x0": x0[row].numpy().copy()}
-            pictures = {key: value[row] * 255 for key, value in memory.items() if key.startswith(IMAGE)}
+            about = {
+                "seed": int(state[row, 0]),
+                "tick": int(state[row, 1]),
+                "x0": x0[row].numpy().copy(),
+            }
+            pictures = {
+                key: value[row] * 255 for key, value in memory.items() if key.startswith(IMAGE)
+            }
             about |= {"states": memory["observation.state"][row], "nfe": steps, **pictures}
             about["z"] = None if z is None else z[row].item()
             about["prefix"] = None if prefix is None else prefix[row].numpy().copy()
@@ -149,11 +166,21 @@ def play(tmp_path, monkeypatch):
 
     def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
         policy = policy or Scripted()
-        settings = {"root": "nowhere", "HZ": 10, "action_horizon": 6, "obs_proprio_history": 2, "image_size": [8, 8]}
-        cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data), loss=SimpleNamespace(prefix=prefix))
+        settings = {
+            "root": "nowhere",
+            "HZ": 10,
+            "action_horizon": 6,
+            "obs_proprio_history": 2,
+            "image_size": [8, 8],
+        }
+        cfg = SimpleNamespace(
+            data=config.from_dict(schema.Data, settings | data), loss=SimpleNamespace(prefix=prefix)
+        )
         monkeypatch.setattr(evaluate, "newest", lambda folder: None)
         monkeypatch.setattr(evaluate, "open_policy", lambda folder, weights: (policy, cfg))
-        monkeypatch.setattr(evaluate, "read_meta", lambda folder: {"script": "/home/me/train_mine.py", "step": 5})
+        monkeypatch.setattr(
+            evaluate, "read_meta", lambda folder: {"script": "/home/me/train_mine.py", "step": 5}
+        )
         if not draw:
             monkeypatch.setattr(evaluate, "plots", MagicMock())
         argv = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), *map(str, options)]
@@ -211,7 +238,9 @@ def test_the_prefix_is_what_robots_then_do(play, capsys, options):
 
 
 @pytest.mark.parametrize(("prefix", "delay"), [(2, 3), (0, 1), (4, 0)])
-def test_no_prefix_where_the_policy_did_not_learn_it_or_nothing_is_late(play, capsys, prefix, delay):
+def test_no_prefix_where_the_policy_did_not_learn_it_or_nothing_is_late(
+    play, capsys, prefix, delay
+):
     results, policy = play(*SHORT, "--execute", 2, "--delay", delay, prefix=prefix)
     assert all(look["prefix"] is None for look in policy.seen)
     assert not results["conditioned"]
@@ -220,12 +249,18 @@ def test_no_prefix_where_the_policy_did_not_learn_it_or_nothing_is_late(play, ca
 
 def test_repeats_bit_for_bit_and_batched_as_one_by_one(play):
     def everything(*options):
-        results, policy = play("--episodes", 11, "--nfe", 1, 3, "--execute", 2, "--delay", 1, "--videos", 2, *options)
+        results, policy = play(
+            "--episodes", 11, "--nfe", 1, 3, "--execute", 2, "--delay", 1, "--videos", 2, *options
+        )
         results.pop("batch")
         for row in results["results"]:
             assert row.pop("ms_per_chunk") <= row.pop("ms_p95")
         looks = {(s["nfe"], s["seed"], s["tick"]): (s["z"], s["x0"].tobytes()) for s in policy.seen}
-        return results, {seed: np.array(told).tobytes() for seed, told in TOLD.items() if told}, looks
+        return (
+            results,
+            {seed: np.array(told).tobytes() for seed, told in TOLD.items() if told},
+            looks,
+        )
 
     alone = everything("--batch", 1)
     for options in (["--batch", 1], ["--batch", 4], ["--batch", 960]):
@@ -244,8 +279,12 @@ def test_the_latent_keeps_its_noise_for_so_long(play, ticks):
     for looks in drawn.values():
         periods = {tick // max(ticks, 1) for tick in looks}
         assert len({look["z"] for look in looks.values()}) == len(periods)
-        assert len({(tick // max(ticks, 1), look["z"]) for tick, look in looks.items()}) == len(periods)
-        assert len({look["x0"].tobytes() for look in looks.values()}) == len(looks)  # noise of the chunk is always new
+        assert len({(tick // max(ticks, 1), look["z"]) for tick, look in looks.items()}) == len(
+            periods
+        )
+        assert len({look["x0"].tobytes() for look in looks.values()}) == len(
+            looks
+        )  # noise of the chunk is always new
     assert len({looks[0]["z"] for looks in drawn.values()}) == 3
 
 
@@ -265,15 +304,34 @@ def test_histories_are_oldest_first_and_pictures_come_only_where_needed(play):
 def test_pictures_are_not_drawn_in_vain(play, monkeypatch):
     drawn = []
     observe = World.observe
-    monkeypatch.setattr(World, "observe", lambda self: drawn.append((self.seed, self.tick, self.look)) or observe(self))
+    monkeypatch.setattr(
+        World,
+        "observe",
+        lambda self: drawn.append((self.seed, self.tick, self.look)) or observe(self),
+    )
     play(*SHORT, "--execute", 4, cameras={"up": "top"}, obs_images_history=2)
     assert {tick for seed, tick, look in drawn if seed >= 50_000 and look} == {0, 3, 4, 7, 8}
 
 
 def test_results_say_what_happened(play, tmp_path):
-    results, _ = play("--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, "--batch", 2, draw=True)
-    about = {"policy": "train_mine", "step": 5, "parameters": 9, "env": "World-v0", "execute": 3, "seed": 0}
-    about |= {"hold": 2.0, "ensemble": None, "delay": 0, "conditioned": False, "checkpoint": str(tmp_path)}
+    results, _ = play(
+        "--episodes", 10, "--nfe", 1, 2, "--execute", 3, "--videos", 3, "--batch", 2, draw=True
+    )
+    about = {
+        "policy": "train_mine",
+        "step": 5,
+        "parameters": 9,
+        "env": "World-v0",
+        "execute": 3,
+        "seed": 0,
+    }
+    about |= {
+        "hold": 2.0,
+        "ensemble": None,
+        "delay": 0,
+        "conditioned": False,
+        "checkpoint": str(tmp_path),
+    }
     assert {key: results[key] for key in about} == about
     assert [row["nfe"] for row in results["results"]] == [1, 2]
     row = results["results"][1]
@@ -289,7 +347,9 @@ def test_results_say_what_happened(play, tmp_path):
     for picture in ("success", "tracks", "modes"):
         assert (tmp_path / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
     with av.open(str(tmp_path / "out/episodes.mp4")) as container:
-        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+        frames = [
+            frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)
+        ]
     assert len(frames) == 10  # at most nine ticks, and the picture before the first
     assert frames[0].shape == (24, 40, 3)  # three of 12 x 20, in two columns
     assert np.abs(frames[3][6, 10] - 30).max() < 12
@@ -300,7 +360,12 @@ def test_results_say_what_happened(play, tmp_path):
 def test_a_world_that_tells_little(play, tmp_path):
     results, _ = play("--episodes", 4, "--nfe", 1, "--execute", 6, env="Foreign-v0", draw=True)
     row = results["results"][0]
-    assert [row[key] for key in ("success", "entropy", "coverage", "kl")] == [0.75, None, None, None]
+    assert [row[key] for key in ("success", "entropy", "coverage", "kl")] == [
+        0.75,
+        None,
+        None,
+        None,
+    ]
     assert row["modes"] == {"2": 2, "left": 1}
     assert row["failures"] == {"unnamed": 1}
     assert not (tmp_path / "out/tracks.png").exists()
@@ -320,13 +385,29 @@ def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
         ({"env": "avoids"}, {}, r"no environment 'avoids'; did you mean 'avoid'\?"),
         ({"env": "World-v7"}, {}, r"no environment 'World-v7'; did you mean 'World-v0'\?"),
         ({"env": "no_such_module:World-v0"}, {}, "no environment 'no_such_module:World-v0'"),
-        ({"env": "Renamed-v0"}, {}, r"does not give \['observation.state'\].*gives \['agent_pos'\]"),
-        ({}, {"cameras": {"head": "front"}}, r"does not give \['front'\].*\['observation.state', 'top'\]"),
+        (
+            {"env": "Renamed-v0"},
+            {},
+            r"does not give \['observation.state'\].*gives \['agent_pos'\]",
+        ),
+        (
+            {},
+            {"cameras": {"head": "front"}},
+            r"does not give \['front'\].*\['observation.state', 'top'\]",
+        ),
         ({}, {"HZ": 25}, r"runs at 10 Hz, the policy at 25 \(its render_fps"),
         ({"env": "Wide-v0"}, {}, r"\(2, 3\) numbers, the policy was trained on \(2, 2\)"),
         ({"env": "Mute-v0"}, {}, r"must tell info\['success'\]"),
-        ({"env": "Blind-v0"}, {}, r"Blind-v0: what names rgb_array .* has render\(\)\n    \(NotImplementedError"),
-        ({"env": "Unprepared-v0"}, {}, r"Unprepared-v0: .* takes render_mode .*\n    \(TypeError: .*'render_mode'"),
+        (
+            {"env": "Blind-v0"},
+            {},
+            r"Blind-v0: what names rgb_array .* has render\(\)\n    \(NotImplementedError",
+        ),
+        (
+            {"env": "Unprepared-v0"},
+            {},
+            r"Unprepared-v0: .* takes render_mode .*\n    \(TypeError: .*'render_mode'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(play, options, data, message):
@@ -336,7 +417,10 @@ def test_what_does_not_fit_is_said(play, options, data, message):
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [({"action_horizon": 12}, [*range(8), 800]), ({"first_frames": 1, "action_horizon": 12}, range(9))],
+    [
+        ({"action_horizon": 12}, [*range(8), 800]),
+        ({"first_frames": 1, "action_horizon": 12}, range(9)),
+    ],
 )
 def test_looks_again_after_eight_steps_but_for_a_policy_of_whole_episodes(play, data, told):
     play("--episodes", 3, "--nfe", 1, "--videos", 0, **data)
@@ -355,7 +439,9 @@ def test_execute_and_delay_fit_the_chunk(play):
     play(*SHORT, "--execute", 4, "--delay", 2)
     with pytest.raises(UserError, match="--execute 8: more than the 6 steps of a chunk"):
         play(*SHORT, "--execute", 8)
-    with pytest.raises(UserError, match=r"--execute 4 \+ --delay 3: more than the 6 steps of a chunk"):
+    with pytest.raises(
+        UserError, match=r"--execute 4 \+ --delay 3: more than the 6 steps of a chunk"
+    ):
         play(*SHORT, "--execute", 4, "--delay", 3)
 
 
@@ -401,7 +487,10 @@ def test_times_leave_out_the_first_call():
 @pytest.mark.parametrize("good", [True, False])
 def test_pictures_of_one_sided_results(tmp_path, good):
     path = [np.array([0.0, i]) for i in range(3)]
-    episodes = [evaluate.Episode(good, "a" if good else None, None if good else "disc", path) for _ in range(3)]
+    episodes = [
+        evaluate.Episode(good, "a" if good else None, None if good else "disc", path)
+        for _ in range(3)
+    ]
     names = [f"{i}-{j}" for i in range(4) for j in range(6)]
     rows = [{"nfe": 1, **metrics.summary(episodes, names, None, [0.1])}]
     plots.success(rows, tmp_path / "success.png")
@@ -412,7 +501,9 @@ def test_pictures_of_one_sided_results(tmp_path, good):
 
 def test_table_counts_where_modes_are_many():
     names = [f"{i}" for i in range(12)]
-    episodes = [evaluate.Episode(True, name) for name in names[:9]] + [evaluate.Episode(failure="disc")]
+    episodes = [evaluate.Episode(True, name) for name in names[:9]] + [
+        evaluate.Episode(failure="disc")
+    ]
     row = {"nfe": 1, **metrics.summary(episodes, names, [1 / 12] * 12, [0.02, 0.02])}
     last = metrics.table([row], names).splitlines()[-1]
     assert last == "| 1 | 0.900 | 0.596-0.982 | 0.884 | 0.288 | 9 of 12 | disc 1 | 20.0 (20.0) |"
@@ -469,7 +560,9 @@ def test_open_loop_errors_are_of_recorded_steps_only(off_line, tmp_path):
     np.testing.assert_allclose(results["mae_by_step"], [results["mae"]] * 6, rtol=1e-4)
     assert results["episodes"] == [3, 5]
     assert results["joints"] == [f"action[{i}]" for i in range(4)]
-    assert results["chunk_error"]["mean"] == pytest.approx(np.mean([0.1, 0.1, 0.075, 0.05]), rel=1e-4)
+    assert results["chunk_error"]["mean"] == pytest.approx(
+        np.mean([0.1, 0.1, 0.075, 0.05]), rel=1e-4
+    )
     assert results["chunk_error"]["best"] == results["chunk_error"]["mean"]
     for picture in ("chunks_3", "chunks_5", "error_by_step", "velocity_loss"):
         assert (tmp_path / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"

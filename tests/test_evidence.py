@@ -30,23 +30,52 @@ def evidence(monkeypatch):
     short = ("train.total_steps=5", "data.batch_size=32")
     again = module.episodes("avoid", 12, 25)
     rows = [module.Row("five steps", module.NAIVE, "avoid/train.yaml", short, again)]
-    rows.append(module.Row("five steps, shorter chunks", module.NAIVE, "avoid/train.yaml", short, ("--env", "avoid")))
-    rows.append(module.Row("broken", module.NAIVE, "avoid/train.yaml", ("data.no_such_key=1",), again))
+    rows.append(
+        module.Row(
+            "five steps, shorter chunks",
+            module.NAIVE,
+            "avoid/train.yaml",
+            short,
+            ("--env", "avoid"),
+        )
+    )
+    rows.append(
+        module.Row("broken", module.NAIVE, "avoid/train.yaml", ("data.no_such_key=1",), again)
+    )
     monkeypatch.setattr(module, "TABLES", {"tiny": rows})
     return module
 
 
 def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypatch):
-    command = ["tiny", "--seeds", "0", "1", "--nfe", "1", "2", "--out", str(tmp_path), "--jobs", "1"]
+    command = [
+        "tiny",
+        "--seeds",
+        "0",
+        "1",
+        "--nfe",
+        "1",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--jobs",
+        "1",
+    ]
     assert evidence.main(command) == 1  # one row is broken, the others are done all the same
     out, err = capsys.readouterr()
     assert "no_such_key" in err + out
     assert "broken" not in out
     folders = sorted(tmp_path.glob("*/seed_*"))
-    assert len([folder for folder in folders if (folder / "trained").exists()]) == 2  # rows share their runs
-    results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/seed_*/*/results.json")}
+    assert (
+        len([folder for folder in folders if (folder / "trained").exists()]) == 2
+    )  # rows share their runs
+    results = {
+        file: json.loads(file.read_text()) for file in tmp_path.glob("*/seed_*/*/results.json")
+    }
     assert len(results) == 4
-    assert {json.loads((file.parents[1] / "step_5/meta.json").read_text())["config"]["seed"] for file in results} == {
+    assert {
+        json.loads((file.parents[1] / "step_5/meta.json").read_text())["config"]["seed"]
+        for file in results
+    } == {
         0,
         1,
     }
@@ -69,10 +98,14 @@ def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypat
     monkeypatch.setattr(evidence, "call", call)
     next(iter(results)).unlink()  # one evaluation is missing: only that is done again
     assert evidence.main(command) == 1
-    assert [command[0] for command in called if "no_such_key" not in str(command)] == ["evaluate.py"]
+    assert [command[0] for command in called if "no_such_key" not in str(command)] == [
+        "evaluate.py"
+    ]
     called.clear()
     evidence.main([*command[:-1], "1", "--nfe", "2", "4"])  # NFE 4 was not measured
-    assert [command[0] for command in called if "no_such_key" not in str(command)] == ["evaluate.py"] * 4
+    assert [command[0] for command in called if "no_such_key" not in str(command)] == [
+        "evaluate.py"
+    ] * 4
 
 
 def test_every_row_names_what_there_is_and_has_a_folder_of_its_own(tmp_path):
@@ -87,9 +120,13 @@ def test_every_row_names_what_there_is_and_has_a_folder_of_its_own(tmp_path):
         )
         script = importlib.import_module(module.SCRIPTS[row.policy].removesuffix(".py"))
         file = ROOT / "configs" / row.policy / row.config
-        cfg, _ = config.load(script.Config, script.__file__, ["--config", str(file), *row.overrides], "")
+        cfg, _ = config.load(
+            script.Config, script.__file__, ["--config", str(file), *row.overrides], ""
+        )
         assert cfg.seed == 0
-        assert evaluate.arguments(["--checkpoint", "run", *row.evaluate]).env in evaluate.ENVIRONMENTS
+        assert (
+            evaluate.arguments(["--checkpoint", "run", *row.evaluate]).env in evaluate.ENVIRONMENTS
+        )
 
 
 FACTS = {  # of the generated datasets
@@ -99,7 +136,9 @@ FACTS = {  # of the generated datasets
 }
 
 
-@pytest.mark.parametrize("name", ["avoid/train", "avoid/train_closed", "tabletop/train", "tabletop_hard/train"])
+@pytest.mark.parametrize(
+    "name", ["avoid/train", "avoid/train_closed", "tabletop/train", "tabletop_hard/train"]
+)
 def test_policies_that_are_compared_have_as_many_parameters(name):
     """The naive policy's networks are wider, so that a latent does not win by its size: within 5 %."""
     sizes = []
@@ -108,9 +147,14 @@ def test_policies_that_are_compared_have_as_many_parameters(name):
         if file.exists():
             script = importlib.import_module(script.removesuffix(".py"))
             cfg, _ = config.load(script.Config, script.__file__, ["--config", str(file)], "")
-            sizes_of = {"action_horizon": cfg.data.action_horizon, "proprio_history": cfg.data.obs_proprio_history}
+            sizes_of = {
+                "action_horizon": cfg.data.action_horizon,
+                "proprio_history": cfg.data.obs_proprio_history,
+            }
             paths = cfg.model.component_config_paths.values()
-            parts = [build(config.Yaml.read(path), FACTS[cfg.data.root] | sizes_of) for path in paths]
+            parts = [
+                build(config.Yaml.read(path), FACTS[cfg.data.root] | sizes_of) for path in paths
+            ]
             sizes.append(sum(p.numel() for part in parts for p in part.parameters()))
     assert len(sizes) > 1
     assert max(sizes) < 1.05 * min(sizes)

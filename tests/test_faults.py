@@ -44,9 +44,14 @@ def test_frozen_components_stay_and_the_others_all_change(experiment):
     assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
     assert not any(module.training for module in backbone.modules())
     assert all(policy.parts[name].training for name in policy.parts.trainable())
-    assert not any(same(part(exp.start, n), part(policy.state_dict(), n)) for n in policy.parts.trainable())
+    assert not any(
+        same(part(exp.start, n), part(policy.state_dict(), n)) for n in policy.parts.trainable()
+    )
     for name in policy.parts.trainable():
-        changed = [not torch.equal(exp.start[f"parts.{name}.{k}"], p) for k, p in policy.parts[name].named_parameters()]
+        changed = [
+            not torch.equal(exp.start[f"parts.{name}.{k}"], p)
+            for k, p in policy.parts[name].named_parameters()
+        ]
         assert sum(changed) > 0.9 * len(changed), name  # a mask token may not have been drawn
 
 
@@ -70,7 +75,9 @@ def test_a_frozen_component_without_a_file_is_kept_once(frozen):
     assert not same(part(start, "backbone"), part(exp.start, "backbone"))
     moved = exp.folder / "elsewhere"
     exp.save_dir.rename(moved)
-    assert same(part(checkpoint.open_policy(moved)[0].state_dict(), "backbone"), part(start, "backbone"))
+    assert same(
+        part(checkpoint.open_policy(moved)[0].state_dict(), "backbone"), part(start, "backbone")
+    )
 
 
 def test_a_frozen_file_that_is_gone_or_changed_is_named(frozen, tmp_path):
@@ -79,11 +86,14 @@ def test_a_frozen_file_that_is_gone_or_changed_is_named(frozen, tmp_path):
     shutil.move(file, away)
     for use in (lambda: checkpoint.open_policy(exp.save_dir), lambda: exp.main(FREEZE)):
         with pytest.raises(
-            UserError, match=rf"{file}: weights of frozen 'backbone' are gone; .*--weights backbone=PATH"
+            UserError,
+            match=rf"{file}: weights of frozen 'backbone' are gone; .*--weights backbone=PATH",
         ):
             use()
     assert evaluate.main(argv(exp, f"--weights=backbone={away}")) == 0
-    with pytest.raises(UserError, match=r"nowhere.safetensors: weights of frozen 'backbone' are gone"):
+    with pytest.raises(
+        UserError, match=r"nowhere.safetensors: weights of frozen 'backbone' are gone"
+    ):
         evaluate.main(argv(exp, "--weights=backbone=nowhere.safetensors"))
     with pytest.raises(UserError, match=r"--weights: \['backbon'\]"):
         evaluate.main(argv(exp, f"--weights=backbon={away}"))
@@ -91,12 +101,22 @@ def test_a_frozen_file_that_is_gone_or_changed_is_named(frozen, tmp_path):
     next(iter(tensors.values())).mul_(1.01)
     save_file(tensors, file)
     for use in (lambda: checkpoint.open_policy(exp.save_dir), lambda: exp.main(FREEZE)):
-        with pytest.raises(UserError, match=rf"{file}: not the file that 'backbone' was trained with"):
+        with pytest.raises(
+            UserError, match=rf"{file}: not the file that 'backbone' was trained with"
+        ):
             use()
 
 
 def argv(exp, *more):
-    return ["--checkpoint", str(exp.save_dir), "--out", str(exp.folder / "results"), "--nfe", "2", *more]
+    return [
+        "--checkpoint",
+        str(exp.save_dir),
+        "--out",
+        str(exp.folder / "results"),
+        "--nfe",
+        "2",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -116,7 +136,8 @@ def test_weights_come_from_init_then_load_dir_then_chance(experiment, trained):
     exp.main(init, f"train.load_dir={trained.parent}", "train.total_steps=3")
     start = exp.start
     assert same(
-        part(start, "action_decoder"), prefixed(load_file(trained / "action_decoder.safetensors"), "action_decoder")
+        part(start, "action_decoder"),
+        prefixed(load_file(trained / "action_decoder.safetensors"), "action_decoder"),
     )
     assert same(part(start, "info_embedder"), prefixed(load_file(other), "info_embedder"))
     exp.main("train.total_steps=1", f"train.save_dir={exp.folder / 'fresh'}")
@@ -141,7 +162,9 @@ def test_load_dir_that_holds_nothing(experiment, trained):
         file.rename(file.with_suffix(".away"))
     with pytest.raises(UserError, match=r"first/run/step_3/\w+.safetensors is missing"):
         exp.main(f"train.load_dir={trained.parent}")
-    with pytest.raises(UserError, match="holds no file for any of backbone, info_embedder, action_decoder"):
+    with pytest.raises(
+        UserError, match="holds no file for any of backbone, info_embedder, action_decoder"
+    ):
         exp.main(f"train.load_dir={trained}")
 
 
@@ -151,7 +174,9 @@ def cameras_of_their_own(exp):
         shutil.copy(exp.folder / "backbone.yaml", exp.folder / f"{name}.yaml")
     paths = exp.config["model"]["component_config_paths"]
     del paths["backbone"]
-    exp.config["model"]["component_config_paths"] = {name: f"./{name}.yaml" for name in [*names, *paths]}
+    exp.config["model"]["component_config_paths"] = {
+        name: f"./{name}.yaml" for name in [*names, *paths]
+    }
     exp.config["model"]["component_build_args"] = {"left_backbone": {"same_as": "head_backbone"}}
     exp.write()
 
@@ -160,11 +185,18 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
     exp = experiment()
     cameras_of_their_own(exp)
     sizes, forward = [], TinyCNN.forward
-    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1])
+    monkeypatch.setattr(
+        TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1]
+    )
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
     # Two samples tried out, then two steps of two micro-batches of 4: head and left together, right alone.
     assert sorted(sizes) == sorted([4, 2] + [8, 4] * 4)
-    assert list(exp.job.policy.parts) == ["head_backbone", "right_backbone", "info_embedder", "action_decoder"]
+    assert list(exp.job.policy.parts) == [
+        "head_backbone",
+        "right_backbone",
+        "info_embedder",
+        "action_decoder",
+    ]
     files = {file.stem for file in (exp.save_dir / "step_2").glob("*.safetensors")}
     assert files == {*exp.job.policy.parts, "dataset_stats"}
     policy, cfg = checkpoint.open_policy(exp.save_dir)
@@ -172,12 +204,16 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
     assert list(cfg.data.cameras) == ["head", "left", "right"]
 
 
-@pytest.mark.parametrize("order", [["head_backbone", "left_backbone"], ["left_backbone", "head_backbone"]])
+@pytest.mark.parametrize(
+    "order", [["head_backbone", "left_backbone"], ["left_backbone", "head_backbone"]]
+)
 def test_a_shared_component_is_set_up_by_its_own_entry_wherever_it_stands(experiment, order):
     exp = experiment()
     cameras_of_their_own(exp)
     paths = exp.config["model"]["component_config_paths"]
-    exp.config["model"]["component_config_paths"] = {name: paths[name] for name in [*order, *list(paths)[2:]]}
+    exp.config["model"]["component_config_paths"] = {
+        name: paths[name] for name in [*order, *list(paths)[2:]]
+    }
     exp.config["model"]["component_build_args"]["head_backbone"] = {"freeze": True}
     exp.write()
     exp.main("train.total_steps=1")
@@ -188,8 +224,12 @@ def test_a_shared_component_is_set_up_by_its_own_entry_wherever_it_stands(experi
 def test_the_long_form_of_the_readme_is_a_backbone(experiment):
     exp = experiment()
     text = (checkpoint.ROOT / "README.md").read_text()
-    block = next(part for part in text.split("```") if "backbone.yaml" in part and "nn.Conv2d" in part)
-    (exp.folder / "backbone.yaml").write_text(block.removeprefix("yaml\n").replace("dim: 64", "dim: 16"))
+    block = next(
+        part for part in text.split("```") if "backbone.yaml" in part and "nn.Conv2d" in part
+    )
+    (exp.folder / "backbone.yaml").write_text(
+        block.removeprefix("yaml\n").replace("dim: 64", "dim: 16")
+    )
     info = exp.folder / "info_embedder.yaml"
     info.write_text(info.read_text().replace("visual_dim: 8", "visual_dim: 16"))
     assert exp.main("train.total_steps=1") == 0
@@ -213,7 +253,9 @@ def test_the_long_form_of_the_readme_is_a_backbone(experiment):
 )
 def test_components_that_do_not_fit_together(experiment, script, change, message):
     exp = experiment(script)
-    file = exp.folder / ("info_embedder.yaml" if script == "train_flow_matching" else "action_decoder.yaml")
+    file = exp.folder / (
+        "info_embedder.yaml" if script == "train_flow_matching" else "action_decoder.yaml"
+    )
     for old, new in change.items():
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
@@ -224,11 +266,16 @@ def test_components_that_do_not_fit_together(experiment, script, change, message
 
 def test_components_of_another_script(experiment):
     exp = experiment("train_vfp")
-    paths = {name: str(exp.folder / f"{name}.yaml") for name in ("backbone", "info_embedder", "action_decoder")}
+    paths = {
+        name: str(exp.folder / f"{name}.yaml")
+        for name in ("backbone", "info_embedder", "action_decoder")
+    }
     with pytest.raises(UserError, match=r"train_vfp.py: no component 'vae_posterior' is listed"):
         exp.main(f"model.component_config_paths={json.dumps(paths)}")
     forget_accelerator()
-    with pytest.raises(UserError, match=r"'vae_posterior' is listed, but train_flow_matching.py does not use it"):
+    with pytest.raises(
+        UserError, match=r"'vae_posterior' is listed, but train_flow_matching.py does not use it"
+    ):
         train_flow_matching.main(["--config", str(exp.folder / "train.yaml"), "loss={}"])
 
 
@@ -244,7 +291,9 @@ def test_a_run_is_not_resumed_by_another_script_and_tells_what_changed(experimen
     meta["script"] = "train_other.py"
     del meta["sha256"]
     checkpoint_meta.write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
-    with pytest.raises(UserError, match=r"step_2: of train_other.py, not of train_flow_matching.py"):
+    with pytest.raises(
+        UserError, match=r"step_2: of train_other.py, not of train_flow_matching.py"
+    ):
         exp.main("train.total_steps=3")
 
 
@@ -255,14 +304,18 @@ def test_components_of_an_absent_camera_are_left_out(experiment, capsys):
     exp.config["data"]["cameras"] = {name: CAMERAS[name] for name in ("left", "right")}
     exp.write()
     exp.main("train.total_steps=1")
-    assert "notice: head_backbone is left out, data.cameras has no 'head'" in capsys.readouterr().out
+    assert (
+        "notice: head_backbone is left out, data.cameras has no 'head'" in capsys.readouterr().out
+    )
     assert exp.job.policy.parts.frozen == {"left_backbone"}  # in the place of the one it shares
     policy, _ = checkpoint.open_policy(exp.save_dir)
     assert same(part(policy.state_dict(), "left_backbone"), part(exp.start, "left_backbone"))
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])
-def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_ones(experiment, monkeypatch, freeze):
+def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_ones(
+    experiment, monkeypatch, freeze
+):
     exp = experiment()
     (exp.folder / "pretrained_blocks.py").write_text(
         "from pathlib import Path\n"
@@ -279,12 +332,18 @@ def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_
         "        return Path(self.weights)\n"
     )
     monkeypatch.syspath_prepend(str(exp.folder))
-    content = {"block": "pretrained_cnn", "args": {"dim": 8, "width": 4, "weights": "./cnn.safetensors"}}
+    content = {
+        "block": "pretrained_cnn",
+        "args": {"dim": 8, "width": 4, "weights": "./cnn.safetensors"},
+    }
     (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(content))
     file = exp.folder / "cnn.safetensors"
     given = TinyCNN(8, 4).state_dict()
     save_file({f"net.{key}": value for key, value in given.items()}, file)
-    settings = ["plugins=[pretrained_blocks]", f"model.component_build_args={{backbone: {{freeze: {freeze}}}}}"]
+    settings = [
+        "plugins=[pretrained_blocks]",
+        f"model.component_build_args={{backbone: {{freeze: {freeze}}}}}",
+    ]
     exp.main(*settings, "train.total_steps=2")
     assert same(part(exp.start, "backbone"), prefixed(given, "backbone.block"))
     moved = file.rename(exp.folder / "moved.safetensors")
@@ -352,13 +411,18 @@ def no_episodes(folder):
 
 def pickled(exp):
     torch.save({}, exp.folder / "weights.pt")
-    exp.overrides.append(f"model.component_build_args={{backbone: {{init: {exp.folder}/weights.pt}}}}")
+    exp.overrides.append(
+        f"model.component_build_args={{backbone: {{init: {exp.folder}/weights.pt}}}}"
+    )
 
 
 def long_form(exp):
     content = {
         "inputs": ["image"],
-        "blocks": {"a": {"block": "nn.Identity", "in": ["$b"]}, "b": {"block": "nn.Identity", "in": ["$image"]}},
+        "blocks": {
+            "a": {"block": "nn.Identity", "in": ["$b"]},
+            "b": {"block": "nn.Identity", "in": ["$image"]},
+        },
         "return": "$a",
     }
     (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -377,9 +441,18 @@ def one_backbone_too_few(exp):
 
 MISTAKES = {
     "unknown key": (override("train.save_evry=3"), r"train.save_evry.*did you mean 'save_every'"),
-    "wrong type": (override("data.batch_size=many"), r"data.batch_size=many: expected int, found \"many\""),
-    "batch too large": (override("data.batch_size=90"), r"data.batch_size 90 is more than the 83 training samples"),
-    "batch indivisible": (override("data.batch_size=9"), r"data.batch_size 9 must be a multiple of micro_steps"),
+    "wrong type": (
+        override("data.batch_size=many"),
+        r"data.batch_size=many: expected int, found \"many\"",
+    ),
+    "batch too large": (
+        override("data.batch_size=90"),
+        r"data.batch_size 90 is more than the 83 training samples",
+    ),
+    "batch indivisible": (
+        override("data.batch_size=9"),
+        r"data.batch_size 9 must be a multiple of micro_steps",
+    ),
     "no such file": (
         lambda exp: (exp.folder / "backbone.yaml").unlink(),
         r"train.yaml:3: .*backbone: no such file: .*backbone.yaml",
@@ -397,7 +470,10 @@ MISTAKES = {
         override("data.cameras={head: observation.images.cam_heat}"),
         r"(?s)'observation.images.cam_heat' is not in the dataset; did you mean .*cam_head.*available: .*cam_left",
     ),
-    "camera without a backbone": (one_backbone_too_few, "camera 'right' has neither 'right_backbone' nor 'backbone'"),
+    "camera without a backbone": (
+        one_backbone_too_few,
+        "camera 'right' has neither 'right_backbone' nor 'backbone'",
+    ),
     "unknown column": (
         override("data.state_keys=[observation.stat]"),
         r"no numeric column 'observation.stat'; did you mean 'observation.state'",
@@ -410,14 +486,23 @@ MISTAKES = {
     "nan": (dataset(not_a_number), r"file-000.parquet: episode 1, frame 7: action\[2\] is nan"),
     "no episodes": (dataset(no_episodes), r"harmed: no episodes"),
     "no dataset": (override("data.root=./nothing_here"), r"data.root: no folder .*nothing_here"),
-    "no generated dataset": (override("data.root=tabletopp"), r"no folder 'tabletopp'.*did you mean 'tabletop'"),
+    "no generated dataset": (
+        override("data.root=tabletopp"),
+        r"no folder 'tabletopp'.*did you mean 'tabletop'",
+    ),
     "unwritable folder": (
         lambda exp: exp.overrides.append(f"train.save_dir={exp.file}/run"),
         r"train.save_dir: .*train.yaml/run cannot be written: Not a directory",
     ),
-    "python object": (execute, r"train.yaml:\d+: plugins: .*python/object/apply:os.system is refused"),
+    "python object": (
+        execute,
+        r"train.yaml:\d+: plugins: .*python/object/apply:os.system is refused",
+    ),
     "pickle": (pickled, r"weights.pt: expected a .safetensors file; pickles"),
-    "missing plugin": (override("plugins=[no_such_lab.blocks]"), r"cannot import plugin 'no_such_lab.blocks'"),
+    "missing plugin": (
+        override("plugins=[no_such_lab.blocks]"),
+        r"cannot import plugin 'no_such_lab.blocks'",
+    ),
 }
 
 
@@ -442,7 +527,9 @@ def test_a_mistake_is_one_message_and_nothing_is_begun(experiment, mistake, caps
 def test_an_unknown_block_is_a_key_error_as_well(experiment):
     exp = experiment()
     edit("backbone", "tiny_cnn", "my_cnn")(exp)
-    with pytest.raises(UnknownBlock, match=r"`plugins` in train.yaml names the modules of blocks of your own"):
+    with pytest.raises(
+        UnknownBlock, match=r"`plugins` in train.yaml names the modules of blocks of your own"
+    ):
         exp.main()
 
 
@@ -453,12 +540,16 @@ def test_evaluate_says_what_is_wrong(experiment, capsys):
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
     with pytest.raises(UserError, match="held no episodes out"):
         evaluate.main(argv(exp))
-    with pytest.raises(UserError, match=r"--env: no environment 'tabletob'; did you mean 'tabletop'"):
+    with pytest.raises(
+        UserError, match=r"--env: no environment 'tabletob'; did you mean 'tabletop'"
+    ):
         evaluate.main(argv(exp, "--env", "tabletob"))
     with pytest.raises(UserError, match="runs at 20 Hz, the policy at 10"):
         evaluate.main(argv(exp, "--env", "tabletop"))
     (exp.save_dir / "step_2/backbone.safetensors").unlink()
-    with pytest.raises(UserError, match=r"backbone.safetensors is missing; take another checkpoint"):
+    with pytest.raises(
+        UserError, match=r"backbone.safetensors is missing; take another checkpoint"
+    ):
         evaluate.main(["--checkpoint", str(exp.save_dir / "step_2")])
 
 
@@ -500,11 +591,18 @@ def test_pictures_are_decoded_last(experiment, capsys):
     frames = cache_folder() / "frames"
     before = {*frames.glob("*.npy")}
     save_file({"other": torch.zeros(1)}, exp.folder / "other.safetensors")
-    with pytest.raises(UserError, match=r"other\.safetensors: not the weights of component 'backbone'"):
-        exp.main(size, f"model.component_build_args={{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}")
+    with pytest.raises(
+        UserError, match=r"other\.safetensors: not the weights of component 'backbone'"
+    ):
+        exp.main(
+            size,
+            f"model.component_build_args={{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}",
+        )
     assert exp.main("--dry_run", size) == 0
     assert {*frames.glob("*.npy")} == before
-    assert re.search(r"frames of \d cameras? at 26 x 38 take .* GB: \w+.* decoded once", capsys.readouterr().out)
+    assert re.search(
+        r"frames of \d cameras? at 26 x 38 take .* GB: \w+.* decoded once", capsys.readouterr().out
+    )
     with pytest.raises(DataError, match=r"above data\.cache_max_gb: 0\.0001"):
         exp.main("--dry_run", size, "data.cache_max_gb=0.0001")
     assert exp.main(size, "train.total_steps=1") == 0
@@ -513,9 +611,17 @@ def test_pictures_are_decoded_last(experiment, capsys):
 
 def test_a_tracker_that_cannot_start_costs_a_warning(experiment, capsys):
     exp = experiment()
-    for tracker, reason in (("wandb", "not installed"), ("wanbd", "Unsupported logging capability")):
+    for tracker, reason in (
+        ("wandb", "not installed"),
+        ("wanbd", "Unsupported logging capability"),
+    ):
         assert (
-            exp.main(f"train.tracker={tracker}", "train.total_steps=2", f"train.save_dir={exp.folder / tracker}") == 0
+            exp.main(
+                f"train.tracker={tracker}",
+                "train.total_steps=2",
+                f"train.save_dir={exp.folder / tracker}",
+            )
+            == 0
         )
         out = capsys.readouterr().out
         assert out.count("warning: tracker") == 1
@@ -545,7 +651,9 @@ def test_a_tracker_gets_the_config_and_what_is_logged(experiment, monkeypatch):
     assert seen == ["tiny", (1, True), (2, True)]
 
 
-def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(experiment, tmp_path, monkeypatch):
+def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(
+    experiment, tmp_path, monkeypatch
+):
     exp = experiment("train_vfp")
     text = Path(train_vfp.__file__).read_text()
     for old, new in (
@@ -573,7 +681,9 @@ def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(experiment
     assert len(results["mae"]) == 4
     assert np.isfinite(results["mae"]).all()
     (tmp_path / "train_mine.py").unlink()
-    with pytest.raises(UserError, match=r"train_mine.py: the script that trained this checkpoint is gone"):
+    with pytest.raises(
+        UserError, match=r"train_mine.py: the script that trained this checkpoint is gone"
+    ):
         evaluate.main(argv(fork))
 
 

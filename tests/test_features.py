@@ -37,7 +37,10 @@ from common.parts import IMAGE
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 FRAMES = 100
 SAME = 5e-5  # relative difference of losses, from float16 on disk
-DEPTH = {"block": "da3", "args": {"layers": [1, 0], "embed_dim": 8, "depth": 2, "alt_start": 1, "table_side": 3}}
+DEPTH = {
+    "block": "da3",
+    "args": {"layers": [1, 0], "embed_dim": 8, "depth": 2, "alt_start": 1, "table_side": 3},
+}
 ENCODER = COMPONENTS["info_embedder"]
 
 
@@ -86,15 +89,23 @@ def every_feature_counts(exp):
 
     @torch.no_grad()
     def losses(**changed):
-        inputs = [batch | changed | {"noise": Noise(i, device="cpu"), "progress": 1.0} for i in range(4)]
+        inputs = [
+            batch | changed | {"noise": Noise(i, device="cpu"), "progress": 1.0} for i in range(4)
+        ]
         return np.array([policy(x)[0].item() for x in inputs])
 
-    entries, changes = {key: x.float() for key, x in batch.items() if key.startswith("features")}, {}
+    entries, changes = (
+        {key: x.float() for key, x in batch.items() if key.startswith("features")},
+        {},
+    )
     for key, x in entries.items():
         changes |= {f"{key} zero": {key: 0 * x}, f"{key} of other samples": {key: x.roll(1, 0)}}
         if ".da3." in key:
             changes["layers swapped"] = {key: x.flip(1)}
-            changes |= {f"layer {i} zero": {key: x.index_fill(1, torch.tensor([i]), 0)} for i in range(x.shape[1])}
+            changes |= {
+                f"layer {i} zero": {key: x.index_fill(1, torch.tensor([i]), 0)}
+                for i in range(x.shape[1])
+            }
     usual = losses()
     moved = {name: abs(losses(**change) / usual - 1).max() for name, change in changes.items()}
     assert min(moved.values()) > 2 * SAME, moved
@@ -138,7 +149,9 @@ def arrays():
         ("train_flow_matching", True, True, 2),
     ],
 )
-def test_losses_are_those_through_the_frozen_components(cached, awake, calls, script, frozen, depth, history):
+def test_losses_are_those_through_the_frozen_components(
+    cached, awake, calls, script, frozen, depth, history
+):
     exp = cached(script, frozen, depth)
     settings = [f"data.obs_images_history={history}", "train.micro_steps=1"]
     exp.main(*settings, "data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
@@ -190,34 +203,56 @@ def test_a_hand_extractor_with_a_summary(cached, awake, same):
     """Of its results only the grid is kept; one that equals the backbone shares the file of it."""
     exp = cached()
     weights = exp.folder / "same.safetensors"
-    save_file({f"block.{key}": value for key, value in TinyCNN(dim=8, width=4).state_dict().items()}, weights)
+    save_file(
+        {f"block.{key}": value for key, value in TinyCNN(dim=8, width=4).state_dict().items()},
+        weights,
+    )
     hand = COMPONENTS["backbone"] if same else {"block": "tiny_cnn", "args": {"dim": 8, "width": 8}}
     (exp.folder / "left_hand_extractor.yaml").write_text(yaml.safe_dump(hand))
     wide = {**ENCODER, "args": {**ENCODER["args"], "extra_visual_dims": [8]}}
     (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(wide))
-    exp.config["model"]["component_config_paths"]["left_hand_extractor"] = "./left_hand_extractor.yaml"
-    args = {"backbone": {"freeze": True, "init": str(weights)}, "left_hand_extractor": {"freeze": True}}
+    exp.config["model"]["component_config_paths"]["left_hand_extractor"] = (
+        "./left_hand_extractor.yaml"
+    )
+    args = {
+        "backbone": {"freeze": True, "init": str(weights)},
+        "left_hand_extractor": {"freeze": True},
+    }
     args["left_hand_extractor"] |= {"init": str(weights)} if same else {}
     exp.config["model"]["component_build_args"] = args
     exp.write()
     exp.main("data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
     exp.main()
-    np.testing.assert_allclose([*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=SAME)
+    np.testing.assert_allclose(
+        [*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=SAME
+    )
     assert len(arrays()) == (6 if same else 7)
     assert "features.left_hand_extractor.left" in exp.job.data.windows[[0]]
     every_feature_counts(exp)
 
 
 def test_frames_of_a_history_are_stacked(tmp_path):
-    shapes = {"grid": (5, 2, 3, 4), "grid.summary": (5, 6), "hand": (5, 7, 4), "da3": (5, 2, 3, 4, 8)}
-    kept = {key: np.random.default_rng(0).normal(size=shape).astype(np.float16) for key, shape in shapes.items()}
+    shapes = {
+        "grid": (5, 2, 3, 4),
+        "grid.summary": (5, 6),
+        "hand": (5, 7, 4),
+        "da3": (5, 2, 3, 4, 8),
+    }
+    kept = {
+        key: np.random.default_rng(0).normal(size=shape).astype(np.float16)
+        for key, shape in shapes.items()
+    }
     for key, x in kept.items():
         np.save(tmp_path / f"{key}.npy", x)
     cache = FeatureCache({key: tmp_path / f"{key}.npy" for key in kept})
     batch = pickle.loads(pickle.dumps(cache)).gather(np.array([[0, 1], [4, 4], [2, 3]]))
     for i, (a, b) in enumerate([(0, 1), (4, 4), (2, 3)]):
-        np.testing.assert_array_equal(batch["grid"][i], np.concatenate([kept["grid"][a], kept["grid"][b]]))
-        np.testing.assert_array_equal(batch["hand"][i], np.concatenate([kept["hand"][a], kept["hand"][b]]))
+        np.testing.assert_array_equal(
+            batch["grid"][i], np.concatenate([kept["grid"][a], kept["grid"][b]])
+        )
+        np.testing.assert_array_equal(
+            batch["hand"][i], np.concatenate([kept["hand"][a], kept["hand"][b]])
+        )
         both = np.stack([kept["grid.summary"][a], kept["grid.summary"][b]]).astype(np.float32)
         np.testing.assert_allclose(batch["grid.summary"][i], both.mean(0, keepdims=True))
         for layer in range(2):
@@ -233,7 +268,10 @@ def test_gradients_are_the_same(cached, awake):
         windows = exp.job.data.windows
         if pictures:
             windows.features, windows.pictures = None, list(CAMERAS)
-        batch = to_device(windows[[1, 20, 60]], "cpu") | {"noise": Noise("x", device="cpu"), "progress": 1.0}
+        batch = to_device(windows[[1, 20, 60]], "cpu") | {
+            "noise": Noise("x", device="cpu"),
+            "progress": 1.0,
+        }
         policy.eval().zero_grad()
         policy(batch)[0].backward()
         grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]))
@@ -269,7 +307,11 @@ def test_shared_modules_and_trained_ones(cached, calls):
     eyes = {f"features.head_backbone.{name}" for name in ("head", "left")}
     assert entries == eyes | {f"{key}.summary" for key in eyes} | {IMAGE + "right"}
     start, end = exp.start, exp.job.policy.state_dict()
-    changed = {key.split(".")[1] for key in end if key.startswith("parts.") and not torch.equal(start[key], end[key])}
+    changed = {
+        key.split(".")[1]
+        for key in end
+        if key.startswith("parts.") and not torch.equal(start[key], end[key])
+    }
     assert changed == {"right_backbone", "info_embedder", "action_decoder"}
 
 
@@ -307,7 +349,9 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
         seen = {}
         exp.main(f"train.save_dir={exp.folder / 'again'}")
     assert f"going on after {done} of {3 * FRAMES}" in capsys.readouterr().out
-    tried = 3 * 2 + 2 * 2 * size + 3 * 8  # try_out, shapes and time of two cameras, eight rows of each for the check
+    tried = (
+        3 * 2 + 2 * 2 * size + 3 * 8
+    )  # try_out, shapes and time of two cameras, eight rows of each for the check
     assert seen["TinyCNN"] == 2 * FRAMES - done + tried
     assert arrays().keys() == whole.keys()
     assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())
@@ -362,7 +406,9 @@ def test_what_other_builds_left_is_removed_unless_a_process_is_at_it(cached):
         fcntl.flock(lock, fcntl.LOCK_EX)
         exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'other'}")
         assert [path.stem.partition(".")[0] for path in left("rows", "tmp")] == [note.stem] * 3
-    exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'there'}", "train.total_steps=5")
+    exp.main(
+        "data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'there'}", "train.total_steps=5"
+    )
     assert len(left("rows", "tmp")) == 3  # no build began
     exp.main("data.image_size=[32, 48]", f"train.save_dir={exp.folder / 'third'}")
     assert not left("rows", "tmp")
@@ -386,12 +432,16 @@ def test_other_weights_sizes_and_settings_have_another_cache(cached, calls):
     save_file(frozen, weights)
     init = f"model.component_build_args={{backbone: {{freeze: true, init: {weights}}}}}"
     assert files("f", init) == 0  # the same weights from a file
-    save_file({key: value + (key == "block.patches.bias") for key, value in frozen.items()}, weights)
+    save_file(
+        {key: value + (key == "block.patches.bias") for key, value in frozen.items()}, weights
+    )
     assert files("g", init) == 6
     other = {**DEPTH, "args": {**DEPTH["args"], "layers": [0, 1]}}
     (exp.folder / "da3.yaml").write_text(yaml.safe_dump(other))
     assert files("h") == 1
-    assert files("i", "data.cameras={head: observation.images.cam_left}") == 1 + 0  # da3 looks at another camera
+    assert (
+        files("i", "data.cameras={head: observation.images.cam_left}") == 1 + 0
+    )  # da3 looks at another camera
 
 
 def test_the_key_is_what_makes_the_features(cached, monkeypatch):
@@ -424,11 +474,17 @@ def test_in_bf16_losses_are_close_and_the_check_knows_it(cached, awake, monkeypa
     exp.main("data.cache=frames", f"train.save_dir={exp.folder / 'slow'}")
     exp.main()
     assert exp.job.accelerator.mixed_precision == "bf16"
-    np.testing.assert_allclose([*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=2e-2)
+    np.testing.assert_allclose(
+        [*exp.log(save_dir=exp.folder / "slow").values()], [*exp.log().values()], rtol=2e-2
+    )
     every_feature_counts(exp)
-    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: tuple(1.03 * x for x in forward(self, image)))
+    monkeypatch.setattr(
+        TinyCNN, "forward", lambda self, image: tuple(1.03 * x for x in forward(self, image))
+    )
     exp.main("train.total_steps=5")
-    monkeypatch.setattr(TinyCNN, "forward", lambda self, image: tuple(1.07 * x for x in forward(self, image)))
+    monkeypatch.setattr(
+        TinyCNN, "forward", lambda self, image: tuple(1.07 * x for x in forward(self, image))
+    )
     with pytest.raises(UserError, match="'backbone' gives other features now"):
         exp.main("train.total_steps=6")
 
@@ -448,7 +504,9 @@ def test_changed_code_is_noticed(cached, monkeypatch):
     exp.main("train.total_steps=2")
     for factors, file in (((1.02, 1), r"\w\.npy"), ((1, 1.02), r"\.summary\.npy")):
         times(*factors)
-        with pytest.raises(UserError, match=rf"{file}: 'backbone' gives other features now: did its code change\?"):
+        with pytest.raises(
+            UserError, match=rf"{file}: 'backbone' gives other features now: did its code change\?"
+        ):
             exp.main("train.total_steps=3")
 
 
@@ -460,7 +518,8 @@ def test_files_that_lost_something_are_noticed(cached):
         for n in (0, 50, len(whole) - 1):
             path.write_bytes(whole[:n])
             with pytest.raises(
-                UserError, match=rf"{path}: the file is not whole \(.*\). Delete it: it is computed again"
+                UserError,
+                match=rf"{path}: the file is not whole \(.*\). Delete it: it is computed again",
             ):
                 exp.main("train.total_steps=2")
         path.write_bytes(whole)
@@ -503,7 +562,9 @@ def test_it_says_once_that_it_waits_for_another_process(cached, capsys, monkeypa
     monkeypatch.setattr(fcntl, "flock", released_when_waited_for)
     exp.main("train.total_steps=2")
     first = min(path for path in left("npy") if "summary" not in path.name)
-    assert re.findall("waiting.*", capsys.readouterr().out) == [f"waiting for {first}: another process computes it"]
+    assert re.findall("waiting.*", capsys.readouterr().out) == [
+        f"waiting for {first}: another process computes it"
+    ]
     assert not held
 
 
@@ -517,7 +578,9 @@ def test_two_processes_of_one_run(cached):
     assert done.stdout.count("features of") == 1
     assert len(arrays()) == 7
     exp.main(f"train.save_dir={exp.folder / 'one'}")
-    np.testing.assert_allclose([*exp.log().values()], [*exp.log(save_dir=exp.folder / "one").values()], rtol=1e-5)
+    np.testing.assert_allclose(
+        [*exp.log().values()], [*exp.log(save_dir=exp.folder / "one").values()], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -543,13 +606,17 @@ def test_evaluation_looks_at_pictures(cached, calls):
     exp = cached("train_vfp", depth=True)
     exp.main()
     calls.clear()
-    evaluate.main(["--checkpoint", str(exp.save_dir), "--nfe", "2", "--out", str(exp.folder / "open")])
+    evaluate.main(
+        ["--checkpoint", str(exp.save_dir), "--nfe", "2", "--out", str(exp.folder / "open")]
+    )
     assert calls["TinyCNN"] == 3 * calls["DepthAnything3"] > 0
     assert json.loads((exp.folder / "open/results.json").read_text())["nfe"] == 2
     policy, cfg = open_policy(exp.save_dir)
     looker = evaluate.Looker(cfg.data, 1, torch.device("cpu"))
     looker.remember(
-        0, {"observation.state": np.zeros(5)} | dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1"))
+        0,
+        {"observation.state": np.zeros(5)}
+        | dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1")),
     )
     calls.clear()
     with torch.no_grad():
@@ -564,7 +631,9 @@ def test_errors(cached):
     exp.write()
     with pytest.raises(ConfigError, match=why):
         exp.main()
-    with pytest.raises(ConfigError, match=r"none of them is frozen: set model.component_build_args"):
+    with pytest.raises(
+        ConfigError, match=r"none of them is frozen: set model.component_build_args"
+    ):
         exp.main("data.augment=null", "model.component_build_args={}")
 
 
@@ -580,7 +649,10 @@ def wide(cached):
 
 
 def test_a_cache_above_the_limit(wide):
-    with pytest.raises(DataError, match=r"features of 100 frames .* take 0.00 GB, above data.cache_max_gb: 0.002; rai"):
+    with pytest.raises(
+        DataError,
+        match=r"features of 100 frames .* take 0.00 GB, above data.cache_max_gb: 0.002; rai",
+    ):
         wide.main("data.cache_max_gb=0.002")
     assert {path.suffix for path in cache_files()} == {".lock"}
 
@@ -605,7 +677,10 @@ def test_a_full_disk(cached, monkeypatch):
     exp.main("data.cache=frames", "train.total_steps=1", f"train.save_dir={exp.folder / 'a'}")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    with pytest.raises(DataError, match=r"features: features of 100 frames .* take 0.00 GB, but 0.00 GB are free; set"):
+    with pytest.raises(
+        DataError,
+        match=r"features: features of 100 frames .* take 0.00 GB, but 0.00 GB are free; set",
+    ):
         exp.main()
     assert not [path for path in cache_files() if path.suffix == ".tmp"]
 
@@ -616,7 +691,10 @@ def test_values_that_do_not_fit_are_refused(cached):
     frozen = load_file(exp.folder / "a/frozen/backbone.safetensors")
     save_file({key: 1e6 * value for key, value in frozen.items()}, exp.folder / "big.safetensors")
     init = f"{{backbone: {{freeze: true, init: {exp.folder / 'big.safetensors'}}}}}"
-    with pytest.raises(UserError, match="'backbone' makes of camera 'head' from frame 0 on what float16 cannot hold"):
+    with pytest.raises(
+        UserError,
+        match="'backbone' makes of camera 'head' from frame 0 on what float16 cannot hold",
+    ):
         exp.main(f"model.component_build_args={init}")
     assert {path.suffix for path in cache_files()} == {".lock"}
 

@@ -27,8 +27,12 @@ def test_order(solver, order):
         return (3 * math.sin(3 * t) - a * math.cos(3 * t)) / (9 + a * a)
 
     exact = (x0 - particular(0)) * math.exp(a) + particular(1)
-    errors = [(solver(lambda x, t: a * x + math.cos(3 * t), x0, n) - exact).abs() for n in (512, 1024)]
-    torch.testing.assert_close(errors[0] / errors[1], torch.full_like(x0, 2**order), rtol=0.05, atol=0)
+    errors = [
+        (solver(lambda x, t: a * x + math.cos(3 * t), x0, n) - exact).abs() for n in (512, 1024)
+    ]
+    torch.testing.assert_close(
+        errors[0] / errors[1], torch.full_like(x0, 2**order), rtol=0.05, atol=0
+    )
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [(euler, 10), (heun, 19)])
@@ -144,7 +148,9 @@ def test_ensembling_as_in_act(execute, m):
             present = table[: tick + 1, tick]
             present = present[~np.isnan(present[:, 0])]
             weights = np.exp(-m * np.arange(len(present)))
-            np.testing.assert_allclose(carried[tick, robot], weights @ present / weights.sum(), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                carried[tick, robot], weights @ present / weights.sum(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_ensembling_leaves_out_chunks_that_are_not_there_yet():
@@ -152,7 +158,9 @@ def test_ensembling_leaves_out_chunks_that_are_not_there_yet():
     for tick in range(23):
         there = [k for k in chunks if k + (3 if k else 0) <= tick < k + 8]
         weights = np.exp(-0.4 * np.arange(len(there)))
-        mean = sum(w * chunks[k][:, tick - k] for w, k in zip(weights / weights.sum(), there, strict=True))
+        mean = sum(
+            w * chunks[k][:, tick - k] for w, k in zip(weights / weights.sum(), there, strict=True)
+        )
         np.testing.assert_allclose(carried[tick], mean, rtol=1e-5, atol=1e-6)
 
 

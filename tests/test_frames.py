@@ -15,7 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_lerobot import CAMERAS, LENGTHS, SIZE, VIDEO, paint, real, reencode, spelled, write, write_v2
+from test_lerobot import (
+    CAMERAS,
+    LENGTHS,
+    SIZE,
+    VIDEO,
+    paint,
+    real,
+    reencode,
+    spelled,
+    write,
+    write_v2,
+)
 
 from common.config import DataError
 from common.data import frames as frames_module
@@ -35,7 +46,9 @@ def dataset(tmp_path_factory):
 def test_resize():
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     assert resize(image, (40, 60)) is image
-    stripes = np.tile(np.array([0, 200], np.uint8)[None, :, None], (8, 40, 3))  # averaged, not picked out of
+    stripes = np.tile(
+        np.array([0, 200], np.uint8)[None, :, None], (8, 40, 3)
+    )  # averaged, not picked out of
     assert np.abs(resize(stripes, (4, 20)).astype(int) - 100).max() <= 13
     assert resize(image, (10, 30)).shape == (10, 30, 3)
 
@@ -52,14 +65,17 @@ def test_every_frame_is_the_one_written(dataset, episodes, tmp_path):
         rows = np.random.default_rng(1).integers(0, len(expected), (8, 5))
         picked = cache.gather(name, rows)
         np.testing.assert_array_equal(picked, videos.gather(name, rows))
-        assert [spelled(image, inverted) for image in picked.reshape(-1, 3, *SIZE)] == expected[rows].ravel().tolist()
+        assert [spelled(image, inverted) for image in picked.reshape(-1, 3, *SIZE)] == expected[
+            rows
+        ].ravel().tolist()
     error = np.abs(cache["head"][0].astype(int) - paint(expected[0]).transpose(2, 0, 1))
     assert error.mean() < 1.5
     assert cache.warnings == []
 
 
 @pytest.mark.parametrize(
-    ("name", "camera"), [("so101_bimanual_cloth_v21", "cam1"), ("gr1_picknplace_sim_v20", "ego_view")]
+    ("name", "camera"),
+    [("so101_bimanual_cloth_v21", "cam1"), ("gr1_picknplace_sim_v20", "ego_view")],
 )
 def test_videos_equal_cache_on_real_data(name, camera, tmp_path):
     dataset = LeRobotDataset(real(name))
@@ -74,7 +90,8 @@ def test_videos_equal_cache_on_real_data(name, camera, tmp_path):
     # And both are what a plain decode in order gives.
     with av.open(dataset.select(episodes)[0].videos[key][0]) as container:
         plain = [
-            resize(f.to_ndarray(format="rgb24"), (96, 128)) for f in itertools.islice(container.decode(video=0), 30)
+            resize(f.to_ndarray(format="rgb24"), (96, 128))
+            for f in itertools.islice(container.decode(video=0), 30)
         ]
     np.testing.assert_array_equal(cache["a"][:30], np.stack(plain).transpose(0, 3, 1, 2))
 
@@ -89,14 +106,21 @@ def test_several_files_and_inexact_start_times(dataset, tmp_path):
     path = root / "data/chunk-001/file-004.parquet"
     table = pq.read_table(path)
     shifted = pa.array(table["episode_index"].to_numpy() + 3)
-    pq.write_table(table.set_column(table.schema.get_field_index("episode_index"), "episode_index", shifted), path)
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("episode_index"), "episode_index", shifted),
+        path,
+    )
     path = root / "meta/episodes/chunk-000/file-000.parquet"
     rows = pq.read_table(path).to_pylist()
     for row in [dict(row) for row in rows]:
         row |= {key: 1 for key in row if key.endswith("chunk_index")} | {
             key: 4 for key in row if key.endswith("file_index")
         }
-        row |= {key: row[key] + 0.01 * (-1) ** row["episode_index"] for key in row if key.endswith("from_timestamp")}
+        row |= {
+            key: row[key] + 0.01 * (-1) ** row["episode_index"]
+            for key in row
+            if key.endswith("from_timestamp")
+        }
         rows.append(row | {"episode_index": row["episode_index"] + 3})
     pq.write_table(pa.Table.from_pylist(rows), path)
     both = LeRobotDataset(root)
@@ -119,12 +143,15 @@ def test_black_camera_is_reported_once_and_remembered(tmp_path, capsys):
     cache = FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1)
     assert [w.endswith(text) for w in cache.warnings] == [True]
     assert capsys.readouterr().out.count(text) == 1
-    assert FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1).warnings == cache.warnings
+    assert (
+        FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1).warnings == cache.warnings
+    )
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    "options", [("libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}), ("mpeg4", {"bf": "2"})]
+    "options",
+    [("libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}), ("mpeg4", {"bf": "2"})],
 )
 def test_random_access_with_bidirectional_frames(options, tmp_path):
     with av.open(tmp_path / "v.mp4", "w") as target:
@@ -177,10 +204,14 @@ def gather_in_child(source, queue):
 @pytest.mark.parametrize("cached", [True, False])
 def test_pickle_and_fork(dataset, cached, tmp_path):
     source = (
-        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1) if cached else VideoFrames(dataset, NAMES, SIZE, None)
+        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+        if cached
+        else VideoFrames(dataset, NAMES, SIZE, None)
     )
     expected = source.gather("head", [5, 50, 20])
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).gather("head", [5, 50, 20]), expected)
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(source)).gather("head", [5, 50, 20]), expected
+    )
     if cached:
         assert len(pickle.dumps(source)) < 2000
     context = multiprocessing.get_context("fork")
@@ -189,7 +220,9 @@ def test_pickle_and_fork(dataset, cached, tmp_path):
     child.start()
     np.testing.assert_array_equal(queue.get(timeout=20), expected)
     child.join()
-    np.testing.assert_array_equal(source.gather("head", [6, 51, 21]), source.gather("head", np.array([6, 51, 21])))
+    np.testing.assert_array_equal(
+        source.gather("head", [6, 51, 21]), source.gather("head", np.array([6, 51, 21]))
+    )
 
 
 def open_and_report(dataset, folder, queue):
@@ -209,7 +242,9 @@ def open_and_report(dataset, folder, queue):
 def test_processes_wait_for_the_one_that_decodes(dataset, tmp_path):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    children = [context.Process(target=open_and_report, args=(dataset, tmp_path, queue)) for _ in range(3)]
+    children = [
+        context.Process(target=open_and_report, args=(dataset, tmp_path, queue)) for _ in range(3)
+    ]
     for child in children:
         child.start()
     assert sorted(queue.get(timeout=20) for _ in children) == [(0, 77), (0, 77), (1, 77)]
@@ -223,8 +258,16 @@ def test_pictures_in_parquet(tmp_path):
         Image.fromarray(paint(number)).save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": f"frame-{number}.png"}
 
-    tables = {e: {"image": pa.array([png(10 * e + k) for k in range(4)]), "state": [0.0] * 4} for e in (0, 1)}
-    info = {"features": {"image": {"dtype": "image", "shape": [*SIZE, 3]}, "state": {"dtype": "float32", "shape": [1]}}}
+    tables = {
+        e: {"image": pa.array([png(10 * e + k) for k in range(4)]), "state": [0.0] * 4}
+        for e in (0, 1)
+    }
+    info = {
+        "features": {
+            "image": {"dtype": "image", "shape": [*SIZE, 3]},
+            "state": {"dtype": "float32", "shape": [1]},
+        }
+    }
     dataset = LeRobotDataset(write_v2(tmp_path / "set", tables, info))
     assert dataset.cameras == ["image"]
     cache = FrameCache.open(dataset, {"wrist": "image"}, SIZE, [1, 0], tmp_path / "cache", 1)
@@ -233,24 +276,32 @@ def test_pictures_in_parquet(tmp_path):
     np.testing.assert_array_equal(videos.gather("wrist", [7, 2]), cache.gather("wrist", [7, 2]))
     tables[1]["image"] = pa.array([png(0), png(1), png(2), None])
     dataset = LeRobotDataset(write_v2(tmp_path / "gap", tables, info))
-    with pytest.raises(DataError, match=r"episode_000001.parquet: episode 1 has 3 pictures in 4 rows of image"):
+    with pytest.raises(
+        DataError, match=r"episode_000001.parquet: episode 1 has 3 pictures in 4 rows of image"
+    ):
         VideoFrames(dataset, {"wrist": "image"}, SIZE, None).gather("wrist", [5])
 
 
 def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"take 0.00 GB, above data.cache_max_gb: 1e-05.*data.cache: none"):
+    with pytest.raises(
+        DataError, match=r"take 0.00 GB, above data.cache_max_gb: 1e-05.*data.cache: none"
+    ):
         FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1e-5)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-        with pytest.raises(DataError, match=r"but 0.00 GB are free; set data.cache: none.*XDG_CACHE_HOME"):
+        with pytest.raises(
+            DataError, match=r"but 0.00 GB are free; set data.cache: none.*XDG_CACHE_HOME"
+        ):
             FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DataError, match=r"No space left on device; free some space or set data.cache: none"):
+    with pytest.raises(
+        DataError, match=r"No space left on device; free some space or set data.cache: none"
+    ):
         FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
@@ -273,12 +324,17 @@ def test_cache_follows_dataset_and_size(dataset, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "set")
     folder = tmp_path / "cache"
     first = FrameCache.open(LeRobotDataset(root), {"head": CAMERAS[0]}, SIZE, None, folder, 1)
-    FrameCache.open(LeRobotDataset(root), {"other": CAMERAS[0], "same": CAMERAS[0]}, SIZE, None, folder, 1)
+    FrameCache.open(
+        LeRobotDataset(root), {"other": CAMERAS[0], "same": CAMERAS[0]}, SIZE, None, folder, 1
+    )
     assert len(list(folder.glob("*.npy"))) == 1  # the name is ours, not part of the content
     FrameCache.open(LeRobotDataset(root), NAMES, (32, 48), [0], folder, 1)
     assert len(list(folder.glob("*.npy"))) == 3
     os.utime(root / VIDEO, (1, 1))
-    assert FrameCache.open(LeRobotDataset(root), NAMES, SIZE, None, folder, 1).paths["head"] != first.paths["head"]
+    assert (
+        FrameCache.open(LeRobotDataset(root), NAMES, SIZE, None, folder, 1).paths["head"]
+        != first.paths["head"]
+    )
     assert all(json.loads(path.read_text()) == [] for path in folder.glob("*.json"))
 
 

@@ -28,9 +28,17 @@ from common.parts import Parts, build_parts
 from common.schema import Model, Part
 
 FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
-FACTS = {"action_dim": 24, "state_dim": 48, "num_cameras": 3, "action_horizon": 40, "proprio_history": 40}
+FACTS = {
+    "action_dim": 24,
+    "state_dim": 48,
+    "num_cameras": 3,
+    "action_horizon": 40,
+    "proprio_history": 40,
+}
 RADIO, DECODER_LAYER = 319_931_392, 2 * 4 * 512**2 + 2 * 512 + 2 * 512 * 3200 + 3200 + 512 + 9 * 512
-PROJECTOR = 2 * 1024 + 1024**2 + 1024 + 1024 * 512 + 512 + 2 * 512  # of one visual input, to width 512
+PROJECTOR = (
+    2 * 1024 + 1024**2 + 1024 + 1024 * 512 + 512 + 2 * 512
+)  # of one visual input, to width 512
 EXP1 = {f"{camera}_backbone": RADIO for camera in ("head", "left", "right")}
 EXP1 |= {"info_embedder": 33_127_936, "vae_posterior": 52_055_328, "vae_prior": 60_694_816}
 EXP1 |= {"action_decoder": 7 * DECODER_LAYER + 2_924_056}
@@ -47,7 +55,9 @@ def no_curves(monkeypatch):
 
 
 def configured(name, script=train_vfp, folder=FOLDER):
-    return config.load(script.Config, script.__file__, ["--config", str(folder / name / "train.yaml")])[0]
+    return config.load(
+        script.Config, script.__file__, ["--config", str(folder / name / "train.yaml")]
+    )[0]
 
 
 def on_meta(cfg, script=train_vfp):
@@ -59,17 +69,30 @@ def on_meta(cfg, script=train_vfp):
         if not cfg.model.component_build_args.get(key, Part()).same_as
     }
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "grouped_mm", lambda x, w, offs: x @ w[0])  # its own shapes need bfloat16
+        patch.setattr(
+            nn.functional, "grouped_mm", lambda x, w, offs: x @ w[0]
+        )  # its own shapes need bfloat16
         model = Model(component_config_paths={}, component_build_args=args)
         parts = build_parts(model, sources, FACTS, list(cfg.data.cameras))
-        stats = {f"{of}_{k}": torch.ones(n) for of, n in (("state", 48), ("action", 24)) for k in ("mean", "std")}
+        stats = {
+            f"{of}_{k}": torch.ones(n)
+            for of, n in (("state", 48), ("action", 24))
+            for k in ("mean", "std")
+        }
         policy = script.Policy(parts, Normalizer("mean_std", stats), cfg)
-        batch = {f"observation.images.{camera}": torch.zeros(2, 3, 240, 320) for camera in cfg.data.cameras}
-        memory = policy.encode(batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0)
+        batch = {
+            f"observation.images.{camera}": torch.zeros(2, 3, 240, 320)
+            for camera in cfg.data.cameras
+        }
+        memory = policy.encode(
+            batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0
+        )
         z = policy.latent(memory, SimpleNamespace(normal=torch.zeros, uniform=torch.zeros))
         tokens = getattr(memory, "tokens", memory)
         experts = policy.chosen(z, 2)[0] if "gate" in parts else {}
-        decode = parts["moe_action_decoder" if experts else "action_decoder"].bind(memory=tokens, z=z, **experts)
+        decode = parts["moe_action_decoder" if experts else "action_decoder"].bind(
+            memory=tokens, z=z, **experts
+        )
         velocity = decode(x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1))
     assert all(x.is_meta for x in policy.state_dict().values())
     return policy, tokens, z, velocity
@@ -83,19 +106,27 @@ def test_full_size_without_allocating_anything(name, counts, tokens):
     assert {key: sum(p.numel() for p in part.parameters()) for key, part in parts.items()} == counts
     assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
     assert parts.frozen == {"da3"} & counts.keys()
-    table = {line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()}
+    table = {
+        line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()
+    }
     assert table["head_backbone"][:3] == [str(RADIO), str(RADIO), "0"]
     everything, frozen = sum(counts.values()), counts.get("da3", 0)
     assert table["total"][:3] == [str(n) for n in (everything, everything - frozen, frozen)]
     # weights, gradients, two of the optimizer, EMA; of what is frozen only weights
-    assert float(table["total"][-1]) == pytest.approx((5 * everything - 4 * frozen) * 4 / 2**20, abs=0.1)
+    assert float(table["total"][-1]) == pytest.approx(
+        (5 * everything - 4 * frozen) * 4 / 2**20, abs=0.1
+    )
     cfg.train.optim.type = "schedule_free_radam"
     assert parts.table(cfg).splitlines()[1].split()[-2:] == ["0.0", f"{RADIO * 16 / 2**20:,.1f}"]
 
 
 def test_the_experiments_are_as_published_and_use_what_they_list():
     exp1, exp2 = configured("exp1"), configured("exp2")
-    assert (exp1.train.optim.peak_lr, exp1.train.optim.warmup_steps, exp1.train.optim.eps) == (1e-4, 2000, 1e-10)
+    assert (exp1.train.optim.peak_lr, exp1.train.optim.warmup_steps, exp1.train.optim.eps) == (
+        1e-4,
+        2000,
+        1e-10,
+    )
     assert (exp2.train.optim.peak_lr, exp2.train.optim.warmup_steps, exp2.train.optim.betas) == (
         2e-4,
         1000,
@@ -103,7 +134,11 @@ def test_the_experiments_are_as_published_and_use_what_they_list():
     )
     assert "da3" not in exp1.model.component_config_paths
     for cfg in (exp1, exp2):
-        assert (cfg.data.image_size, cfg.data.action_horizon, cfg.data.obs_proprio_history) == ([240, 320], 40, 40)
+        assert (cfg.data.image_size, cfg.data.action_horizon, cfg.data.obs_proprio_history) == (
+            [240, 320],
+            40,
+            40,
+        )
         assert Yaml.read(cfg.model.component_config_paths["action_decoder"]).data["args"]["causal"]
 
 
@@ -116,11 +151,22 @@ def small(folder, demos, freeze=("left_backbone",)):
         data = Yaml.read(path).data
         data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
         if name == "da3":
-            save_file(test_depth_anything.published(test_depth_anything.tiny()), folder / "da3.safetensors")
-            data["args"] = {"weights": "./da3.safetensors", "layers": [1, 3], **test_depth_anything.SIZES}
+            save_file(
+                test_depth_anything.published(test_depth_anything.tiny()),
+                folder / "da3.safetensors",
+            )
+            data["args"] = {
+                "weights": "./da3.safetensors",
+                "layers": [1, 3],
+                **test_depth_anything.SIZES,
+            }
         elif data["block"] == "RadioV3":
             save_file(test_radio.published(test_radio.timms()), folder / f"{name}.safetensors")
-            data["args"] = {"weights": f"./{name}.safetensors", "channels": [32, 96], **test_radio.TINY}
+            data["args"] = {
+                "weights": f"./{name}.safetensors",
+                "channels": [32, 96],
+                **test_radio.TINY,
+            }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
         paths[name] = f"./{name}.yaml"
     exp.config["model"] = {"component_config_paths": paths, "component_build_args": args}
@@ -130,7 +176,15 @@ def small(folder, demos, freeze=("left_backbone",)):
 
 
 def argv(exp, *more):
-    return ["--checkpoint", str(exp.save_dir), "--out", str(exp.folder / "results"), "--nfe", "2", *more]
+    return [
+        "--checkpoint",
+        str(exp.save_dir),
+        "--out",
+        str(exp.folder / "results"),
+        "--nfe",
+        "2",
+        *more,
+    ]
 
 
 def test_exp2_small_trains_resumes_and_is_evaluated(tmp_path, demos):
@@ -149,16 +203,23 @@ def test_exp2_small_trains_resumes_and_is_evaluated(tmp_path, demos):
         assert not any(changed) if name in parts.frozen else sum(changed) > 0.9 * len(keys), name
     file = load_file(exp.folder / "left_backbone.safetensors")
     key = "blocks.0.attn.qkv.weight"
-    assert torch.equal(now[f"parts.left_backbone.block.model.{key}"], file[f"radio_model.model.{key}"])
+    assert torch.equal(
+        now[f"parts.left_backbone.block.model.{key}"], file[f"radio_model.model.{key}"]
+    )
     frozen = {name: exp.folder / f"{name}.safetensors" for name in sorted(parts.frozen)}
-    record = {name: {"path": str(path), "sha256": checkpoint.sha256(path)} for name, path in frozen.items()}
+    record = {
+        name: {"path": str(path), "sha256": checkpoint.sha256(path)}
+        for name, path in frozen.items()
+    }
     assert exp.meta("step_4")["frozen"] == record
     saved = {path.stem for path in (exp.save_dir / "step_4").glob("*.safetensors")}
     assert saved == {*parts.trainable(), "dataset_stats"}
     assert evaluate.main(argv(exp)) == 0
     assert json.loads((exp.folder / "results/results.json").read_text())["chunk_error"]["mean"] < 10
     opened, _ = checkpoint.open_policy(exp.save_dir)
-    assert torch.equal(opened.state_dict()["parts.da3.block.pos_embed"], now["parts.da3.block.pos_embed"])
+    assert torch.equal(
+        opened.state_dict()["parts.da3.block.pos_embed"], now["parts.da3.block.pos_embed"]
+    )
 
 
 def test_published_weights_that_are_gone_or_changed_are_named(tmp_path, demos):
@@ -166,7 +227,9 @@ def test_published_weights_that_are_gone_or_changed_are_named(tmp_path, demos):
     exp.main("train.total_steps=1")
     file, away = exp.folder / "da3.safetensors", exp.folder / "away.safetensors"
     file.rename(away)
-    with pytest.raises(UserError, match=rf"{file}: weights of frozen 'da3' are gone; .*--weights da3=PATH"):
+    with pytest.raises(
+        UserError, match=rf"{file}: weights of frozen 'da3' are gone; .*--weights da3=PATH"
+    ):
         evaluate.main(argv(exp))
     with pytest.raises(UserError, match=rf"weights: no such file {file}"):
         exp.main("train.total_steps=2")
@@ -193,11 +256,16 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
         drop = None if drop is None else torch.tensor([drop] * 2)
         seen = [policy.encode(obs, drop).tokens for obs in (batch, other)]
         assert torch.equal(*seen) == hidden
-        read = [policy.parts["vae_prior"](**policy.encode(obs, drop).first_camera).mu for obs in (batch, other)]
+        read = [
+            policy.parts["vae_prior"](**policy.encode(obs, drop).first_camera).mu
+            for obs in (batch, other)
+        ]
         assert torch.equal(*read) == hidden
     # The depth tokens alone, which the encoder mixes with all others.
     visual, semantic = policy.parts.look(batch, policy.cameras)
-    hidden = policy.parts.hidden(torch.tensor([[True, False, False], [False, False, False]]), policy.cameras)
+    hidden = policy.parts.hidden(
+        torch.tensor([[True, False, False], [False, False, False]]), policy.cameras
+    )
     assert hidden.tolist() == [[True, False, False, True], [False] * 4]
     bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
     inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "drop": hidden}
@@ -211,7 +279,9 @@ def test_multimodal_bridge_is_listed_in_place_of_info_embedder(tmp_path, demos):
     data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
     file = exp.folder / "multimodal_bridge.yaml"
     file.write_text(yaml.safe_dump(data))
-    assert exp.main("train.total_steps=2", f"model.component_config_paths.info_embedder={file}") == 0
+    assert (
+        exp.main("train.total_steps=2", f"model.component_config_paths.info_embedder={file}") == 0
+    )
     assert "info_embedder.visual.3.1.weight" in "".join(exp.start).replace(".block", "")
 
 
@@ -220,15 +290,22 @@ def test_init_reaches_a_block_whose_yaml_names_no_weights(tmp_path, demos, capsy
     for name in ("da3", "head_backbone"):
         file = exp.folder / f"{name}.yaml"
         file.write_text(file.read_text().replace(f"weights: ./{name}.safetensors", "weights: null"))
-        exp.config["model"]["component_build_args"][name] = {"init": f"./{name}.safetensors", "freeze": name == "da3"}
+        exp.config["model"]["component_build_args"][name] = {
+            "init": f"./{name}.safetensors",
+            "freeze": name == "da3",
+        }
     exp.write()
     exp.main("train.total_steps=1")
     published = load_file(exp.folder / "da3.safetensors")[test_depth_anything.PREFIX + "pos_embed"]
     assert torch.equal(exp.start["parts.da3.block.pos_embed"], published)
     policy, _ = checkpoint.open_policy(exp.save_dir)
     assert policy.parts.sources["da3"] == exp.folder / "da3.safetensors"
-    with pytest.raises(UserError, match=r"(?s)left_backbone.safetensors.*not the weights of this da3"):
-        exp.main(f"model.component_build_args={{da3: {{init: {exp.folder / 'left_backbone.safetensors'}}}}}")
+    with pytest.raises(
+        UserError, match=r"(?s)left_backbone.safetensors.*not the weights of this da3"
+    ):
+        exp.main(
+            f"model.component_build_args={{da3: {{init: {exp.folder / 'left_backbone.safetensors'}}}}}"
+        )
 
 
 def test_a_dry_run_of_exp2_small(tmp_path, demos, capsys):
@@ -277,10 +354,14 @@ def test_look_lists_grids_then_hands_then_depth(frames):
     obs = {f"observation.images.{camera}": torch.rand(shape) for camera in CAMERAS}
     visual, semantic = parts.look(obs, CAMERAS)
     n = frames or 1
-    assert [x.shape for x in visual] == [(3, 4 * n, 6, 3)] * 3 + [(3, 5 * n, 3)] * 2 + [(3, 2 * 2 * n, 3, 3)]
+    assert [x.shape for x in visual] == [(3, 4 * n, 6, 3)] * 3 + [(3, 5 * n, 3)] * 2 + [
+        (3, 2 * 2 * n, 3, 3)
+    ]
     assert [x.shape for x in semantic] == [(3, 1, 3)] * 3
     assert [part.calls for part in parts.values()] == [1, 1, 1, 1]
-    right, head = (obs[f"observation.images.{camera}"].view(3, n, 3, 16, 24) for camera in ("right", "head"))
+    right, head = (
+        obs[f"observation.images.{camera}"].view(3, n, 3, 16, 24) for camera in ("right", "head")
+    )
     assert torch.equal(visual[2], 2 * right[..., ::4, ::4].movedim(2, -1).flatten(1, 2))
     assert torch.equal(visual[4], right[..., 0, :5].transpose(2, 3).flatten(1, 2))
     depth = head[..., ::8, ::8].movedim(2, -1).flatten(1, 2)
@@ -298,9 +379,15 @@ def test_look_takes_cached_features_in_place_of_running_a_component():
     visual, semantic = parts.look(obs, CAMERAS)
     cached = {}
     for i, key in enumerate(("head_backbone.head", "left_backbone.left", "left_backbone.right")):
-        cached |= {f"features.{key}": visual[i].half(), f"features.{key}.summary": semantic[i].half()}
+        cached |= {
+            f"features.{key}": visual[i].half(),
+            f"features.{key}.summary": semantic[i].half(),
+        }
     cached["features.da3.head"] = visual[5].unflatten(1, (2, 2)).bfloat16()
-    cached |= {f"observation.images.{camera}": obs[f"observation.images.{camera}"] for camera in ("left", "right")}
+    cached |= {
+        f"observation.images.{camera}": obs[f"observation.images.{camera}"]
+        for camera in ("left", "right")
+    }
     again, summaries = parts.look(cached, CAMERAS)
     assert [part.calls for part in parts.values()] == [1, 1, 2, 1]
     for x, y in zip([*again, *summaries], [*visual, *semantic], strict=True):
@@ -313,7 +400,10 @@ def test_look_takes_cached_features_in_place_of_running_a_component():
 
 def test_da3_needs_a_camera_and_no_optimizer(tmp_path, demos):
     exp = small(tmp_path / "exp", demos, freeze=())
-    with pytest.raises(UserError, match=r"model.component_optims.da3: 'da3' is frozen: it has no optimizer of its own"):
+    with pytest.raises(
+        UserError,
+        match=r"model.component_optims.da3: 'da3' is frozen: it has no optimizer of its own",
+    ):
         exp.main("model.component_optims={da3: {peak_lr: 1e-5}}")
     assert exp.main("train.total_steps=1") == 0
     assert exp.job.policy.parts.frozen == {"da3"}
@@ -332,7 +422,11 @@ def test_frozen_is_what_has_nothing_to_learn_by_whatever_name(tmp_path, demos):
     paths = exp.config["model"]["component_config_paths"]
     paths["left_hand_extractor"] = paths["da3"]
     depth = Yaml.read(exp.folder / "da3.yaml").data | {"in": ["$image"]}
-    narrow = {"block": "nn.Linear", "in": ["$depth"], "args": {"in_features": 32, "out_features": 32}}
+    narrow = {
+        "block": "nn.Linear",
+        "in": ["$depth"],
+        "args": {"in_features": 32, "out_features": 32},
+    }
     graph(exp, "narrowed", {"depth": depth, "narrow": narrow}, "$narrow")
     paths["da3"] = "./narrowed.yaml"
     data = Yaml.read(exp.folder / "info_embedder.yaml").data
@@ -342,23 +436,35 @@ def test_frozen_is_what_has_nothing_to_learn_by_whatever_name(tmp_path, demos):
     assert exp.main(*STEPS, "model.component_optims={da3: {peak_lr: 1e-2}}") == 0
     assert exp.job.policy.parts.frozen == {"left_hand_extractor"}
     now = exp.job.policy.state_dict()
-    changed = {key for key in now if key.startswith("parts.da3.") and not torch.equal(now[key], exp.start[key])}
+    changed = {
+        key
+        for key in now
+        if key.startswith("parts.da3.") and not torch.equal(now[key], exp.start[key])
+    }
     assert changed == {"parts.da3.narrow.weight", "parts.da3.narrow.bias"}
     opened = checkpoint.open_policy(exp.save_dir)[0].state_dict()
     assert torch.equal(opened["parts.da3.depth.pos_embed"], now["parts.da3.depth.pos_embed"])
 
 
 def test_a_frozen_component_that_is_more_than_a_published_file_is_saved_whole(tmp_path, demos):
-    exp = small(tmp_path / "exp", demos, freeze=("head_backbone", "left_backbone", "right_backbone"))
+    exp = small(
+        tmp_path / "exp", demos, freeze=("head_backbone", "left_backbone", "right_backbone")
+    )
     eyes = {name: Yaml.read(exp.folder / f"{name}_backbone.yaml").data for name in ("head", "left")}
     first = {**eyes["head"], "in": ["$image"], "out": ["f", "s"]}
     second = {**eyes["left"], "in": ["$image"], "out": ["g", "u"]}
-    more = {"block": "nn.Conv2d", "in": ["$f"], "args": {"in_channels": 32, "out_channels": 32, "kernel_size": 1}}
+    more = {
+        "block": "nn.Conv2d",
+        "in": ["$f"],
+        "args": {"in_channels": 32, "out_channels": 32, "kernel_size": 1},
+    }
     graph(exp, "head_backbone", {"eye": first, "more": more}, ["$more", "$s"])
     graph(exp, "left_backbone", {"eye": first, "other": second}, ["$f", "$u"])
     exp.main("train.total_steps=1")
     frozen = exp.meta("step_1")["frozen"]
-    assert [frozen[f"{name}_backbone"]["path"].split("/")[0] for name in ("head", "left")] == ["frozen"] * 2
+    assert [frozen[f"{name}_backbone"]["path"].split("/")[0] for name in ("head", "left")] == [
+        "frozen"
+    ] * 2
     assert frozen["right_backbone"]["path"] == str(exp.folder / "right_backbone.safetensors")
     saved = exp.job.policy.state_dict()
     opened, _ = checkpoint.open_policy(exp.save_dir)
@@ -374,26 +480,40 @@ def test_a_checkpoint_knows_the_sizes_that_a_file_gave(tmp_path, demos, frozen):
     exp = small(tmp_path / "exp", demos, freeze=("left_backbone",) if frozen else ())
     for name in ("left_backbone", "da3"):
         data = Yaml.read(exp.folder / f"{name}.yaml").data
-        data["args"] = {k: v for k, v in data["args"].items() if k in ("weights", "layers", "num_heads", "channels")}
+        data["args"] = {
+            k: v
+            for k, v in data["args"].items()
+            if k in ("weights", "layers", "num_heads", "channels")
+        }
         (exp.folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
     exp.main("train.total_steps=1", "train.ema=null")
     moved = {name: exp.folder / f"{name}_moved.safetensors" for name in ("left_backbone", "da3")}
     for name, file in moved.items():
         (exp.folder / f"{name}.safetensors").rename(file)
-    policy, _ = checkpoint.open_policy(exp.save_dir, {k: file for k, file in moved.items() if frozen or k == "da3"})
+    policy, _ = checkpoint.open_policy(
+        exp.save_dir, {k: file for k, file in moved.items() if frozen or k == "da3"}
+    )
     now, opened = exp.job.policy.state_dict(), policy.state_dict()
     keys = [key for key in now if key.startswith(("parts.left_backbone", "parts.da3"))]
     assert all(torch.equal(now[key], opened[key]) for key in keys)
-    with pytest.raises(UserError, match=r"no such file .*\n    The sizes come from that file; to do without it, give"):
+    with pytest.raises(
+        UserError,
+        match=r"no such file .*\n    The sizes come from that file; to do without it, give",
+    ):
         exp.main("train.total_steps=2")
 
 
 def test_random_weights_are_said_once_with_what_they_are_not(tmp_path, demos, capsys):
     exp = small(tmp_path / "exp", demos)
     file = exp.folder / "head_backbone.yaml"
-    file.write_text(file.read_text().replace("weights: ./head_backbone.safetensors", "weights: null"))
+    file.write_text(
+        file.read_text().replace("weights: ./head_backbone.safetensors", "weights: null")
+    )
     scratch = "{da3: {init: scratch}, left_backbone: {init: ./left_backbone.safetensors}}"
-    exp.main("train.total_steps=1", f"model.component_build_args={scratch.replace('./', f'{exp.folder}/')}")
+    exp.main(
+        "train.total_steps=1",
+        f"model.component_build_args={scratch.replace('./', f'{exp.folder}/')}",
+    )
     notices = [line for line in capsys.readouterr().out.splitlines() if "RANDOM" in line]
     start = "starts with RANDOM weights, not those of"
     da3 = f"NOTICE: da3 {start} {exp.folder}/da3.safetensors"
@@ -417,9 +537,20 @@ def real_steps(folder, demos, script, file, args, count):
     """Steps at full size and batch 1, from random weights; afterwards, what has moved."""
     exp = Experiment(folder, demos, script.__name__)
     exp.file = file
-    data = [f"data.root={demos}", "data.HZ=10", "data.batch_size=1", "data.num_workers=0", "data.val_episodes=[5]"]
+    data = [
+        f"data.root={demos}",
+        "data.HZ=10",
+        "data.batch_size=1",
+        "data.num_workers=0",
+        "data.val_episodes=[5]",
+    ]
     data += ["data.cache=frames"]
-    train = [f"train.total_steps={count}", "train.ema=null", f"train.save_dir={exp.save_dir}", "train.log_every=1"]
+    train = [
+        f"train.total_steps={count}",
+        "train.ema=null",
+        f"train.save_dir={exp.save_dir}",
+        "train.log_every=1",
+    ]
     assert exp.main(f"model.component_build_args={json.dumps(args)}", *data, *train) == 0
     assert sorted(exp.log()) == list(range(1, count + 1))
     parts, now = exp.job.policy.parts, exp.job.policy.state_dict()
@@ -439,7 +570,9 @@ def real_steps(folder, demos, script, file, args, count):
 @pytest.mark.parametrize("name", ["exp1", "exp2"])
 def test_five_real_steps_at_full_size(tmp_path, demos, name):
     """RADIO-L is shared by the cameras, and no EMA is kept: 14 GiB of memory, 7 GiB of disk."""
-    args = {"head_backbone": {"init": "scratch"}} | ({"da3": {"init": "scratch"}} if name == "exp2" else {})
+    args = {"head_backbone": {"init": "scratch"}} | (
+        {"da3": {"init": "scratch"}} if name == "exp2" else {}
+    )
     args |= {f"{camera}_backbone": {"same_as": "head_backbone"} for camera in ("left", "right")}
     real_steps(tmp_path / "exp", demos, train_vfp, FOLDER / name / "train.yaml", args, 5)
 
@@ -447,11 +580,16 @@ def test_five_real_steps_at_full_size(tmp_path, demos, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [train_cfg_vqvae, train_flow_matching])
 def test_one_real_step_of_the_other_policies(tmp_path, demos, script):
-    policy = {train_cfg_vqvae: "cfg_vqvae_flow_matching", train_flow_matching: "naive_flow_matching_policy"}[script]
+    policy = {
+        train_cfg_vqvae: "cfg_vqvae_flow_matching",
+        train_flow_matching: "naive_flow_matching_policy",
+    }[script]
     file = FOLDER.parent / policy / "exp1/train.yaml"
     args = {
         name: vars(part)
-        for name, part in configured("exp1", script, file.parents[1]).model.component_build_args.items()
+        for name, part in configured(
+            "exp1", script, file.parents[1]
+        ).model.component_build_args.items()
     }
     for name in ("backbone", "da3"):
         args[name] = args.get(name, {}) | {"init": "scratch"}

@@ -35,7 +35,10 @@ def apart(n):
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
 def test_information_of_correlated_gaussians_is_that_of_the_formula(rho):
     n, k = 1024, (5, 6, 7)
-    found = [information.ksg(*gaussians(rho, n, seed=seed), *apart(n), k).mean().item() for seed in range(8)]
+    found = [
+        information.ksg(*gaussians(rho, n, seed=seed), *apart(n), k).mean().item()
+        for seed in range(8)
+    ]
     found = np.mean(found) + np.mean(digamma(k)) + digamma(n)
     assert found == pytest.approx(-0.5 * np.log(1 - rho**2), abs=0.05)
 
@@ -58,7 +61,9 @@ def test_every_point_is_that_of_scipy_s_trees(d, rho, offset):
             tree.query_ball_point(x, reach * (1 - 1e-9), return_length=True)
             for tree, x in zip(trees, points, strict=True)
         ]
-        expected -= sum(digamma(number) for number in inside) / 3  # of n + 1, the point itself being one of them
+        expected -= (
+            sum(digamma(number) for number in inside) / 3
+        )  # of n + 1, the point itself being one of them
     np.testing.assert_allclose(information.ksg(s, a, *apart(1024)).numpy(), expected, atol=1e-5)
 
 
@@ -68,10 +73,16 @@ def test_points_that_are_the_same_are_worth_as_much_as_they_are_rare(noise):
     n, share = 1000, 0.3  # of points that are far from the others
     s, a = torch.randn(2, n, 1, generator=torch.Generator().manual_seed(0))
     s[:300], a[:300] = 9, -9
-    found = information.ksg(s + noise * torch.randn(n, 1), a + noise * torch.randn(n, 1), *apart(n), (5, 6, 7))
+    found = information.ksg(
+        s + noise * torch.randn(n, 1), a + noise * torch.randn(n, 1), *apart(n), (5, 6, 7)
+    )
     nats = found + np.mean(digamma((5, 6, 7))) + digamma(n)
-    torch.testing.assert_close(nats[:300], torch.full((300,), -np.log(share), dtype=torch.float64), atol=0.02, rtol=0)
-    assert nats[300:].mean().item() == pytest.approx(-np.log(1 - share), abs=0.05)  # the others: independent
+    torch.testing.assert_close(
+        nats[:300], torch.full((300,), -np.log(share), dtype=torch.float64), atol=0.02, rtol=0
+    )
+    assert nats[300:].mean().item() == pytest.approx(
+        -np.log(1 - share), abs=0.05
+    )  # the others: independent
 
 
 def test_neighbours_in_time_do_not_count():
@@ -90,7 +101,9 @@ def test_neighbours_in_time_do_not_count():
 
 def test_too_few_transitions_for_k():
     s, a = gaussians(0.5, 30)
-    with pytest.raises(DataError, match=r"too few transitions for k = 7.* among 7 one has 6 neighbours"):
+    with pytest.raises(
+        DataError, match=r"too few transitions for k = 7.* among 7 one has 6 neighbours"
+    ):
         information.ksg(s[:7], a[:7], *apart(7))
     assert information.ksg(s[:8], a[:8], *apart(8)).isfinite().all()
     with pytest.raises(DataError, match=r"k = 7: among 30 one has 0 neighbours .* within 3 s"):
@@ -116,19 +129,27 @@ def test_contributions_repeat_and_use_every_transition_in_bounded_batches(monkey
     assert again.tobytes() == values.tobytes()
     other, _ = information.contributions(s, a, *place, SCORING, seed=1)
     assert 0.5 < np.corrcoef(values, other)[0, 1] < 0.9999
-    once = [information.contributions(s, a, *place, SimpleNamespace(**{**vars(SCORING), "shuffles": 1}), seed=0)[0]]
-    assert np.corrcoef(values, other)[0, 1] > np.corrcoef(once[0], other)[0, 1]  # shuffles are averaged
+    once = [
+        information.contributions(
+            s, a, *place, SimpleNamespace(**{**vars(SCORING), "shuffles": 1}), seed=0
+        )[0]
+    ]
+    assert (
+        np.corrcoef(values, other)[0, 1] > np.corrcoef(once[0], other)[0, 1]
+    )  # shuffles are averaged
 
 
 def test_distances_are_in_units_of_the_posteriors_deviation():
     mu, deviation = 3 + torch.randn(400, 4), torch.tensor([0.1, 0.5, 1.0, 1.0])
-    spread = 1 + 0.9 * torch.linspace(-1, 1, 400)[:, None]  # of the variances over the samples: their mean counts
+    spread = (
+        1 + 0.9 * torch.linspace(-1, 1, 400)[:, None]
+    )  # of the variances over the samples: their mean counts
     points = information.metric(mu, (deviation**2 * spread).log(), "state", 3)
     assert points.var(0).sum().item() == pytest.approx(1, abs=1e-5)
     expected = ((mu[0] - mu[1]) / deviation).norm() / ((mu[2] - mu[3]) / deviation).norm()
-    assert ((points[0] - points[1]).norm() / (points[2] - points[3]).norm()).item() == pytest.approx(
-        expected.item(), rel=1e-4
-    )
+    assert (
+        (points[0] - points[1]).norm() / (points[2] - points[3]).norm()
+    ).item() == pytest.approx(expected.item(), rel=1e-4)
     dead = torch.cat([mu, 1e-3 * torch.randn(400, 9)], 1)  # posteriors that are the prior
     logvar = torch.cat([(deviation**2).log().expand(400, 4), torch.zeros(400, 9)], 1)
     more = information.metric(dead, logvar, "state", 3)
@@ -137,10 +158,17 @@ def test_distances_are_in_units_of_the_posteriors_deviation():
 
 def test_a_collapsed_latent_is_said_so():
     alive, dead = torch.randn(50, 2), 1e-3 * torch.randn(50, 3)
-    with pytest.raises(DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"):
+    with pytest.raises(
+        DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"
+    ):
         information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 3)
-    assert information.metric(alive, torch.zeros(50, 2), "action", 3).shape == (50, 2)  # there are no more
-    assert information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 2).shape == (50, 5)
+    assert information.metric(alive, torch.zeros(50, 2), "action", 3).shape == (
+        50,
+        2,
+    )  # there are no more
+    assert information.metric(
+        torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 2
+    ).shape == (50, 5)
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -165,7 +193,9 @@ def test_rank():
     np.testing.assert_allclose(table["score"], [means[e] for e in order])
     np.testing.assert_allclose(table["quantile"], [1, 2 / 3, 1 / 3])
     some = information.rank(values, episode, [2, 4]).to_pydict()
-    assert some["score"] == [score for score, number in zip(table["score"], order, strict=True) if number != 9]
+    assert some["score"] == [
+        score for score, number in zip(table["score"], order, strict=True) if number != 9
+    ]
     np.testing.assert_allclose(some["quantile"], [1, 1 / 2])
 
 
@@ -181,7 +211,12 @@ def scored(demos, tmp_path):
 
 @pytest.mark.parametrize(
     ("share", "episodes", "kept"),
-    [(0.5, range(6), [0, 3, 4]), (1.0, range(6), [0, 1, 2, 3, 4, 5]), (0.5, [1, 2, 5], [1, 5]), (0.01, [5, 2], [5])],
+    [
+        (0.5, range(6), [0, 3, 4]),
+        (1.0, range(6), [0, 1, 2, 3, 4, 5]),
+        (0.5, [1, 2, 5], [1, 5]),
+        (0.01, [5, 2], [5]),
+    ],
 )
 def test_the_best_are_kept(scored, share, episodes, kept, tmp_path, capsys):
     dataset, file = scored
@@ -204,7 +239,9 @@ def test_no_task_is_lost(scored, capsys):
     for episode in dataset.episodes:
         episode.tasks = ["pull"] if episode.index in (2, 5) else ["push"]
     assert information.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
-    assert "keeps 3 of 6 training episodes, 1 of them only because a task" in capsys.readouterr().out
+    assert (
+        "keeps 3 of 6 training episodes, 1 of them only because a task" in capsys.readouterr().out
+    )
 
 
 def test_scores_that_do_not_fit(scored, tmp_path):
@@ -214,10 +251,14 @@ def test_scores_that_do_not_fit(scored, tmp_path):
     with pytest.raises(UserError, match=r"is a folder, give its scores.parquet"):
         information.keep(tmp_path, 0.5, dataset, range(6))
     other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
-    with pytest.raises(DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"):
+    with pytest.raises(
+        DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"
+    ):
         information.keep(file, 0.5, other, range(6))
     information.save(pq.read_table(file)[:4], file, dataset)
-    with pytest.raises(DataError, match=r"no score for 2 training episodes, the first of them \[2, 5\]"):
+    with pytest.raises(
+        DataError, match=r"no score for 2 training episodes, the first of them \[2, 5\]"
+    ):
         information.keep(file, 0.5, dataset, range(6))
     information.save(pq.read_table(file).drop("score"), file, dataset)
     with pytest.raises(DataError, match="no column 'score'"):

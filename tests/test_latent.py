@@ -41,10 +41,14 @@ def test_a_draw_is_a_function_of_features_and_noise(head):
     assert model(h).size == ((N, K) if head == "codes" else (N, D))
     torch.testing.assert_close(model(h[2:3]).sample(RowNoise(keys[2:3]), *codes), drawn[2:3])
     if head != "point":
-        assert not torch.equal(model(h).sample(RowNoise([("other", i) for i in range(B)]), *codes), drawn)
+        assert not torch.equal(
+            model(h).sample(RowNoise([("other", i) for i in range(B)]), *codes), drawn
+        )
 
 
-@pytest.mark.parametrize(("head", "given"), [("gaussian", {"num_codes": 4}), ("codes", {"latent_dim": 4}), ("vq", {})])
+@pytest.mark.parametrize(
+    ("head", "given"), [("gaussian", {"num_codes": 4}), ("codes", {"latent_dim": 4}), ("vq", {})]
+)
 def test_a_head_says_what_it_lacks(head, given):
     with pytest.raises(ValueError, match=r"expected one of|needs (latent_dim|num_codes)"):
         latent_head(head, DIM, N, **{"latent_dim": None, "num_codes": None, **given})
@@ -82,14 +86,19 @@ def test_held_noise_holds_the_code_while_it_is_likely():
     moved = h + 0.02 * torch.randn_like(h)
     with torch.no_grad():
         first, same, other = (
-            model(x).sample(Noise(key), CODES) for x, key in ((h, "episode"), (moved, "episode"), (moved, "next"))
+            model(x).sample(Noise(key), CODES)
+            for x, key in ((h, "episode"), (moved, "episode"), (moved, "next"))
         )
     assert (same == first).all(-1).float().mean() > 0.95
     assert (other == first).all(-1).float().mean() < 0.6
 
 
 def test_drawn_codes_are_codes_and_their_gradient_is_that_of_the_softmax():
-    model, h, codes = latent_head("codes", DIM, N, None, K), features(), CODES.clone().requires_grad_()
+    model, h, codes = (
+        latent_head("codes", DIM, N, None, K),
+        features(),
+        CODES.clone().requires_grad_(),
+    )
     with torch.no_grad():
         plain = model(h).sample(Noise(0), codes)
     assert (torch.cdist(plain, CODES).amin(-1) == 0).all()
@@ -105,7 +114,10 @@ def test_drawn_codes_are_codes_and_their_gradient_is_that_of_the_softmax():
 
 
 def test_what_does_not_fit_is_named():
-    point, gaussian = Point(torch.zeros(B, N, D)), Gaussian(torch.zeros(B, N, D), torch.zeros(B, N, D))
+    point, gaussian = (
+        Point(torch.zeros(B, N, D)),
+        Gaussian(torch.zeros(B, N, D), torch.zeros(B, N, D)),
+    )
     wide, h = Point(torch.zeros(B, N, D + 1)), features()
     drawn = {k: latent_head("codes", DIM, N, None, k)(h) for k in (K, K + 1)}
     check(gaussian, gaussian)
@@ -117,7 +129,11 @@ def test_what_does_not_fit_is_named():
         (point, gaussian): "posterior's head is point; without a codebook it must be gaussian",
         (gaussian, drawn[K]): "prior's head is codes; without a codebook",
         (gaussian, wide): r"prior has \(tokens, size\) \(3, 5\); .* need \(3, 4\)",
-        (gaussian, drawn[K], CODES): "posterior's head is gaussian; with a codebook it must be point",
+        (
+            gaussian,
+            drawn[K],
+            CODES,
+        ): "posterior's head is gaussian; with a codebook it must be point",
         (point, gaussian, CODES): "prior's head is gaussian; with a codebook",
         (point, drawn[K + 1], CODES): r"\(3, 7\); .* need \(3, 6\)",
         (wide, drawn[K], CODES): "latent_dim is 5, the codebook's 4",
@@ -210,7 +226,10 @@ def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
 
 def test_codes_move_in_proportion_to_the_squared_error():
     """99 z_e that their code serves well, and three far from it, at distances 1, 2 and 3: drawn as 1 : 4 : 9."""
-    z_e, hits = torch.cat([torch.zeros(99, 1), torch.tensor([[1.0], [2.0], [-3.0]])])[:, None], [0, 0, 0]
+    z_e, hits = (
+        torch.cat([torch.zeros(99, 1), torch.tensor([[1.0], [2.0], [-3.0]])])[:, None],
+        [0, 0, 0],
+    )
     for seed in range(300):
         book = Codebook(3, 1)
         book.codes.data = torch.tensor([[0.0], [1000.0], [2000.0]])

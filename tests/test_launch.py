@@ -20,7 +20,11 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def no_dropout(exp):
@@ -88,7 +92,11 @@ print(f"rank {rank} done")
 
 def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypatch):
     monkeypatch.setattr(information, "ACTIVE", 0.0)  # latents of ten steps say little
-    even, dropout, nan = experiment("train_vfp", "even"), experiment("train_vfp", "dropout"), experiment(name="nan")
+    even, dropout, nan = (
+        experiment("train_vfp", "even"),
+        experiment("train_vfp", "dropout"),
+        experiment(name="nan"),
+    )
     codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
     experts, scored = experiment("train_vfp:experts", "experts"), experiment("train_mi", "scored")
     scored.config["scoring"] = {"k": [3], "window": 0.0}
@@ -102,8 +110,14 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done") == 2
 
-    kinds = (even, ("flow", "kl", "norm/vae_prior"), 1e-5), (codes, ("flow", "perplexity", "norm/vqvae_codebook"), 1e-4)
-    kinds += (guided, ("flow", "perplexity", "prior"), 1e-4), (experts, ("balance", "load/0", "norm/gate"), 1e-4)
+    kinds = (
+        (even, ("flow", "kl", "norm/vae_prior"), 1e-5),
+        (codes, ("flow", "perplexity", "norm/vqvae_codebook"), 1e-4),
+    )
+    kinds += (
+        (guided, ("flow", "perplexity", "prior"), 1e-4),
+        (experts, ("balance", "load/0", "norm/gate"), 1e-4),
+    )
     kinds += ((scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),)
     for exp, keys, atol in kinds:
         one = exp.folder / "one"
@@ -111,12 +125,17 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
         for key in ("loss", "lr", *keys):
             ours, theirs = exp.log(key, one), exp.log(key)
             assert list(ours) == list(theirs) == list(range(1, 11))
-            torch.testing.assert_close(list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5
+            )
         for file in (one / "epoch_1").glob("*.safetensors"):
             ours, theirs = load_file(file), load_file(exp.save_dir / "epoch_1" / file.name)
             for name, value in ours.items():
                 torch.testing.assert_close(value, theirs[name], atol=atol, rtol=0)
-    ours, theirs = (pq.read_table(f / "scores.parquet")["score"] for f in (scored.folder / "one", scored.save_dir))
+    ours, theirs = (
+        pq.read_table(f / "scores.parquet")["score"]
+        for f in (scored.folder / "one", scored.save_dir)
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-2)  # a neighbour more or less
 
     assert_same_run(folder / "straight", dropout.save_dir, "epoch_2")
@@ -135,7 +154,11 @@ def test_torchrun_and_sigterm(experiment):
     argv = exp.argv("train.epoch=100000", "data.num_workers=1", "train.keep_last=1")
     with (exp.folder / "out").open("w") as out:
         process = subprocess.Popen(
-            [*TWO, "train_vfp.py", *argv], cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT
+            [*TWO, "train_vfp.py", *argv],
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
         wait_for_step(exp, 3, 120)
         process.send_signal(signal.SIGTERM)
@@ -149,7 +172,14 @@ def test_torchrun_and_sigterm(experiment):
 
 def test_the_command_of_the_readme(experiment):
     exp = experiment()
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "train_flow_matching.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "-q",
+        "train_flow_matching.py",
+    ]
     done = subprocess.run(
         [*command, *exp.argv("train.total_steps=3")],
         cwd=ROOT,
@@ -164,7 +194,8 @@ def test_the_command_of_the_readme(experiment):
     exp.main("train.total_steps=3")
     keys = ("step", "loss", "norm/backbone")
     ours, theirs = (
-        [[line[key] for key in keys] for line in steps_of(f / "log.jsonl")] for f in (exp.save_dir, launched)
+        [[line[key] for key in keys] for line in steps_of(f / "log.jsonl")]
+        for f in (exp.save_dir, launched)
     )
     assert ours == [pytest.approx(line) for line in theirs]
     assert exp.meta("step_3", launched)["script"] == "train_flow_matching.py"

@@ -28,7 +28,9 @@ def real(name):
 def paint(number, inverted=False):
     """A picture (64, 96, 3) of 12 blocks that spell a number in binary."""
     bits = (number >> np.arange(12) & 1).reshape(2, 6) ^ inverted
-    return np.repeat((50 + 150 * bits).repeat(32, 0).repeat(16, 1)[..., None], 3, axis=2).astype(np.uint8)
+    return np.repeat((50 + 150 * bits).repeat(32, 0).repeat(16, 1)[..., None], 3, axis=2).astype(
+        np.uint8
+    )
 
 
 def spelled(image, inverted=False):
@@ -42,14 +44,28 @@ def write(root, lengths=LENGTHS, fps=20):
     vector = {"dtype": "float32", "shape": [6], "names": list("abcdef")}
     video = {"dtype": "video", "shape": [*SIZE, 3], "names": ["height", "width", "channels"]}
     done = {"dtype": "bool", "shape": [1], "names": None}
-    features = {"observation.state": vector, "action": vector, "next.done": done, **dict.fromkeys(CAMERAS, video)}
+    features = {
+        "observation.state": vector,
+        "action": vector,
+        "next.done": done,
+        **dict.fromkeys(CAMERAS, video),
+    }
     writer = DatasetWriter(root, fps, features, "two_arms")
     rng, first, wrote = np.random.default_rng(0), 0, []
     for number, length in enumerate(lengths):
         state, action = rng.normal(size=(2, length, 6)).astype(np.float32)
-        head, left = ([paint(first + k, inverted) for k in range(length)] for inverted in (False, True))
-        arrays = {"observation.state": state, "action": action, "next.done": np.arange(length)[:, None] == length - 1}
-        writer.add_episode(arrays | dict(zip(CAMERAS, (head, left), strict=True)), task=("lift", "drop")[number % 2])
+        head, left = (
+            [paint(first + k, inverted) for k in range(length)] for inverted in (False, True)
+        )
+        arrays = {
+            "observation.state": state,
+            "action": action,
+            "next.done": np.arange(length)[:, None] == length - 1,
+        }
+        writer.add_episode(
+            arrays | dict(zip(CAMERAS, (head, left), strict=True)),
+            task=("lift", "drop")[number % 2],
+        )
         first += length
         wrote.append((state, action))
     writer.finish()
@@ -63,10 +79,15 @@ def write_v2(root, tables, info=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), path)
     (root / "meta").mkdir()
-    rows = [{"episode_index": index, "length": len(next(iter(c.values())))} for index, c in tables.items()]
+    rows = [
+        {"episode_index": index, "length": len(next(iter(c.values())))}
+        for index, c in tables.items()
+    ]
     (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     template = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    info = {"codebase_version": "v2.1", "fps": 30.0, "data_path": template, "features": {}} | (info or {})
+    info = {"codebase_version": "v2.1", "fps": 30.0, "data_path": template, "features": {}} | (
+        info or {}
+    )
     (root / "meta/info.json").write_text(json.dumps(info))
     return root
 
@@ -114,7 +135,9 @@ def test_written_rows_come_back_exactly(written):
 def test_written_metadata(written):
     root, state, _ = written
     stats = json.loads((root / "meta/stats.json").read_text())
-    np.testing.assert_allclose(stats["observation.state"]["q99"], np.quantile(state.astype(float), 0.99, axis=0))
+    np.testing.assert_allclose(
+        stats["observation.state"]["q99"], np.quantile(state.astype(float), 0.99, axis=0)
+    )
     np.testing.assert_allclose(stats["observation.state"]["std"], state.astype(float).std(0))
     assert np.shape(stats[CAMERAS[0]]["mean"]) == (3, 1, 1)
     assert stats[CAMERAS[0]]["min"][0][0][0] == pytest.approx(50 / 255)
@@ -124,7 +147,10 @@ def test_written_metadata(written):
     assert row["stats/action/count"] == [17]
     assert pq.ParquetFile(root / "data/chunk-000/file-000.parquet").num_row_groups == 3
     tasks = pq.read_table(root / "meta/tasks.parquet")
-    assert tasks.to_pylist() == [{"task_index": 0, "task": "lift"}, {"task_index": 1, "task": "drop"}]
+    assert tasks.to_pylist() == [
+        {"task_index": 0, "task": "lift"},
+        {"task_index": 1, "task": "drop"},
+    ]
     assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
     with av.open(root / f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4") as container:
         keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
@@ -136,7 +162,9 @@ def test_writer_refuses(tmp_path, written):
     with pytest.raises(DataError, match="already exists"):
         DatasetWriter(written[0], 20, action)
     with pytest.raises(DataError, match=r"videos are \[even, even, 3\]"):
-        DatasetWriter(tmp_path / "odd", 20, {"cam": {"dtype": "video", "shape": [63, 64, 3], "names": None}})
+        DatasetWriter(
+            tmp_path / "odd", 20, {"cam": {"dtype": "video", "shape": [63, 64, 3], "names": None}}
+        )
     writer = DatasetWriter(tmp_path / "new", 20, action)
     with pytest.raises(DataError, match=r"keys \['actoin'\], expected \['action'\]"):
         writer.add_episode({"actoin": np.zeros((3, 2))}, task="")
@@ -163,7 +191,8 @@ def test_real_v20():
     assert dataset.columns(["action"], [4, 0])["action"].shape == (328 + 416, 44)
     assert check(dataset, dataset.cameras, ["action"]) == []
     with pytest.raises(
-        DataError, match=r"(?s)egoview' is declared.*no files; did you mean.*ego_view.*data.cameras='\{head: "
+        DataError,
+        match=r"(?s)egoview' is declared.*no files; did you mean.*ego_view.*data.cameras='\{head: ",
     ):
         check(dataset, ["observation.images.egoview"], ["action"])
 
@@ -180,7 +209,9 @@ def test_v2_column_types_and_sparse_numbers(tmp_path):
         np.testing.assert_array_equal(columns[key], values)
     np.testing.assert_array_equal(columns["d"], values[:, :1])
     assert [e.index for e in dataset.episodes] == [7, 3]
-    with pytest.raises(DataError, match=r"no numeric column 'text'\n    available: a, b, c, d, matrix"):
+    with pytest.raises(
+        DataError, match=r"no numeric column 'text'\n    available: a, b, c, d, matrix"
+    ):
         dataset.columns(["text"])
     with pytest.raises(DataError, match=r"no episode \[0\]; there are 2, from 3 to 7"):
         dataset.columns(["a"], [0])
@@ -206,7 +237,9 @@ def test_partial_download_leaves_out_what_is_not_there(tmp_path):
 
 def test_not_a_dataset(tmp_path, copied):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty/meta/info.json: not found; data.root must be.*has nothing"):
+    with pytest.raises(
+        DataError, match=r"empty/meta/info.json: not found; data.root must be.*has nothing"
+    ):
         LeRobotDataset(tmp_path / "empty")
     edit_info(copied, codebase_version="v1.6")
     with pytest.raises(DataError, match=r"info.json: codebase_version is 'v1.6', not one of"):
@@ -279,7 +312,10 @@ FAULTS = {
         r"episode 1: frame_index does not run from 0 to 16",
     ),
     "footer": (lambda r: truncate(r / DATA), r"file-000.parquet: cannot be read \(episode 0\)"),
-    "parquet": (lambda r: (r / DATA).unlink(), r"file-000.parquet: cannot be read \(episode 0\); missing"),
+    "parquet": (
+        lambda r: (r / DATA).unlink(),
+        r"file-000.parquet: cannot be read \(episode 0\); missing",
+    ),
     "column": (
         lambda r: rewrite(r, lambda t: t.drop(["action"])),
         r"no numeric column 'action'\n    available: observ",
@@ -288,9 +324,18 @@ FAULTS = {
         lambda r: truncate(r / VIDEO),
         r"left/chunk-000/file-000.mp4: cannot be read.*cut short.*\(episode 0, 1, 2\)",
     ),
-    "mp4 empty": (lambda r: (r / VIDEO).write_bytes(b""), r"left/chunk-000/file-000.mp4: cannot be read"),
-    "mp4 short": (lambda r: reencode(r / VIDEO, 91), r"file-000.mp4: has 91 frames, episode 2 needs 92"),
-    "mp4 shorter": (lambda r: reencode(r / VIDEO, 40), r"file-000.mp4: has 40 frames, episode 1 needs 47"),
+    "mp4 empty": (
+        lambda r: (r / VIDEO).write_bytes(b""),
+        r"left/chunk-000/file-000.mp4: cannot be read",
+    ),
+    "mp4 short": (
+        lambda r: reencode(r / VIDEO, 91),
+        r"file-000.mp4: has 91 frames, episode 2 needs 92",
+    ),
+    "mp4 shorter": (
+        lambda r: reencode(r / VIDEO, 40),
+        r"file-000.mp4: has 40 frames, episode 1 needs 47",
+    ),
     "camera": (
         lambda r: (r / VIDEO).unlink(),
         r"(?s)left' is declared in info.json but has no files.*available: observation.images.head",
@@ -314,7 +359,9 @@ def test_check_lists_all_faults_and_the_way_out(copied):
         features=json.loads((copied / "meta/info.json").read_text())["features"]
         | {"observation.state": {"dtype": "float32", "shape": [7]}},
     )
-    with pytest.raises(DataError, match=r"(?s)6 numbers a row.*\[7\].*is nan.*cut short.*data.episodes") as caught:
+    with pytest.raises(
+        DataError, match=r"(?s)6 numbers a row.*\[7\].*is nan.*cut short.*data.episodes"
+    ) as caught:
         check(LeRobotDataset(copied), CAMERAS, ["observation.state", "action"])
     assert len(str(caught.value).splitlines()) == 6
     assert check(LeRobotDataset(copied), CAMERAS[:1], ["action"], [0, 2]) == [
@@ -324,7 +371,10 @@ def test_check_lists_all_faults_and_the_way_out(copied):
 
 def test_video_with_its_index_first_cut_short(copied):
     path = copied / VIDEO
-    with av.open(path) as source, av.open(copied / "fast.mp4", "w", options={"movflags": "faststart"}) as target:
+    with (
+        av.open(path) as source,
+        av.open(copied / "fast.mp4", "w", options={"movflags": "faststart"}) as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
@@ -333,7 +383,10 @@ def test_video_with_its_index_first_cut_short(copied):
     (copied / "fast.mp4").rename(path)
     assert check(LeRobotDataset(copied), CAMERAS, ["action"]) == []
     truncate(path, 0.99)
-    with pytest.raises(DataError, match=r"file-000.mp4: cut short: \d+ bytes, its frames need \d+ \(episode 0, 1, 2\)"):
+    with pytest.raises(
+        DataError,
+        match=r"file-000.mp4: cut short: \d+ bytes, its frames need \d+ \(episode 0, 1, 2\)",
+    ):
         check(LeRobotDataset(copied), CAMERAS, ["action"])
 
 
@@ -342,7 +395,9 @@ def test_fetch(tmp_path, monkeypatch, written):
     with pytest.raises(DataError, match="no folder nowhere"):
         fetch("./nowhere")
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **how: asked.update(how) or str(written[0]))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda **how: asked.update(how) or str(written[0])
+    )
     assert LeRobotDataset(fetch("lab/cloth")).version == "v3.0"
     assert asked == {"repo_id": "lab/cloth", "repo_type": "dataset"}
 
@@ -350,8 +405,12 @@ def test_fetch(tmp_path, monkeypatch, written):
 def test_fetch_offline(tmp_path, monkeypatch, written):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     real_download = huggingface_hub.snapshot_download
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **how: real_download(**how, cache_dir=tmp_path))
-    with pytest.raises(DataError, match=r"'lab/none' is no folder here.*Check the name and the network"):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda **how: real_download(**how, cache_dir=tmp_path)
+    )
+    with pytest.raises(
+        DataError, match=r"'lab/none' is no folder here.*Check the name and the network"
+    ):
         fetch("lab/none")
     snapshot = tmp_path / "datasets--lab--cloth/snapshots/0123"
     shutil.copytree(written[0], snapshot)

@@ -16,7 +16,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def load(demos, **settings):
-    given = {"cameras": CAMERAS, "action_horizon": 6, "obs_proprio_history": 3, "HZ": 10.0, "image_size": [32, 32]}
+    given = {
+        "cameras": CAMERAS,
+        "action_horizon": 6,
+        "obs_proprio_history": 3,
+        "HZ": 10.0,
+        "image_size": [32, 32],
+    }
     given |= {"val_episodes": [5], "batch_size": 8, "num_workers": 0}
     data = Data(Settings(root=str(demos), **{**given, **settings}))
     if data.cfg.cache != "none":
@@ -26,11 +32,26 @@ def load(demos, **settings):
 
 @pytest.mark.parametrize(
     ("HZ", "offset", "history", "images"),
-    [(10.0, 0, 3, 1), (10.0, 1, 1, 2), (4.0, 0, 3, 1), (7.0, 1, 2, 1), (20.0, 2, 4, 2), (25.0, 0, 2, 1)],
+    [
+        (10.0, 0, 3, 1),
+        (10.0, 1, 1, 2),
+        (4.0, 0, 3, 1),
+        (7.0, 1, 2, 1),
+        (20.0, 2, 4, 2),
+        (25.0, 0, 2, 1),
+    ],
 )
 def test_windows_are_those_of_a_plain_loop(demos, HZ, offset, history, images):
     sizes = {"obs_proprio_history": history, "obs_images_history": images}
-    data = load(demos, HZ=HZ, action_offset=offset, hold_keys=["action"], **sizes, episodes=[0, 3, 1], val_episodes=0.0)
+    data = load(
+        demos,
+        HZ=HZ,
+        action_offset=offset,
+        hold_keys=["action"],
+        **sizes,
+        episodes=[0, 3, 1],
+        val_episodes=0.0,
+    )
     dataset = LeRobotDataset(demos)
     pictures = VideoFrames(dataset, {"left": CAMERAS["left"]}, (32, 32), None)
     row = 0
@@ -39,8 +60,12 @@ def test_windows_are_those_of_a_plain_loop(demos, HZ, offset, history, images):
         n = LENGTHS[episode]
         source = np.arange(n) / 10
         times = [k / HZ for k in range(1000) if k / HZ <= source[-1] + 1e-9]
-        state = np.stack([np.interp(times, source, column) for column in columns["observation.state"].T], 1)
-        held = [min(range(n), key=lambda j, t=t: (abs(t - j / 10) > 0.05 + 1e-9, -j)) for t in times]  # half goes up
+        state = np.stack(
+            [np.interp(times, source, column) for column in columns["observation.state"].T], 1
+        )
+        held = [
+            min(range(n), key=lambda j, t=t: (abs(t - j / 10) > 0.05 + 1e-9, -j)) for t in times
+        ]  # half goes up
         action = columns["action"][held]
         for k in range(len(times)):
             sample = {key: value[0].numpy() for key, value in data.windows[[row]].items()}
@@ -48,19 +73,25 @@ def test_windows_are_those_of_a_plain_loop(demos, HZ, offset, history, images):
             np.testing.assert_allclose(sample["observation.state"], state[past], atol=2e-5)
             ahead = [k + offset + d for d in range(6)]
             assert sample["action_is_pad"].tolist() == [a >= len(times) for a in ahead]
-            np.testing.assert_array_equal(sample["action"], action[np.minimum(ahead, len(times) - 1)])
+            np.testing.assert_array_equal(
+                sample["action"], action[np.minimum(ahead, len(times) - 1)]
+            )
             assert (sample["episode_index"], sample["frame_index"]) == (episode, k)
             start = sum(LENGTHS[:episode])
             seen = [start + held[max(k - d, 0)] for d in reversed(range(images))]
             expected = pictures.gather("left", seen)
-            np.testing.assert_array_equal(sample["observation.images.left"], expected if images > 1 else expected[0])
+            np.testing.assert_array_equal(
+                sample["observation.images.left"], expected if images > 1 else expected[0]
+            )
             row += 1
     assert row == len(data.windows) == len(data.train_rows)
 
 
 def test_actions_are_interpolated_unless_held(demos):
     columns = LeRobotDataset(demos).columns(["action"], [0])["action"]
-    action = load(demos, HZ=20.0, action_horizon=1, episodes=[0], val_episodes=0.0).windows[[3]]["action"][0, 0]
+    action = load(demos, HZ=20.0, action_horizon=1, episodes=[0], val_episodes=0.0).windows[[3]][
+        "action"
+    ][0, 0]
     np.testing.assert_allclose(action, (columns[1] + columns[2]) / 2, atol=1e-5)
 
 
@@ -74,7 +105,9 @@ def test_a_batch_is_its_samples(demos):
     data = load(demos)
     batch = data.windows[[4, 50, 4]]
     for i, row in enumerate((4, 50, 4)):
-        assert all(torch.equal(value[i], data.windows[[row]][key][0]) for key, value in batch.items())
+        assert all(
+            torch.equal(value[i], data.windows[[row]][key][0]) for key, value in batch.items()
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +137,10 @@ def test_held_out_windows_are_limited_and_evenly_spaced(demos):
     assert len(data.val_rows) == 10
     assert set(batch["episode_index"].tolist()) == {1, 2}
     assert np.ptp(np.diff(data.val_rows)) <= 1
-    shares = [[b["frame_index"] for b in data.held_out(rank, 2, torch.device("cpu"), 3)] for rank in (0, 1)]
+    shares = [
+        [b["frame_index"] for b in data.held_out(rank, 2, torch.device("cpu"), 3)]
+        for rank in (0, 1)
+    ]
     assert torch.equal(torch.cat(shares[0] + shares[1]), batch["frame_index"])
 
 
@@ -128,7 +164,9 @@ def test_an_epoch_holds_every_row_once_however_often_it_is_stopped():
     assert len({tuple(batch[2]) for batch in straight}) == 60
     for epoch in range(3):
         seen = np.concatenate([batch for e, _, batch in straight if e == epoch])
-        assert len(seen) == len(set(seen.tolist())) == 80  # the last two of 82 are dropped, others in each epoch
+        assert (
+            len(seen) == len(set(seen.tolist())) == 80
+        )  # the last two of 82 are dropped, others in each epoch
         assert set(seen) <= set(rows)
     assert [offset for _, offset, _ in straight[18:22]] == [80, 80, 8, 8]
     position, stopped = (0, 0), []
@@ -173,7 +211,10 @@ def test_batches_of_neighbours_hold_every_row_once_and_resume(demos):
     assert len(frames.unique(dim=0)) == 80
     later = next(iter(data.batches(0, 1, 0, 1, False, epoch=0, offset=24)))
     assert torch.equal(later["frame_index"], batches[3]["frame_index"])
-    state = torch.cat([b["observation.state"][:, -1] for b in batches]).unflatten(0, (-1, 4)) / data.stats["state_std"]
+    state = (
+        torch.cat([b["observation.state"][:, -1] for b in batches]).unflatten(0, (-1, 4))
+        / data.stats["state_std"]
+    )
     within = (state - state.mean(1, keepdim=True)).square().mean()
     assert within < 0.35 * state.flatten(0, 1).var(0).mean()
 
@@ -181,10 +222,16 @@ def test_batches_of_neighbours_hold_every_row_once_and_resume(demos):
 @pytest.mark.parametrize(("world", "micro_steps"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])
 def test_processes_and_micro_steps_share_the_same_batch(world, micro_steps):
     whole = take(Order(np.arange(82), 16, 1, 0, 1, 0, 0, 0), 12)
-    parts = [take(Order(np.arange(82), 16, micro_steps, r, world, 0, 0, 0), 12 * micro_steps) for r in range(world)]
+    parts = [
+        take(Order(np.arange(82), 16, micro_steps, r, world, 0, 0, 0), 12 * micro_steps)
+        for r in range(world)
+    ]
     for step, (epoch, offset, rows) in enumerate(whole):
         micro = range(step * micro_steps, (step + 1) * micro_steps)
-        assert np.concatenate([parts[r][m][2] for m in micro for r in range(world)]).tolist() == rows.tolist()
+        assert (
+            np.concatenate([parts[r][m][2] for m in micro for r in range(world)]).tolist()
+            == rows.tolist()
+        )
         assert {parts[r][m][:2] for m in micro for r in range(world)} == {(epoch, offset)}
 
 
@@ -214,7 +261,12 @@ def test_batches_are_the_same_for_any_number_of_workers(demos):
 def by_sample(batches):
     names = [f"observation.images.{name}" for name in CAMERAS]
     return {
-        (batch["position"][0], int(batch["episode_index"][i]), int(batch["frame_index"][i]), name): batch[name][i]
+        (
+            batch["position"][0],
+            int(batch["episode_index"][i]),
+            int(batch["frame_index"][i]),
+            name,
+        ): batch[name][i]
         for batch in batches
         for i in range(len(batch["action"]))
         for name in names
@@ -232,7 +284,9 @@ def test_augmentation_of_a_sample_depends_on_seed_and_epoch_alone(demos):
         assert len(common) >= 90
         assert all(torch.equal(whole[key], other[key]) for key in common)
     again = [key for key in whole if key[0] == 0 and (1, *key[1:]) in whole]
-    assert sum(torch.equal(whole[key], whole[1, *key[1:]]) for key in again) == 0  # another draw in the next epoch
+    assert (
+        sum(torch.equal(whole[key], whole[1, *key[1:]]) for key in again) == 0
+    )  # another draw in the next epoch
     first = by_sample(batches(data, 1))
     plain = data.windows.frames.gather("head", [0]) / np.float32(255)
     assert not any(np.allclose(image, plain, atol=1e-3) for image in first.values())
@@ -243,7 +297,8 @@ def test_held_out_pictures_are_not_augmented(demos):
     batch = next(data.held_out(0, 1, torch.device("cpu"), 5))
     rows = data.windows.source_row[data.val_rows[:5]]
     np.testing.assert_array_equal(
-        batch["observation.images.right"], data.windows.frames.gather("right", rows) / np.float32(255)
+        batch["observation.images.right"],
+        data.windows.frames.gather("right", rows) / np.float32(255),
     )
 
 
@@ -254,7 +309,12 @@ def images():
 
 
 def only(**settings):
-    return Augment(**{**dict.fromkeys(("brightness", "contrast", "saturation", "hue", "blur", "shift"), 0), **settings})
+    return Augment(
+        **{
+            **dict.fromkeys(("brightness", "contrast", "saturation", "hue", "blur", "shift"), 0),
+            **settings,
+        }
+    )
 
 
 def draws(**columns):
@@ -263,7 +323,16 @@ def draws(**columns):
     for name, values in columns.items():
         u[
             :,
-            {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3, "blur": 4, "sigma": 5, "dy": 6, "dx": 7}[name],
+            {
+                "brightness": 0,
+                "contrast": 1,
+                "saturation": 2,
+                "hue": 3,
+                "blur": 4,
+                "sigma": 5,
+                "dy": 6,
+                "dx": 7,
+            }[name],
         ] = values
     return u
 
@@ -280,7 +349,9 @@ def test_augmentation_that_is_off_changes_nothing(images):
 def test_brightness_and_contrast(images):
     u = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
     factor = (1 + 0.4 * (2 * u - 1))[:, None, None, None]
-    torch.testing.assert_close(augmented(images, only(brightness=0.4), draws(brightness=u)), images * factor)
+    torch.testing.assert_close(
+        augmented(images, only(brightness=0.4), draws(brightness=u)), images * factor
+    )
     mean = luminance(images).mean((1, 2))[:, None, None, None]
     expected = mean + factor * (images - mean)
     torch.testing.assert_close(augmented(images, only(contrast=0.4), draws(contrast=u)), expected)
@@ -295,7 +366,9 @@ def test_saturation_keeps_the_luminance(images):
 
 
 def test_hue_turns_colours_about_the_gray_axis(images):
-    third = augmented(images, only(hue=1.0), draws(hue=torch.full((6,), 2 / 3)))  # a third of the circle: r -> g -> b
+    third = augmented(
+        images, only(hue=1.0), draws(hue=torch.full((6,), 2 / 3))
+    )  # a third of the circle: r -> g -> b
     torch.testing.assert_close(third, images.roll(1, 1), atol=1e-5, rtol=0)
     some = augmented(images, only(hue=0.2), draws(hue=torch.linspace(0, 1, 6)))
     torch.testing.assert_close(some.mean(1), images.mean(1))
@@ -322,7 +395,9 @@ def test_shift_moves_by_whole_pixels_and_repeats_the_edge(images):
     for i in range(6):
         dy, dx = (int(np.floor(5 * float(u[i, k]))) for k in (6, 7))
         moves.add((dy, dx))
-        torch.testing.assert_close(changed[i], padded[i, :, dy : dy + 9, dx : dx + 12], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            changed[i], padded[i, :, dy : dy + 9, dx : dx + 12], atol=1e-6, rtol=0
+        )
     assert {(0, 4), (4, 0)} <= moves
 
 
@@ -331,7 +406,9 @@ def test_frames_of_one_sample_are_changed_alike(images):
     u = torch.rand(2, 8, generator=torch.Generator().manual_seed(2))
     changed = augmented(clip, AUGMENT, u)
     assert changed.shape == clip.shape
-    torch.testing.assert_close(changed, augmented(images[:2], AUGMENT, u)[:, None].expand_as(changed))
+    torch.testing.assert_close(
+        changed, augmented(images[:2], AUGMENT, u)[:, None].expand_as(changed)
+    )
 
 
 @pytest.fixture
@@ -360,9 +437,11 @@ def test_normaliser(stats, mode):
         np.testing.assert_allclose(high, 1, atol=1e-5)
     y = normalizer.normalize("action", action)
     torch.testing.assert_close(normalizer.denormalize("action", y), action)
-    assert {f"{name}_{key}" for name in ("state", "action") for key in ("mean", "std", "min", "max", "q01", "q99")} == {
-        *normalizer.state_dict()
-    }
+    assert {
+        f"{name}_{key}"
+        for name in ("state", "action")
+        for key in ("mean", "std", "min", "max", "q01", "q99")
+    } == {*normalizer.state_dict()}
 
 
 def test_statistics_are_those_of_the_training_rows_as_resampled(demos):

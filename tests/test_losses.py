@@ -39,7 +39,10 @@ def costs(x, y, s, lam_state=2.0):
     """The cost matrix in float64, entry by entry."""
     x, y, s = (a.detach().double().flatten(1).numpy() for a in (x, y, s))
     cost = [
-        [((x[i] - y[j]) ** 2).mean() + lam_state * ((s[i] - s[j]) ** 2).mean() for j in range(len(y))]
+        [
+            ((x[i] - y[j]) ** 2).mean() + lam_state * ((s[i] - s[j]) ** 2).mean()
+            for j in range(len(y))
+        ]
         for i in range(len(x))
     ]
     return np.array(cost)
@@ -49,7 +52,9 @@ def entropic(cost, eps):
     """min over plans of <P, C> + eps KL(P | product), by POT in float64."""
     n = len(cost)
     weights = np.full(n, 1 / n)
-    plan = ot.sinkhorn(weights, weights, cost, eps, method="sinkhorn_log", numItermax=20_000, stopThr=1e-12)
+    plan = ot.sinkhorn(
+        weights, weights, cost, eps, method="sinkhorn_log", numItermax=20_000, stopThr=1e-12
+    )
     return (plan * cost).sum() + eps * (plan * np.log(np.maximum(plan, 1e-300) * n * n)).sum(), plan
 
 
@@ -74,7 +79,9 @@ def test_padding_never_changes_the_loss_and_gets_no_gradient():
     is_pad = torch.arange(6) >= torch.tensor([6, 5, 2, 0])[:, None]
     loss = masked_mse(prediction, target, is_pad)
     expected = sum(
-        (prediction[i, r, k] - target[i, r, k]).square().sum() for i, r, k in np.ndindex(4, 3, 6) if not is_pad[i, k]
+        (prediction[i, r, k] - target[i, r, k]).square().sum()
+        for i, r, k in np.ndindex(4, 3, 6)
+        if not is_pad[i, k]
     )
     torch.testing.assert_close(loss, expected / prediction.numel())
     loss.backward()
@@ -107,8 +114,15 @@ def test_prefixes_of_every_length_up_to_the_longest_are_equally_frequent():
 
 
 def test_micro_batches_add_up_whatever_their_padding():
-    prediction, target, is_pad = torch.randn(8, 2, 6, 3), torch.randn(8, 2, 6, 3), torch.rand(8, 6) < 0.4
-    parts = [masked_mse(*(x[rows] for x in (prediction, target, is_pad))) for rows in torch.arange(8).split(2)]
+    prediction, target, is_pad = (
+        torch.randn(8, 2, 6, 3),
+        torch.randn(8, 2, 6, 3),
+        torch.rand(8, 6) < 0.4,
+    )
+    parts = [
+        masked_mse(*(x[rows] for x in (prediction, target, is_pad)))
+        for rows in torch.arange(8).split(2)
+    ]
     torch.testing.assert_close(torch.stack(parts).mean(), masked_mse(prediction, target, is_pad))
 
 
@@ -119,7 +133,9 @@ def gaussians(scale=1.0):
 
 def divergence(q, p):
     """KL per token (B, n) by torch.distributions."""
-    return kl_divergence(*(Independent(Normal(mu, (0.5 * logvar).exp()), 1) for mu, logvar in (q, p)))
+    return kl_divergence(
+        *(Independent(Normal(mu, (0.5 * logvar).exp()), 1) for mu, logvar in (q, p))
+    )
 
 
 def test_gaussian_kl_is_torchs():
@@ -181,7 +197,9 @@ def test_kot_value_and_gradient_are_those_of_the_entropic_problem():
         return entropic(across, eps)[0] - 0.5 * (entropic(own, eps)[0] + entropic(other, eps)[0])
 
     assert loss.item() == pytest.approx(value(x), abs=1e-5)
-    assert scalars["kot_identity"].item() == pytest.approx(entropic(costs(x, y, s, 1.5), eps)[1].trace(), abs=1e-5)
+    assert scalars["kot_identity"].item() == pytest.approx(
+        entropic(costs(x, y, s, 1.5), eps)[1].trace(), abs=1e-5
+    )
     loss.backward()
     for index in ((0, 0, 0), (3, 2, 1), (11, 1, 0)):
         h = torch.zeros_like(x, dtype=torch.float64)
@@ -208,7 +226,9 @@ def test_exact_solver_is_brute_force_and_the_limit_of_a_small_blur():
     assert best != tuple(range(5))
     loss, scalars = kot(x, y, s, lam_state=0.1, solver="exact")
     assert loss.item() == pytest.approx(cost[range(5), best].mean(), rel=1e-5)
-    assert scalars["kot_identity"].item() == pytest.approx(sum(i == j for i, j in enumerate(best)) / 5)
+    assert scalars["kot_identity"].item() == pytest.approx(
+        sum(i == j for i, j in enumerate(best)) / 5
+    )
     (gradient,) = torch.autograd.grad(loss, x)
     torch.testing.assert_close(gradient, 2 * (x - y[list(best)]).detach() / (5 * 6))
     assert kot(x, y, s, 0.1, 1e-3, 500)[0].item() == pytest.approx(loss.item(), rel=1e-4)
@@ -223,7 +243,9 @@ def test_kot_and_kl_run_in_float32_under_autocast(solver):
     assert inside.dtype == kl.dtype == torch.float32
     assert torch.equal(inside, kot(x, y, s, solver=solver)[0])
     low = [[x.bfloat16() for x in gaussian] for gaussian in (q, p)]
-    assert torch.equal(gaussian_kl(*low)[0], gaussian_kl(*([x.float() for x in gaussian] for gaussian in low))[0])
+    assert torch.equal(
+        gaussian_kl(*low)[0], gaussian_kl(*([x.float() for x in gaussian] for gaussian in low))[0]
+    )
     low = kot(x.bfloat16(), y.bfloat16(), s.bfloat16(), solver=solver)[0]
     assert torch.equal(low, kot(*(a.bfloat16().float() for a in (x, y, s)), solver=solver)[0])
 

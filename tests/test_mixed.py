@@ -12,7 +12,10 @@ def episodes_of(root):
     dataset, keys = LeRobotDataset(root), ("observation.state", "action", "quality")
     columns = [columns for _, columns in dataset.read(keys, dataset.episodes)]
     assert all(len(np.unique(c["quality"])) == 1 for c in columns)
-    return [(mixed.QUALITIES[int(c["quality"][0, 0])], c["observation.state"], c["action"]) for c in columns]
+    return [
+        (mixed.QUALITIES[int(c["quality"][0, 0])], c["observation.state"], c["action"])
+        for c in columns
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +61,12 @@ def test_each_kind_is_what_it_says(avoided):
     assert min(map(roughness, of("jittered"))) > 2 * np.median([*map(roughness, of("expert"))])
     assert {len(action) for action in of("expert") + of("jittered")} == {25}
     assert {standing(action) for action in of("paused")} <= set(range(10, 19))
-    assert max(standing(action) for action in of("expert") + of("detoured")) <= 1  # where a detour turns
+    assert (
+        max(standing(action) for action in of("expert") + of("detoured")) <= 1
+    )  # where a detour turns
     lengths = {
-        quality: np.mean([np.hypot(*np.diff(a, axis=0).T).sum() for a in of(quality)]) for quality in mixed.QUALITIES
+        quality: np.mean([np.hypot(*np.diff(a, axis=0).T).sum() for a in of(quality)])
+        for quality in mixed.QUALITIES
     }
     assert lengths["paused"] == pytest.approx(lengths["expert"], rel=0.05)
     assert lengths["expert"] + 2 * 0.2 * 0.7 < lengths["detoured"] < lengths["expert"] + 2 * 0.2
@@ -81,8 +87,12 @@ def test_a_disturbance_starts_and_ends_where_the_expert_was():
 def test_tabletop_s_demonstrations_succeed_and_repeat(tmp_path):
     mixed.generate_tabletop(tmp_path / "demos", episodes=9, image_size=(32, 32))
     made = episodes_of(tmp_path / "demos")
-    assert sorted(quality for quality, *_ in made) == sorted(["expert"] * 6 + ["jittered", "paused", "detoured"])
-    expert = [tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), look=False) for seed in range(9)]
+    assert sorted(quality for quality, *_ in made) == sorted(
+        ["expert"] * 6 + ["jittered", "paused", "detoured"]
+    )
+    expert = [
+        tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), look=False) for seed in range(9)
+    ]
     for seed, (quality, state, action) in enumerate(made):
         assert np.array_equal(action, expert[seed]["action"]) == (quality == "expert")
         again = tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), action, look=False)

@@ -17,7 +17,14 @@ import evaluate
 import train_vfp
 from common import checkpoint, flow, metrics, optim
 from common.blocks.mlp import MLPActionDecoder
-from common.blocks.moe import ExpertLinear, ExpertMLP, Gate, MoEActionDecoder, MoEMLPActionDecoder, Routing
+from common.blocks.moe import (
+    ExpertLinear,
+    ExpertMLP,
+    Gate,
+    MoEActionDecoder,
+    MoEMLPActionDecoder,
+    Routing,
+)
 from common.blocks.transformer import ActionDecoder
 from common.config import ConfigError, UserError
 from common.data.loader import to_device
@@ -72,7 +79,9 @@ def test_dispatch_is_the_dense_computation_masked_by_the_routing(kind):
         made.zero_grad()
         y.backward(upstream)
         found.append(y.detach())
-        gradients.append({name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+        )
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
     for name, expected in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-3)
@@ -93,12 +102,18 @@ def test_an_expert_that_nobody_chose_has_a_gradient_of_zero(kind):
     made, memory = decoder(kind)
     x, t, z = inputs()
     made(x, t, memory, CHOSEN, z).square().mean().backward()
-    missing = [name for name, p in made.named_parameters() if p.grad is None and "prefix" not in name]
+    missing = [
+        name for name, p in made.named_parameters() if p.grad is None and "prefix" not in name
+    ]
     assert missing == []
     if kind == "full":
-        unused, used = ([p.grad for p in made.decoder[i].parameters() if p.grad is not None] for i in (3, 0))
+        unused, used = (
+            [p.grad for p in made.decoder[i].parameters() if p.grad is not None] for i in (3, 0)
+        )
     else:
-        stacked = [p.grad for m in made.modules() if isinstance(m, ExpertLinear) for p in m.parameters()]
+        stacked = [
+            p.grad for m in made.modules() if isinstance(m, ExpertLinear) for p in m.parameters()
+        ]
         unused, used = [grad[3] for grad in stacked], [grad[0] for grad in stacked]
     assert not any(grad.any() for grad in unused)
     assert all(grad.any() for grad in used)
@@ -139,8 +154,16 @@ def test_detached_gives_the_memory_no_gradient(kind):
 def test_one_expert_is_the_single_decoder():
     x, t, z = inputs()
     for single, made, memory in (
-        (ActionDecoder(16, 2, 32, 2, A, D), MoEActionDecoder(16, 2, 32, 2, 1, A, D), torch.randn(B, 7, 16)),
-        (MLPActionDecoder(16, 2, 8, A, T, D), MoEMLPActionDecoder(16, 2, 1, 8, A, T, D), torch.randn(B, 1, 8)),
+        (
+            ActionDecoder(16, 2, 32, 2, A, D),
+            MoEActionDecoder(16, 2, 32, 2, 1, A, D),
+            torch.randn(B, 7, 16),
+        ),
+        (
+            MLPActionDecoder(16, 2, 8, A, T, D),
+            MoEMLPActionDecoder(16, 2, 1, 8, A, T, D),
+            torch.randn(B, 1, 8),
+        ),
     ):
         for p in single.parameters():
             nn.init.normal_(p, std=0.3)
@@ -148,16 +171,28 @@ def test_one_expert_is_the_single_decoder():
         own = made.decoder.state_dict()
         renamed = {}
         for name in own:
-            before = name.replace("ff.layers.0", "ff.0").replace("ff.layers.1", "ff.2").replace("out.layers.0", "out")
+            before = (
+                name.replace("ff.layers.0", "ff.0")
+                .replace("ff.layers.1", "ff.2")
+                .replace("out.layers.0", "out")
+            )
             if before not in plain:  # the MLP's layers begin with an activation
                 before = name.replace(".layers.0.", ".1.").replace(".layers.1.", ".3.")
             value = plain[before]
             expert = name.endswith("weight") and own[name].ndim == 3
-            renamed[name] = value.T[None] if expert else value[None] if own[name].ndim == value.ndim + 1 else value
+            renamed[name] = (
+                value.T[None]
+                if expert
+                else value[None]
+                if own[name].ndim == value.ndim + 1
+                else value
+            )
         made.decoder.load_state_dict(renamed)
         single.eval(), made.eval()
         one = torch.zeros(B, 1, dtype=torch.long)
-        torch.testing.assert_close(made(x, t, memory, one, z), single(x, t, memory, z), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            made(x, t, memory, one, z), single(x, t, memory, z), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_widths_that_grouped_products_cannot_take():
@@ -183,7 +218,9 @@ def test_autocast_computes_in_its_precision():
 def test_experts_start_as_linear_layers_do_and_decay_as_they_do():
     torch.manual_seed(0)
     layer = ExpertLinear(4, 64, 4096)
-    assert layer.weight.std().item() == pytest.approx(nn.Linear(64, 4096).weight.std().item(), rel=0.02)
+    assert layer.weight.std().item() == pytest.approx(
+        nn.Linear(64, 4096).weight.std().item(), rel=0.02
+    )
     assert layer.weight.abs().max() <= 1 / 8
 
 
@@ -200,16 +237,24 @@ def test_mixture_mse_by_hand():
                 square = (prediction[b, k * R + r] - target[b, r]) ** 2
                 errors.append(square[~ignored[b]].sum() / (T * A))
             total += (weights[b, 0] * errors[0] + weights[b, 1] * errors[1]) / (B * R)
-            likelihood = sum(w * math.exp(-e / (2 * 0.3**2)) for w, e in zip(weights[b], errors, strict=True))
+            likelihood = sum(
+                w * math.exp(-e / (2 * 0.3**2)) for w, e in zip(weights[b], errors, strict=True)
+            )
             soft += -2 * 0.3**2 * math.log(likelihood) / (B * R)
     torch.testing.assert_close(mixture_mse(prediction, target, ignored, weights), total)
-    assert mixture_mse(prediction, target, ignored, weights, 0.3).item() == pytest.approx(soft, rel=1e-4)
+    assert mixture_mse(prediction, target, ignored, weights, 0.3).item() == pytest.approx(
+        soft, rel=1e-4
+    )
     one = prediction[:, :R]
     expected = masked_mse(one, target, ignored)
     for sigma in (None, 0.5):
-        torch.testing.assert_close(mixture_mse(one, target, ignored, torch.ones(1, 1), sigma), expected)
+        torch.testing.assert_close(
+            mixture_mse(one, target, ignored, torch.ones(1, 1), sigma), expected
+        )
     fixed = torch.rand(B, R, T) < 0.3
-    torch.testing.assert_close(mixture_mse(one, target, fixed, torch.ones(1, 1)), masked_mse(one, target, fixed))
+    torch.testing.assert_close(
+        mixture_mse(one, target, fixed, torch.ones(1, 1)), masked_mse(one, target, fixed)
+    )
 
 
 def test_a_sharp_mixture_gives_the_sample_to_the_expert_that_explains_it():
@@ -259,7 +304,9 @@ def test_experts_of_episodes():
     found = metrics.experts(some, ("a", "b"), 3)
     assert found["experts"] == {"a": [1.5, 0.5, 0.0], "b": [0.0, 1.0, 0.0]}
     assert found["least_load"] == 0.0
-    assert found["expert_information"] == pytest.approx(metrics.information([[1.5, 0.5, 0], [0, 1, 0]]))
+    assert found["expert_information"] == pytest.approx(
+        metrics.information([[1.5, 0.5, 0], [0, 1, 0]])
+    )
 
 
 @pytest.fixture
@@ -282,7 +329,9 @@ def test_the_table_is_the_gate_and_only_the_chosen_expert_runs(trained, monkeypa
     logits, calls, rows = policy.parts["gate"](z), [], []
     gate, linear = Gate.forward, ExpertLinear.forward
     monkeypatch.setattr(Gate, "forward", lambda self, zq: calls.append(len(zq)) or gate(self, zq))
-    monkeypatch.setattr(ExpertLinear, "forward", lambda self, x, c: rows.append(c.sum(0)) or linear(self, x, c))
+    monkeypatch.setattr(
+        ExpertLinear, "forward", lambda self, x, c: rows.append(c.sum(0)) or linear(self, x, c)
+    )
     found = policy.sample(memory, x0, 3, z)
     assert torch.equal(policy.sample(memory, x0, 3, z), found)
     assert calls == [len(policy.codebook.codes)]  # once for all codes, and never again
@@ -292,7 +341,9 @@ def test_the_table_is_the_gate_and_only_the_chosen_expert_runs(trained, monkeypa
     best = logits.argmax(-1)
     tokens = 6 * torch.bincount(best, minlength=3)
     assert all(torch.equal(counts, tokens.to(counts.dtype)) for counts in rows)
-    decode = policy.parts["moe_action_decoder"].bind(memory=memory.tokens, z=z, experts=best[:, None])
+    decode = policy.parts["moe_action_decoder"].bind(
+        memory=memory.tokens, z=z, experts=best[:, None]
+    )
     x1 = flow.generate(decode, policy.loss.target, x0, 3)
     torch.testing.assert_close(found, policy.stats.denormalize("action", x1))
 
@@ -309,7 +360,10 @@ def test_two_experts_at_inference_are_weighted_by_the_gate(trained):
     found = policy.sample(memory, x, 3, z)
     for k in range(3):
         t = torch.full((8, 1), k / 3)
-        said = [decoder(x_t=x[:, None], t=t, memory=memory.tokens, experts=best[:, [i]], z=z)[:, 0] for i in (0, 1)]
+        said = [
+            decoder(x_t=x[:, None], t=t, memory=memory.tokens, experts=best[:, [i]], z=z)[:, 0]
+            for i in (0, 1)
+        ]
         x = x + (weights[:, 0, None, None] * said[0] + weights[:, 1, None, None] * said[1]) / 3
     torch.testing.assert_close(found, policy.stats.denormalize("action", x), atol=1e-4, rtol=1e-4)
 
@@ -318,17 +372,26 @@ def test_what_the_loss_is_made_of_and_what_moves_the_gate(trained):
     policy, batch = trained
     loss, scalars = policy(batch | {"noise": Noise(0), "progress": 0.5})
     expected = scalars["flow"] + 0.25 * scalars["commitment"] + scalars["prior"]
-    torch.testing.assert_close(loss.detach(), expected + 0.01 * scalars["balance"] + 0.001 * scalars["router_z"])
+    torch.testing.assert_close(
+        loss.detach(), expected + 0.01 * scalars["balance"] + 0.001 * scalars["router_z"]
+    )
     assert sum(scalars[f"load/{i}"] for i in range(3)) == pytest.approx(1.0)
     policy.loss.load_balance = policy.loss.router_z = policy.loss.commitment = 0.0
     policy.train()(batch | {"noise": Noise(0), "progress": 0.5})[0].backward()
-    assert any(p.grad.any() for p in policy.parts["gate"].parameters())  # by what the experts' errors weigh
+    assert any(
+        p.grad.any() for p in policy.parts["gate"].parameters()
+    )  # by what the experts' errors weigh
     assert policy.codebook.codes.grad.any()
 
 
 def test_kot_moves_the_best_expert_of_prior_samples(experiment):
     exp = experiment("train_vfp:experts")
-    assert exp.main("train.total_steps=2", "loss.sinkhorn={weight: 0.1}", "loss.top_k=3", "loss.sigma=0.5") == 0
+    assert (
+        exp.main(
+            "train.total_steps=2", "loss.sinkhorn={weight: 0.1}", "loss.top_k=3", "loss.sigma=0.5"
+        )
+        == 0
+    )
     assert all(math.isfinite(x) for x in exp.log("kot").values())
 
 
@@ -356,7 +419,9 @@ def test_a_slow_posterior_is_what_the_prior_learns(experiment, monkeypatch):
             p.normal_()
         _, scalars = policy.eval()(batch | {"noise": Noise(0), "progress": 0.5})
         memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
-        codes = policy.codebook(policy.slow_posterior(**memory.first_camera, action=x1).tokens).indices
+        codes = policy.codebook(
+            policy.slow_posterior(**memory.first_camera, action=x1).tokens
+        ).indices
         torch.testing.assert_close(
             scalars["prior"], policy.parts["vqvae_prior"](**memory.first_camera).loss(codes, None)
         )
@@ -366,7 +431,9 @@ def test_expert_weights_decay_and_their_biases_do_not(experiment):
     exp = experiment("train_vfp:experts")
     exp.main("train.total_steps=1", "train.optim={peak_lr: 1e-3, weight_decay: 0.1}")
     (optimizer,) = optim.build(exp.job.policy.parts, exp.job.cfg)
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
     for module in exp.job.policy.modules():
         if isinstance(module, ExpertLinear):
             assert id(module.weight) in decayed
@@ -376,14 +443,20 @@ def test_expert_weights_decay_and_their_biases_do_not(experiment):
 
 def test_a_gate_without_codes_is_an_error(experiment):
     exp = experiment("train_vfp")
-    exp.file.write_text(exp.file.read_text().replace("vae_prior:", "gate: ./gate.yaml\n    vae_prior:"))
-    (exp.folder / "gate.yaml").write_text("block: gate\nargs: {latent_size: 8, dim: 8, experts: 2}\n")
+    exp.file.write_text(
+        exp.file.read_text().replace("vae_prior:", "gate: ./gate.yaml\n    vae_prior:")
+    )
+    (exp.folder / "gate.yaml").write_text(
+        "block: gate\nargs: {latent_size: 8, dim: 8, experts: 2}\n"
+    )
     with pytest.raises(ConfigError, match="gate is listed: it needs moe_action_decoder as well"):
         exp.main("train.total_steps=1")
     moe = "block: moe_action_decoder\nargs: {dim: 16, heads: 2, ff: 32, layers: 1, experts: 2, action_dim: null}\n"
     (exp.folder / "moe_action_decoder.yaml").write_text(moe)
     exp.file.write_text(
-        exp.file.read_text().replace("gate:", "moe_action_decoder: ./moe_action_decoder.yaml\n    gate:")
+        exp.file.read_text().replace(
+            "gate:", "moe_action_decoder: ./moe_action_decoder.yaml\n    gate:"
+        )
     )
     with pytest.raises(ConfigError, match="gate: it reads a code, so list vqvae_posterior"):
         exp.main("train.total_steps=1")
@@ -393,7 +466,10 @@ def test_gate_and_decoder_must_agree(experiment):
     exp = experiment("train_vfp:experts")
     gate = exp.folder / "gate.yaml"
     gate.write_text(gate.read_text().replace("experts: 3", "experts: 5"))
-    with pytest.raises(ConfigError, match=r"gate has experts: 5, moe_action_decoder has experts: 3; make them equal"):
+    with pytest.raises(
+        ConfigError,
+        match=r"gate has experts: 5, moe_action_decoder has experts: 3; make them equal",
+    ):
         exp.main("train.total_steps=1")
     del exp.config["model"]["component_config_paths"]["gate"]
     exp.write()
@@ -403,7 +479,9 @@ def test_gate_and_decoder_must_agree(experiment):
 
 def test_more_experts_than_there_are_is_an_error(experiment):
     exp = experiment("train_vfp:experts")
-    with pytest.raises(ConfigError, match=r"train_vfp.py: ValueError: 4 experts asked for \(loss.top_k, .*of 3"):
+    with pytest.raises(
+        ConfigError, match=r"train_vfp.py: ValueError: 4 experts asked for \(loss.top_k, .*of 3"
+    ):
         exp.main("train.total_steps=1", "loss.top_k=4")
     exp.main("train.total_steps=1")
     with pytest.raises(UserError, match="--experts: 4, of 3"):
@@ -415,7 +493,18 @@ def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     config = ROOT / "configs/variational_flow_matching_policy/avoid/train.yaml"
     run = tmp_path / "run"
     train_vfp.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=200"])
-    argv = ["--checkpoint", str(run), "--env", "avoid", "--execute", "25", "--episodes", "40", "--nfe", "10"]
+    argv = [
+        "--checkpoint",
+        str(run),
+        "--env",
+        "avoid",
+        "--execute",
+        "25",
+        "--episodes",
+        "40",
+        "--nfe",
+        "10",
+    ]
     assert evaluate.main([*argv, "--out", str(tmp_path / "results"), "--videos", "0"]) == 0
     (row,) = json.loads((tmp_path / "results/results.json").read_text())["results"]
     assert {len(shares) for shares in row["experts"].values()} == {4}
@@ -427,7 +516,9 @@ def test_only_a_mixture_is_told_of_experts(experiment, tmp_path):
     for kind, told in (("codes", {}), ("experts", {"experts": 1})):
         exp = experiment(f"train_vfp:{kind}", kind)
         exp.main("train.total_steps=1")
-        evaluate.main(["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / kind)])
+        evaluate.main(
+            ["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / kind)]
+        )
         assert json.loads((tmp_path / kind / "results.json").read_text())["sampling"] == told
 
 
@@ -439,12 +530,33 @@ def test_the_negative_control_trains_and_is_evaluated(tmp_path):
     assert inspect.getsource(control.main) == inspect.getsource(train_vfp.main)
     config = ROOT / "configs/variational_flow_matching_policy/avoid/train_research.yaml"
     run = tmp_path / "run"
-    control.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=2", "train.log_every=1"])
+    control.main(
+        [
+            "--config",
+            str(config),
+            f"train.save_dir={run}",
+            "train.total_steps=2",
+            "train.log_every=1",
+        ]
+    )
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(
-        line["loss"] == pytest.approx(line["flow"] + line["prior"], rel=1e-5) for line in lines if "flow" in line
+        line["loss"] == pytest.approx(line["flow"] + line["prior"], rel=1e-5)
+        for line in lines
+        if "flow" in line
     )
-    argv = ["--checkpoint", str(run), "--env", "avoid", "--episodes", "4", "--nfe", "1", "--videos", "0"]
+    argv = [
+        "--checkpoint",
+        str(run),
+        "--env",
+        "avoid",
+        "--episodes",
+        "4",
+        "--nfe",
+        "1",
+        "--videos",
+        "0",
+    ]
     assert evaluate.main([*argv, "--out", str(tmp_path / "results")]) == 0
     assert "experts" in json.loads((tmp_path / "results/results.json").read_text())["results"][0]
 

@@ -43,7 +43,10 @@ def train(policy, optimizers, steps, average=None, between=lambda: None):
     """Some optimizer steps on data that depend on the step alone."""
     for step in range(steps):
         image = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(step))
-        loss = sum((policy[name](image) - image.mean((2, 3))[:, :2]).square().mean() for name in policy.trainable())
+        loss = sum(
+            (policy[name](image) - image.mean((2, 3))[:, :2]).square().mean()
+            for name in policy.trainable()
+        )
         loss.backward()
         optim.set_learning_rate(optimizers, step, steps)
         for optimizer in optimizers:
@@ -68,7 +71,9 @@ def test_onecycle_is_torchs(total):
         cycle_momentum=False,
     )
     for step in range(total):
-        assert optim.learning_rate(group, step, total) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-16)
+        assert optim.learning_rate(group, step, total) == pytest.approx(
+            schedule.get_last_lr()[0], rel=1e-9, abs=1e-16
+        )
         optimizer.step()
         if step < total - 1:
             schedule.step()
@@ -90,7 +95,9 @@ def test_warmup_cosine_is_the_formula(warmup, total):
         if k < warmup:
             expected = start + (peak - start) * k / (warmup - 1) if warmup > 1 else start
         else:
-            expected = end + (peak - end) / 2 * (1 + math.cos(math.pi * (k - warmup) / (total - warmup - 1)))
+            expected = end + (peak - end) / 2 * (
+                1 + math.cos(math.pi * (k - warmup) / (total - warmup - 1))
+            )
         assert rate == pytest.approx(expected)
     assert optim.learning_rate(group, warmup + 2 * total, total) == pytest.approx(end)
     if 1 < warmup < total - 1:
@@ -110,12 +117,18 @@ def test_only_weights_of_linear_and_convolution_layers_decay():
     policy = parts()
     (optimizer,) = optim.build(policy, config())
     names = {id(p): name for name, p in policy.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert {name for name, rate in decay.items() if rate == 0.1} == {
         f"{part}.{layer}.weight" for part in ("backbone", "decoder") for layer in ("conv", "linear")
     }
     assert set(decay.values()) == {0.0, 0.1}
-    assert set(decay) == {name for name, p in policy.named_parameters() if not name.startswith("old")}
+    assert set(decay) == {
+        name for name, p in policy.named_parameters() if not name.startswith("old")
+    }
     assert [(g["component"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ("backbone", 0.1), ("backbone", 0.0), ("decoder", 0.1), ("decoder", 0.0)
     ]  # fmt: skip
@@ -200,7 +213,10 @@ def test_schedule_free_average_is_schedulefrees_own_and_disturbs_nothing():
         policy = parts()
         optimizers = optim.build(policy, config(type="schedule_free_radam", betas=[0.9, 0.99]))
         average = optim.Average(policy, optimizers, 0.999)
-        assert all(torch.equal(w, dict(policy.named_parameters())[name]) for name, w in average.weights().items())
+        assert all(
+            torch.equal(w, dict(policy.named_parameters())[name])
+            for name, w in average.weights().items()
+        )
 
         def look():
             with average.applied():

@@ -37,7 +37,12 @@ def awake(model):
 
 
 def timms(layer_scale=True, table=TABLE):
-    sizes = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2, "pos_embed_grid_size": (table, table)}
+    sizes = {
+        "embed_dim": DIM,
+        "depth": DEPTH,
+        "num_heads": 2,
+        "pos_embed_grid_size": (table, table),
+    }
     model = timm.create_model(
         "naflexvit_large_patch16_radio_v3", num_classes=0, init_values=1e-5 * layer_scale, **sizes
     )
@@ -48,15 +53,29 @@ def timms(layer_scale=True, table=TABLE):
 def published(model):
     """The state of timm's model in NVIDIA's layout."""
     state = {name: x.detach() for name, x in model.state_dict().items()}
-    file = {"radio_model.summary_idxs": torch.tensor([0, 1, 2]), "radio_model.model.reg_token": torch.zeros(1, 4, DIM)}
+    file = {
+        "radio_model.summary_idxs": torch.tensor([0, 1, 2]),
+        "radio_model.model.reg_token": torch.zeros(1, 4, DIM),
+    }
     for name in ("mean", "std"):
-        file[f"radio_model.input_conditioner.norm_{name}"] = torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1)
-    weight = state.pop("embeds.proj.weight").unflatten(1, (16, 16, 3)).permute(0, 3, 1, 2).flatten(1)
-    generated = {"embedder.weight": weight, "pos_embed": state.pop("embeds.pos_embed").flatten(1, 2)}
-    generated["cls_token.token"] = torch.cat([state.pop(f"embeds.{k}_token")[0] for k in ("cls", "reg")])
+        file[f"radio_model.input_conditioner.norm_{name}"] = torch.tensor(
+            model.pretrained_cfg[name]
+        ).view(3, 1, 1)
+    weight = (
+        state.pop("embeds.proj.weight").unflatten(1, (16, 16, 3)).permute(0, 3, 1, 2).flatten(1)
+    )
+    generated = {
+        "embedder.weight": weight,
+        "pos_embed": state.pop("embeds.pos_embed").flatten(1, 2),
+    }
+    generated["cls_token.token"] = torch.cat(
+        [state.pop(f"embeds.{k}_token")[0] for k in ("cls", "reg")]
+    )
     file |= {f"radio_model.model.patch_generator.{name}": x for name, x in generated.items()}
     file |= {
-        f"radio_model.model.{name.replace('gamma', 'grandma')}": x for name, x in state.items() if "blocks" in name
+        f"radio_model.model.{name.replace('gamma', 'grandma')}": x
+        for name, x in state.items()
+        if "blocks" in name
     }
     return {name: x.contiguous() for name, x in file.items()}
 
@@ -65,7 +84,8 @@ def loaded(tmp_path, tensors, **options):
     """With the sizes that are given, or TINY."""
     save_file(tensors, tmp_path / "model.safetensors")
     model = RadioV3(
-        weights=str(tmp_path / "model.safetensors"), **(options if "num_heads" in options else TINY | options)
+        weights=str(tmp_path / "model.safetensors"),
+        **(options if "num_heads" in options else TINY | options),
     )
     assert model.load_weights() == tmp_path / "model.safetensors"
     return model
@@ -134,12 +154,24 @@ def test_align_corners_resizes_the_table_as_timm_does_when_so_told(tmp_path):
 def test_what_a_file_may_lack_or_hold_beside(tmp_path):
     reference, image = timms(), torch.rand(1, 3, 64, 64)
     file, result = published(reference), expected(reference, image)
-    optional = [name for name in file if "conditioner" in name or "summary" in name or name.endswith(".reg_token")]
+    optional = [
+        name
+        for name in file
+        if "conditioner" in name or "summary" in name or name.endswith(".reg_token")
+    ]
     assert len(optional) == 4
-    same(loaded(tmp_path, {name: x for name, x in file.items() if name not in optional})(image), result)
-    same(loaded(tmp_path, {name.replace("grandma", "gamma"): x for name, x in file.items()})(image), result)
+    same(
+        loaded(tmp_path, {name: x for name, x in file.items() if name not in optional})(image),
+        result,
+    )
+    same(
+        loaded(tmp_path, {name.replace("grandma", "gamma"): x for name, x in file.items()})(image),
+        result,
+    )
     same(loaded(tmp_path, file | {"adaptors.clip.weight": torch.zeros(3)})(image), result)
-    half = loaded(tmp_path, {name: x.half() if x.is_floating_point() else x for name, x in file.items()})
+    half = loaded(
+        tmp_path, {name: x.half() if x.is_floating_point() else x for name, x in file.items()}
+    )
     assert all(p.dtype == torch.float32 for p in half.parameters())
     same(half(image), result, atol=5e-3)
 
@@ -163,14 +195,22 @@ def test_summary_tokens_and_normalisation_are_the_files(tmp_path):
 
 
 REFUSED = {
-    "a missing weight": (lambda f: f.pop(f"{BLOCK}.mlp.fc1.weight"), rf"missing {BLOCK}\.mlp\.fc1\.weight"),
-    "a missing LayerScale": (lambda f: f.pop(f"{BLOCK}.ls2.grandma"), rf"missing {BLOCK}\.ls2\.grandma"),
+    "a missing weight": (
+        lambda f: f.pop(f"{BLOCK}.mlp.fc1.weight"),
+        rf"missing {BLOCK}\.mlp\.fc1\.weight",
+    ),
+    "a missing LayerScale": (
+        lambda f: f.pop(f"{BLOCK}.ls2.grandma"),
+        rf"missing {BLOCK}\.ls2\.grandma",
+    ),
     "a wrong shape": (
         lambda f: f.update({f"{BLOCK}.attn.proj.bias": torch.zeros(5)}),
         rf"{BLOCK}\.attn\.proj\.bias is \(5,\), expected \(32,\)",
     ),
     "another patch": (
-        lambda f: f.update({"radio_model.model.patch_generator.embedder.weight": torch.zeros(DIM, 588)}),
+        lambda f: f.update(
+            {"radio_model.model.patch_generator.embedder.weight": torch.zeros(DIM, 588)}
+        ),
         r"embedder\.weight is \(32, 588\), expected \(32, 768\)",
     ),
     "a final norm": (
@@ -193,24 +233,29 @@ def test_a_file_that_would_give_other_numbers_is_refused(tmp_path, case):
     change, message = REFUSED[case]
     file = published(timms())
     change(file)
-    with pytest.raises(UserError, match=rf"(?s)not the weights of RadioV3.*embed_dim 32, depth 3, .*{message}"):
+    with pytest.raises(
+        UserError, match=rf"(?s)not the weights of RadioV3.*embed_dim 32, depth 3, .*{message}"
+    ):
         loaded(tmp_path, file)
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"(?s)table 6, .*the file has .*table 4, .*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)"
+        UserError,
+        match=r"(?s)table 6, .*the file has .*table 4, .*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)",
     ):
         loaded(tmp_path, published(timms(table=4)))
     without = published(timms(layer_scale=False))
-    with pytest.raises(UserError, match=r"prefix 8, LayerScale\); the file has .*prefix 8, no LayerScale"):
+    with pytest.raises(
+        UserError, match=r"prefix 8, LayerScale\); the file has .*prefix 8, no LayerScale"
+    ):
         loaded(tmp_path, without)
-    missing = (
-        r"missing radio_model.model.blocks.0 to radio_model.model.blocks.2: ls1.grandma\n    missing .*: ls2.grandma$"
-    )
+    missing = r"missing radio_model.model.blocks.0 to radio_model.model.blocks.2: ls1.grandma\n    missing .*: ls2.grandma$"
     with pytest.raises(UserError, match=missing):
         loaded(tmp_path, without)
-    with pytest.raises(UserError, match=r"embeds.pos_embed is \(1, 4, 4, 32\), expected \(1, 6, 6, 32\)"):
+    with pytest.raises(
+        UserError, match=r"embeds.pos_embed is \(1, 4, 4, 32\), expected \(1, 6, 6, 32\)"
+    ):
         loaded(tmp_path, timms(table=4).state_dict())
 
 
@@ -218,12 +263,15 @@ def test_sizes_that_are_given_are_kept(tmp_path):
     """Explicit ones win, and are checked against the file; `size` is explicit, too."""
     file = published(timms(table=5))
     with pytest.raises(
-        UserError, match=r"(?s)depth 2, table 5, .*the file has .*depth 3.*unexpected .*blocks.2 \(14 tensors\)"
+        UserError,
+        match=r"(?s)depth 2, table 5, .*the file has .*depth 3.*unexpected .*blocks.2 \(14 tensors\)",
     ):
         loaded(tmp_path, file, num_heads=2, depth=2)
     with (
         torch.device("meta"),
-        pytest.raises(UserError, match=r"(?s)embed_dim 1024, depth 24, .*has embed_dim 32, depth 3") as e,
+        pytest.raises(
+            UserError, match=r"(?s)embed_dim 1024, depth 24, .*has embed_dim 32, depth 3"
+        ) as e,
     ):
         loaded(tmp_path, file, num_heads=16, size="L")
     lines = str(e.value).splitlines()
@@ -239,11 +287,16 @@ def test_sizes_of_weights_that_are_gone(tmp_path):
     with pytest.raises(UserError, match=message):
         RadioV3(weights=str(tmp_path / "none.safetensors"))
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"other.safetensors: neither blocks nor a table of positions by the names of"):
+    with pytest.raises(
+        UserError,
+        match=r"other.safetensors: neither blocks nor a table of positions by the names of",
+    ):
         RadioV3(weights=str(tmp_path / "other.safetensors"))
     with torch.device("meta"):
         assert RadioV3(weights=str(tmp_path / "none.safetensors"), size="B").model.embed_dim == 768
-        assert RadioV3(embed_dim=1280, depth=1).model.blocks[0].attn.num_heads == 16  # H: heads of 80
+        assert (
+            RadioV3(embed_dim=1280, depth=1).model.blocks[0].attn.num_heads == 16
+        )  # H: heads of 80
 
 
 def test_more_learned_tokens_are_the_files(tmp_path):
@@ -262,7 +315,9 @@ def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert RadioV3(weights=str(tmp_path), **TINY).load_weights() == tmp_path / "model.safetensors"
     asked = []
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or tmp_path / "model.safetensors"
+        huggingface_hub,
+        "hf_hub_download",
+        lambda *args: asked.append(args) or tmp_path / "model.safetensors",
     )
     model = RadioV3(weights="nvidia/C-RADIOv3-L", **TINY)
     assert asked == []  # building opens nothing where the sizes are given
@@ -270,21 +325,29 @@ def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert asked == [("nvidia/C-RADIOv3-L", "model.safetensors")]
 
     message = r"(?s)nvidia/C-RADIOv3-L .*model.safetensors.*NVIDIA Open Model License.*hf download.*no network"
-    for problem in (huggingface_hub.errors.LocalEntryNotFoundError, type("ReadTimeout", (Exception,), {})):
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=problem("no network")))
+    for problem in (
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        type("ReadTimeout", (Exception,), {}),
+    ):
+        monkeypatch.setattr(
+            huggingface_hub, "hf_hub_download", Mock(side_effect=problem("no network"))
+        )
         with pytest.raises(UserError, match=message):
             model.load_weights()
     model.weights = "nvidia/c-radio-v3_l_half.pth.tar"
     with pytest.raises(UserError, match="pickles are not read"):
         model.load_weights()
     model.weights = str(tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match=r"no such file .*none.safetensors.*NVIDIA Open Model License"):
+    with pytest.raises(
+        UserError, match=r"no such file .*none.safetensors.*NVIDIA Open Model License"
+    ):
         model.load_weights()
     monkeypatch.chdir(tmp_path)
     Path("nvidia/C-RADIOv3-L").mkdir(parents=True)
     model.weights = "nvidia/C-RADIOv3-L"
     with pytest.raises(
-        UserError, match=rf"the folder {tmp_path}/nvidia/C-RADIOv3-L holds no model.safetensors; licence"
+        UserError,
+        match=rf"the folder {tmp_path}/nvidia/C-RADIOv3-L holds no model.safetensors; licence",
     ):
         model.load_weights()
     model.weights = "./model.safetensors"
@@ -299,7 +362,9 @@ def test_bytes_and_floats_are_told_apart_by_their_type():
     same(model(dark), model(dark / 255), atol=0)
     assert (model(dark)[0] - model(dark.float())[0]).abs().max() > 0.1
     for wrong in (dark.long(), dark[0], dark[:, :1]):
-        with pytest.raises(ValueError, match=r"expected pictures \(B, 3, H, W\), uint8 or float; found"):
+        with pytest.raises(
+            ValueError, match=r"expected pictures \(B, 3, H, W\), uint8 or float; found"
+        ):
             model(wrong)
 
 
@@ -320,7 +385,10 @@ def test_sides_are_rounded_to_16_ties_to_even_and_that_is_said_once(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": [1024, 3072]}, r"channels: \[1024, 3072\] here, but this size gives \[32, 96\]"),
+        (
+            {"channels": [1024, 3072]},
+            r"channels: \[1024, 3072\] here, but this size gives \[32, 96\]",
+        ),
         ({"channels": [DIM, 9 * DIM]}, r"channels: .* gives \[32, 96\]"),
         ({"tune": 4}, "tune: 4 is neither all nor a number of blocks from 1 to 3"),
         ({"tune": "last_2"}, "tune: last_2 is neither all nor a number"),
@@ -341,7 +409,9 @@ def test_everything_learns_and_train_mode_changes_nothing():
     model, image = awake(RadioV3(**TINY)).train(), torch.rand(2, 3, 48, 32)
     same(model(image), model.eval()(image), atol=0)
     loss(model.train(), image).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 @pytest.mark.parametrize("tune", [1, 2, 3])
@@ -351,7 +421,9 @@ def test_only_the_last_blocks_learn_when_so_told(tune):
     model.load_state_dict(full.state_dict())
     recorded = []
     for i, inner in enumerate(model.model.blocks):
-        inner.register_forward_hook(lambda module, inputs, x, i=i: recorded.append((i, x.requires_grad)))
+        inner.register_forward_hook(
+            lambda module, inputs, x, i=i: recorded.append((i, x.requires_grad))
+        )
     for either in (full, model):
         loss(either, image).backward()
     assert recorded == [(i, i >= DEPTH - tune) for i in range(DEPTH)]
@@ -437,13 +509,19 @@ def test_as_a_frozen_component_of_a_policy(tmp_path):
     section = Model(component_config_paths={}, component_build_args={"backbone": Part(freeze=True)})
     parts = build_parts(section, {"backbone": source}, {}, {"head": "", "left": ""}).train()
     assert parts.sources == {"backbone": tmp_path / "radio.safetensors"}
-    images = {f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")}
+    images = {
+        f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")
+    }
     grids, summaries = parts.look(images, ["head", "left"])
     features, _ = expected(reference, images["observation.images.left"].flatten(0, 1))
-    torch.testing.assert_close(grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach())
+    torch.testing.assert_close(
+        grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach()
+    )
     assert [x.shape for x in grids + summaries] == [(2, 4, 3, DIM)] * 2 + [(2, 1, 3 * DIM)] * 2
     assert not any(x.requires_grad for x in grids + summaries)
-    with pytest.raises(ConfigError, match=r"backbone.yaml:1: block: RadioV3 refuses its arguments: channels"):
+    with pytest.raises(
+        ConfigError, match=r"backbone.yaml:1: block: RadioV3 refuses its arguments: channels"
+    ):
         build(component(tmp_path, channels=[DIM, DIM + 1]))
 
 

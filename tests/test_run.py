@@ -33,7 +33,9 @@ def curves(monkeypatch):
     """Drawing takes longer than the training here; the one that draws is given where it is wanted."""
     draw = run.draw_curves
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
-    monkeypatch.setattr(train_mi, "scored", lambda job: 0)  # its latents say nothing yet after 20 steps
+    monkeypatch.setattr(
+        train_mi, "scored", lambda job: 0
+    )  # its latents say nothing yet after 20 steps
     return draw
 
 
@@ -55,21 +57,36 @@ def test_the_mains_are_the_same_lines():
     scripts = (train_flow_matching, train_vfp, train_cfg_vqvae, train_mi)
     scores = re.compile(r" +information\.look_over\(.*\n| or scored\(job\)")  # train_mi's own
     assert len({scores.sub("", inspect.getsource(script.main)) for script in scripts}) == 1
-    assert [len(scores.findall(inspect.getsource(script.main))) for script in scripts] == [0, 0, 0, 2]
+    assert [len(scores.findall(inspect.getsource(script.main))) for script in scripts] == [
+        0,
+        0,
+        0,
+        2,
+    ]
 
 
 SETTINGS = {
     "adamw": [],
     "onecycle": ["train.optim={type: adamw_onecycle, peak_lr: 1e-3}", "train.ema=null"],
     "schedule_free": ["train.optim={type: schedule_free_radam, peak_lr: 1e-2}"],
-    "two_optimizers": ["model.component_optims={action_decoder: {type: schedule_free_radam, peak_lr: 1e-2}}"],
+    "two_optimizers": [
+        "model.component_optims={action_decoder: {type: schedule_free_radam, peak_lr: 1e-2}}"
+    ],
 }
 
 
 RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
-RESUMED += [("train_vfp:codes", "adamw"), ("train_vfp:codes", "schedule_free"), ("train_vfp:point", "adamw")]
+RESUMED += [
+    ("train_vfp:codes", "adamw"),
+    ("train_vfp:codes", "schedule_free"),
+    ("train_vfp:point", "adamw"),
+]
 RESUMED += [("train_vfp:experts", "adamw"), ("train_vfp:experts", "schedule_free")]
-RESUMED += [("train_cfg_vqvae", "adamw"), ("train_cfg_vqvae", "schedule_free"), ("train_cfg_vqvae:point", "adamw")]
+RESUMED += [
+    ("train_cfg_vqvae", "adamw"),
+    ("train_cfg_vqvae", "schedule_free"),
+    ("train_cfg_vqvae:point", "adamw"),
+]
 RESUMED += [("train_mi", "adamw"), ("train_mi", "schedule_free")]
 
 
@@ -77,7 +94,9 @@ RESUMED += [("train_mi", "adamw"), ("train_mi", "schedule_free")]
 def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
     exp = experiment(script)
     straight = exp.folder / "straight"
-    assert exp.main(f"train.save_dir={straight}", "train.save_every_steps=3", *SETTINGS[setting]) == 0
+    assert (
+        exp.main(f"train.save_dir={straight}", "train.save_every_steps=3", *SETTINGS[setting]) == 0
+    )
     workers = "data.num_workers=2" if setting == "adamw" else "data.num_workers=0"
     assert exp.stop_at(12, workers, *SETTINGS[setting]) == 0
     assert exp.job.step == 12
@@ -101,19 +120,25 @@ def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypat
 
     monkeypatch.setattr(train_flow_matching.Policy, "forward", watched)
     exp.main("train.total_steps=5", "seed=3")
-    assert list(exp.log().values()) == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 10, 2)])
+    assert list(exp.log().values()) == pytest.approx(
+        [sum(losses[i : i + 2]) / 2 for i in range(0, 10, 2)]
+    )
     exp.main("train.total_steps=5", "seed=4", f"train.save_dir={exp.folder / 'other'}")
     assert len(set(seeds)) == len(seeds) == 2 * 2 * 5 * 2
 
 
-@pytest.mark.parametrize("script", ["train_vfp", "train_vfp:flow", "train_vfp:codes", "train_vfp:point"])
+@pytest.mark.parametrize(
+    "script", ["train_vfp", "train_vfp:flow", "train_vfp:codes", "train_vfp:point"]
+)
 def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experiment, script):
     exp = experiment(script)
     exp.main("train.total_steps=10", "loss.sinkhorn={}", "loss.camera_dropout=0.5")
     policy, _ = checkpoint.open_policy(exp.save_dir)
     trained = exp.job.policy.state_dict()
     for name in policy.parts:
-        keys = [key for key, _ in exp.job.policy.named_parameters() if key.startswith(f"parts.{name}.")]
+        keys = [
+            key for key, _ in exp.job.policy.named_parameters() if key.startswith(f"parts.{name}.")
+        ]
         assert any(not torch.equal(trained[key], exp.start[key]) for key in keys), name
     batch = to_device(exp.job.data.windows[[0, 1, 2]], "cpu")
     memory, x0 = policy.encode(batch), torch.randn(3, 6, 4)
@@ -138,7 +163,11 @@ def test_chunks_continue_a_prefix(experiment, script):
     exp.main("loss.prefix=3", "loss.target=x1", "train.total_steps=20")
     policy, _ = checkpoint.open_policy(exp.save_dir)
     windows = exp.job.data.windows[[0, 30, 60]]
-    memory, x0, prefix = policy.encode(to_device(windows, "cpu")), torch.randn(3, 6, 4), windows["action"][:, :2]
+    memory, x0, prefix = (
+        policy.encode(to_device(windows, "cpu")),
+        torch.randn(3, 6, 4),
+        windows["action"][:, :2],
+    )
     z = policy.latent(memory, Noise("a"))
     free, given = policy.sample(memory, x0, 4, z), policy.sample(memory, x0, 4, z, prefix=prefix)
     torch.testing.assert_close(given[:, :2], prefix)
@@ -190,7 +219,9 @@ def test_resuming_on_other_episodes_says_so_and_keeps_the_statistics(experiment,
     stats = exp.job.policy.stats.state_dict()
     exp.main("data.episodes=[0, 1, 2, 5]")
     assert "samples was 83, now 48" in capsys.readouterr().out
-    assert all(torch.equal(value, stats[key]) for key, value in exp.job.policy.stats.state_dict().items())
+    assert all(
+        torch.equal(value, stats[key]) for key, value in exp.job.policy.stats.state_dict().items()
+    )
 
 
 def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curves):
@@ -214,7 +245,9 @@ def test_signals_save_the_current_step(experiment):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(("owner", "name"), [(checkpoint, "save"), (run.Run, "_validate"), (run.Run, "_log")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(checkpoint, "save"), (run.Run, "_validate"), (run.Run, "_log")]
+)
 def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypatch, owner, name):
     exp, function = experiment(), getattr(owner, name)
 
@@ -231,7 +264,9 @@ def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypa
 
 def test_a_second_ctrl_c_stops_at_once(experiment, monkeypatch):
     exp = experiment()
-    monkeypatch.setattr(run.Run, "_log", lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    monkeypatch.setattr(
+        run.Run, "_log", lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit) as stopped:
@@ -268,7 +303,11 @@ def test_a_signal_to_the_whole_process_group_saves_as_well(experiment):
     if not pid:
         os.setsid()
         child = exp.fork("train.epoch=100000", "data.num_workers=2", output=exp.folder / "out")
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if signal.signal(signal.SIGTERM, 1) or 1 else 0)
+        os._exit(
+            os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if signal.signal(signal.SIGTERM, 1) or 1
+            else 0
+        )
     wait_for_step(exp, 3)
     os.killpg(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (exp.folder / "out").read_text()
@@ -327,7 +366,9 @@ def test_only_the_newest_checkpoints_are_kept(experiment, monkeypatch):
     prune = checkpoint.prune
 
     def watched(folder, *args):
-        assert max(checkpoint.steps(folder).values()) == exp.job.step  # the new one is complete before any is deleted
+        assert (
+            max(checkpoint.steps(folder).values()) == exp.job.step
+        )  # the new one is complete before any is deleted
         prune(folder, *args)
 
     monkeypatch.setattr(checkpoint, "prune", watched)
@@ -355,7 +396,9 @@ def two_saves(experiment, capsys):
     return exp
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, lambda file: file.unlink()], ids=["truncated", "flipped", "deleted"])
+@pytest.mark.parametrize(
+    "harm", [truncate, flip, lambda file: file.unlink()], ids=["truncated", "flipped", "deleted"]
+)
 def test_any_damaged_file_of_the_newest_checkpoint_is_noticed(two_saves, harm, capsys):
     folder = two_saves.save_dir / "step_6"
     files = [file for file in folder.rglob("*") if file.is_file()]
@@ -395,7 +438,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_counts_as_kept(two_saves,
 def test_no_new_run_where_every_checkpoint_is_damaged(two_saves):
     for name in ("step_3", "step_6"):
         (two_saves.save_dir / name / "action_decoder.safetensors").unlink()
-    with pytest.raises(UserError, match=r"(?s)step_6/action_decoder.safetensors.*step_3/action_decoder"):
+    with pytest.raises(
+        UserError, match=r"(?s)step_6/action_decoder.safetensors.*step_3/action_decoder"
+    ):
         two_saves.main()
 
 
@@ -405,7 +450,11 @@ def test_weights_of_another_width_are_listed_by_component(two_saves):
         file.write_text(file.read_text().replace("ff: 32", "ff: 48"))
     with pytest.raises(UserError) as e:
         two_saves.main()
-    for text in ("info_embedder", "block.layers.0.ff.0.weight is (32, 16), expected (48, 16)", "action_decoder"):
+    for text in (
+        "info_embedder",
+        "block.layers.0.ff.0.weight is (32, 16), expected (48, 16)",
+        "action_decoder",
+    ):
         assert text in str(e.value)
 
 
@@ -498,7 +547,12 @@ def test_nonsense_is_no_success_for_the_shell(experiment, monkeypatch):
 def test_held_out_loss_is_that_of_the_averaged_weights_and_disturbs_nothing(experiment, setting):
     exp = experiment("train_vfp")
     without = exp.folder / "without"
-    exp.main(f"train.save_dir={without}", "data.episodes=[0, 1, 2, 3, 4]", "data.val_episodes=0.0", *SETTINGS[setting])
+    exp.main(
+        f"train.save_dir={without}",
+        "data.episodes=[0, 1, 2, 3, 4]",
+        "data.val_episodes=0.0",
+        *SETTINGS[setting],
+    )
     exp.main(*SETTINGS[setting])
     assert exp.log() == exp.log(save_dir=without)
     assert list(exp.log("val/loss")) == [10, 20]

@@ -20,7 +20,9 @@ def still(env, grip=None):
     return np.column_stack([env.grippers, grips]).ravel()
 
 
-def arranged(bar=((-0.12, -0.2), (0.12, -0.2)), grippers=None, pillar=(0.0, 0.0), goal=(0.0, 0.3), held=False):
+def arranged(
+    bar=((-0.12, -0.2), (0.12, -0.2)), grippers=None, pillar=(0.0, 0.0), goal=(0.0, 0.3), held=False
+):
     """A situation set by hand, without pictures."""
     env = Tabletop()
     env.look = False
@@ -50,7 +52,12 @@ def play(seed, mode, look=False, size=(96, 96)):
     env = Tabletop(size)
     env.look = look
     observation, info = env.reset(seed=seed)
-    expert, states, actions, done = Expert(env, mode, np.random.default_rng([seed, 1])), [], [], False
+    expert, states, actions, done = (
+        Expert(env, mode, np.random.default_rng([seed, 1])),
+        [],
+        [],
+        False,
+    )
     while not done:
         states.append(observation["observation.state"])
         actions.append(expert())
@@ -83,7 +90,9 @@ def test_look_changes_only_what_is_returned():
     assert list(wrapped.reset(seed=0)[0]) == ["observation.state"]
     assert list(wrapped.step(still(env))[0]) == ["observation.state"]
     assert env.observe() in env.observation_space
-    for a, b in zip(play(2, "right")[:2], play(2, "right", look=True, size=(48, 48))[:2], strict=True):
+    for a, b in zip(
+        play(2, "right")[:2], play(2, "right", look=True, size=(48, 48))[:2], strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -91,14 +100,18 @@ def test_grippers_keep_the_speed_limit_and_the_table():
     env = arranged(grippers=((-0.3, -0.3), (0.3, -0.3)))
     state = env.step([-0.3 + 3, -0.3 + 4, CLOSED, 0.31, -0.3, OPEN])[0]["observation.state"]
     # Targets are clipped to the table first: (0.5, 0.4) lies along (8, 7) from the left gripper.
-    np.testing.assert_allclose(state[:2], [-0.3 + 0.035 * 8 / 113**0.5, -0.3 + 0.035 * 7 / 113**0.5], atol=1e-6)
+    np.testing.assert_allclose(
+        state[:2], [-0.3 + 0.035 * 8 / 113**0.5, -0.3 + 0.035 * 7 / 113**0.5], atol=1e-6
+    )
     np.testing.assert_allclose(state[2:], [0.25, 0.31, -0.3, OPEN], atol=1e-6)
     for _ in range(40):
         state = env.step([-9, -9, 2, 9, -9, -1])[0]["observation.state"]
     np.testing.assert_allclose(state, [-0.5, -0.4, 1, 0.5, -0.4, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("action", [np.zeros(5), np.zeros((1, 6)), np.array([0, 0, np.nan, 0, 0, 0])])
+@pytest.mark.parametrize(
+    "action", [np.zeros(5), np.zeros((1, 6)), np.array([0, 0, np.nan, 0, 0, 0])]
+)
 def test_bad_actions_are_refused(action):
     with pytest.raises(ValueError, match="six finite numbers"):
         arranged().step(action)
@@ -139,18 +152,24 @@ def test_bar_held_at_one_end_trails():
     assert not env.grasped
 
 
-@pytest.mark.parametrize(("stretch", "drops"), [(0.079, False), (0.081, True), (-0.079, False), (-0.081, True)])
+@pytest.mark.parametrize(
+    ("stretch", "drops"), [(0.079, False), (0.081, True), (-0.079, False), (-0.081, True)]
+)
 def test_dropped_when_stretched_by_8_cm(stretch, drops):
     env = arranged(held=True)
     for share in np.linspace(0, 1, 9)[1:]:
-        _, reward, terminated, _, info = env.step([-0.12 - share * stretch, -0.2, CLOSED, 0.12, -0.2, CLOSED])
+        _, reward, terminated, _, info = env.step(
+            [-0.12 - share * stretch, -0.2, CLOSED, 0.12, -0.2, CLOSED]
+        )
     assert (terminated, info["failure"]) == ((True, "dropped") if drops else (False, None))
     assert reward == 0
 
 
 @pytest.mark.parametrize(("gap", "touches"), [(0.001, False), (-0.001, True)])
 def test_pillar_contact(gap, touches):
-    bar_reach = Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap  # the bar's side, held level below the pillar
+    bar_reach = (
+        Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap
+    )  # the bar's side, held level below the pillar
     gripper_reach = Tabletop.pillar_radius + tabletop.GRIPPER_RADIUS + gap
     side_on = arranged(bar=((-0.12, -bar_reach), (0.12, -bar_reach)), held=True)
     # An end on points at the pillar: the gripper on it is rounder than the bar, so it touches first.
@@ -174,7 +193,8 @@ def test_success_only_after_release_in_the_goal_zone():
 
 
 @pytest.mark.parametrize(
-    ("offset", "success"), [((0.059, 0.0), True), ((0.061, 0), False), ((0, -0.069), True), ((0, -0.071), False)]
+    ("offset", "success"),
+    [((0.059, 0.0), True), ((0.061, 0), False), ((0, -0.069), True), ((0, -0.071), False)],
 )
 def test_goal_tolerance_and_release_elsewhere(offset, success):
     env = arranged(bar=np.array([[-0.12, 0.3], [0.12, 0.3]]) + offset, held=True)
@@ -221,8 +241,13 @@ def test_what_plots_and_metrics_ask_for():
 def test_expert_succeeds_on_both_sides():
     results = {mode: [play(seed, mode) for seed in range(40)] for mode in Tabletop.MODES}
     for mode, episodes in results.items():
-        assert np.mean([info["success"] and info["mode"] == mode for _, _, info in episodes]) >= 0.98
-    lengths = {mode: np.mean([len(actions) for _, actions, _ in episodes]) for mode, episodes in results.items()}
+        assert (
+            np.mean([info["success"] and info["mode"] == mode for _, _, info in episodes]) >= 0.98
+        )
+    lengths = {
+        mode: np.mean([len(actions) for _, actions, _ in episodes])
+        for mode, episodes in results.items()
+    }
     assert all(85 < length < 110 for length in lengths.values())
     drawn = [Expert(Tabletop(), None, np.random.default_rng(seed)).mode for seed in range(200)]
     assert 70 < drawn.count("left") < 130
@@ -246,17 +271,38 @@ def test_things_have_their_colour_where_they_project(size):
         env.reset(seed=seed)
         env.grippers = env.bar + np.array([[-0.02, -0.06], [0.02, -0.06]])
         views, points = {"cam_head": ((0, -0.5, 1), (0, 0, 0), 1.22)}, []
-        for name, at, x in (("cam_left", env.grippers[0], -0.4), ("cam_right", env.grippers[1], 0.4)):
+        for name, at, x in (
+            ("cam_left", env.grippers[0], -0.4),
+            ("cam_right", env.grippers[1], 0.4),
+        ):
             heading = (at - (x, -0.62)) / np.linalg.norm(at - (x, -0.62))
             views[name] = ((*(at - 0.08 * heading), 0.2), (*(at + 0.1 * heading), 0), 0.72)
             side = np.array([heading[1], -heading[0]])
-            for sign in (-1, 1):  # hand to the left and right of its fingers, and the tips of the open fingers
+            for sign in (
+                -1,
+                1,
+            ):  # hand to the left and right of its fingers, and the tips of the open fingers
                 palm = at - 0.05 * heading + sign * 0.04 * side
-                points.append(((*palm, 0.03), tabletop.LEFT if x < 0 else tabletop.RIGHT, True, name))
-                points.append(((*(at + 0.014 * heading + sign * 0.028 * side), 0.035), tabletop.FINGER, True, name))
+                points.append(
+                    ((*palm, 0.03), tabletop.LEFT if x < 0 else tabletop.RIGHT, True, name)
+                )
+                points.append(
+                    (
+                        (*(at + 0.014 * heading + sign * 0.028 * side), 0.035),
+                        tabletop.FINGER,
+                        True,
+                        name,
+                    )
+                )
         along = (env.bar[1] - env.bar[0]) / 0.24
         for share in (0.3, 0.5, 0.7):
-            for off, red in ((-0.011, True), (0, True), (0.011, True), (-0.021, False), (0.021, False)):
+            for off, red in (
+                (-0.011, True),
+                (0, True),
+                (0.011, True),
+                (-0.021, False),
+                (0.021, False),
+            ):
                 point = env.bar[0] + share * 0.24 * along + off * np.array([-along[1], along[0]])
                 points.append(((*point, 0.015), tabletop.BAR, red, None))
         pictures = env.observe()
@@ -264,10 +310,18 @@ def test_things_have_their_colour_where_they_project(size):
             for point, colour, same, owner in points:
                 u, v = pinhole(point, position, target, focal, size)
                 # A wrist camera sees the other hand from the side; its own covers the lower part of the picture.
-                covered = name != "cam_head" and (owner not in (name, None) or (owner is None and v > 0.62 * size[0]))
+                covered = name != "cam_head" and (
+                    owner not in (name, None) or (owner is None and v > 0.62 * size[0])
+                )
                 if 1 < u < size[1] - 1 and 1 < v < size[0] - 1 and not covered:
                     pixel = pictures[f"observation.images.{name}"][int(v), int(u)].astype(int)
-                    assert (np.abs(pixel - colour).max() < 45) == same, (seed, name, point, colour, pixel)
+                    assert (np.abs(pixel - colour).max() < 45) == same, (
+                        seed,
+                        name,
+                        point,
+                        colour,
+                        pixel,
+                    )
                     seen[name] += 1
     assert min(seen.values()) > 60
 
@@ -276,8 +330,20 @@ def test_table_has_squares_of_10_cm_and_its_tint():
     env = Tabletop((192, 192))
     picture = env.reset(seed=0)[0]["observation.images.cam_head"]
     shades = np.clip(tabletop.WOOD * env.tint, 0, 255)
-    for column, row in [(1, 3), (2, 3), (7, 3), (8, 3), *((column, 5) for column in range(1, 9))]:  # bare squares
-        u, v = pinhole((0.1 * column - 0.45, 0.1 * row - 0.35, 0), (0, -0.5, 1), (0, 0, 0), 1.22, env.image_size)
+    for column, row in [
+        (1, 3),
+        (2, 3),
+        (7, 3),
+        (8, 3),
+        *((column, 5) for column in range(1, 9)),
+    ]:  # bare squares
+        u, v = pinhole(
+            (0.1 * column - 0.45, 0.1 * row - 0.35, 0),
+            (0, -0.5, 1),
+            (0, 0, 0),
+            1.22,
+            env.image_size,
+        )
         np.testing.assert_allclose(picture[int(v), int(u)], shades[(column + row) % 2], atol=2)
 
 
@@ -308,7 +374,10 @@ def test_no_camera_sees_the_horizon():
         env = Tabletop(size)
         env.look = False
         env.reset(seed=0)
-        for env.grippers in (np.array([[-0.5, -0.4], [0.5, 0.4]]), np.array([[0.5, 0.4], [-0.5, -0.4]])):
+        for env.grippers in (
+            np.array([[-0.5, -0.4], [0.5, 0.4]]),
+            np.array([[0.5, 0.4], [-0.5, -0.4]]),
+        ):
             for projection in env.cameras().values():
                 back = np.linalg.inv(projection[:, [0, 1, 3]])
                 corners = np.array([[u, v, 1] for u in (0, size[1]) for v in (0, size[0])])

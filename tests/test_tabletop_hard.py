@@ -109,7 +109,9 @@ def test_low_dimensional_observation_is_the_whole_world():
         half = np.array([[-0.04], [0.04]]) * [np.cos(angle), np.sin(angle)]
         other.bar, other.goal = np.array([x, y]) + half, np.array([0, goal])
         rows = [(0, -0.2)], [(-0.1, 0.04), (0.1, 0.04)], [(-0.2, 0.28), (0, 0.28), (0.2, 0.28)]
-        other.pillars = np.concatenate([row + np.array([shift, 0]) for row, shift in zip(rows, shifts, strict=True)])
+        other.pillars = np.concatenate(
+            [row + np.array([shift, 0]) for row, shift in zip(rows, shifts, strict=True)]
+        )
         other.shifts, other.tint, other.table_top = np.array(shifts), env.tint, None
         for key, picture in env.observe().items():
             assert np.abs(picture.astype(float) - other.observe()[key]).mean() < 0.2, key
@@ -136,7 +138,10 @@ def test_environment_state_follows_the_bar():
 def test_mode_of_a_path_made_by_hand(mode):
     a, b, c = GAPS[mode]
     env = arranged((a, -0.35))
-    assert carry(env, (a, -0.08), (b, -0.08), (b, 0.16), (c, 0.16), (c, 0.279), angle=1.5)[4]["mode"] is None
+    assert (
+        carry(env, (a, -0.08), (b, -0.08), (b, 0.16), (c, 0.16), (c, 0.279), angle=1.5)[4]["mode"]
+        is None
+    )
     info = carry(env, (c, 0.281), angle=1.5)[4]
     assert (info["mode"], info["failure"]) == (mode, None)
 
@@ -151,7 +156,8 @@ def test_mode_counts_the_last_passage_of_each_row():
 
 
 @pytest.mark.parametrize(
-    ("gaps", "mode"), [((-0.1, 0.2, -0.3), "LRL"), ((0.1, -0.2, 0.3), "RLR"), ((0.1, -0.2, -0.3), "RLL")]
+    ("gaps", "mode"),
+    [((-0.1, 0.2, -0.3), "LRL"), ((0.1, -0.2, 0.3), "RLR"), ((0.1, -0.2, -0.3), "RLL")],
 )
 def test_detours_are_named_by_the_side_they_take(gaps, mode):
     a, b, c = gaps
@@ -197,7 +203,9 @@ def test_straight_through_a_pillar_fails_at_any_speed(pillar):
     for speed in (0.02, 0.07, 0.5):  # m per step; 0.07 is the limit
         x, y = arranged((0, -0.3)).pillars[pillar]
         env = arranged((x, y - 0.12))
-        result = replay(env, [still(env) + k * speed * np.array([0, 1, 0, 0, 1, 0]) for k in range(1, 15)])[1]
+        result = replay(
+            env, [still(env) + k * speed * np.array([0, 1, 0, 0, 1, 0]) for k in range(1, 15)]
+        )[1]
         assert (result["failure"], result["success"]) == ("pillar", False)
         assert env.bar[:, 1].mean() < y
 
@@ -208,7 +216,9 @@ def test_a_fast_gripper_does_not_skip_what_it_touches_between_two_steps():
         x, y = env.pillars[0]
         env.grippers = np.array([(x - 0.035, y - reach), (0.4, -0.3)])
         assert env.step(still(env))[4]["failure"] is None
-        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[4]  # 5 cm from the pillar's middle only on the way
+        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[
+            4
+        ]  # 5 cm from the pillar's middle only on the way
         assert info["failure"] == ("pillar" if touches else None)
 
 
@@ -216,12 +226,16 @@ def test_a_step_lasts_a_tenth_of_a_second():
     env = arranged((0.3, -0.35), held=False)
     env.grippers = np.array([[-0.4, -0.3], [0.4, -0.3]])
     state = env.step([0.5, -0.3, 1, 0.37, -0.3, 0.3])[0]["observation.state"]
-    np.testing.assert_allclose(state, [-0.33, -0.3, 0.5, 0.37, -0.3, 0.3], atol=1e-6)  # 0.7 m/s; 5/s
+    np.testing.assert_allclose(
+        state, [-0.33, -0.3, 0.5, 0.37, -0.3, 0.3], atol=1e-6
+    )  # 0.7 m/s; 5/s
     seen, physics = [], env._carry
     env._carry = lambda: seen.append(env.grippers[:, 0]) or physics()
     env.step([-0.33, -0.3, 1, 0.31, -0.3, 0.3])
     env.step([-0.31, -0.3, 1, 0.31, -0.25, 0.3])
-    np.testing.assert_allclose(seen, [(-0.33, 0.34), (-0.33, 0.31), (-0.32, 0.31), (-0.31, 0.31)], atol=1e-9)
+    np.testing.assert_allclose(
+        seen, [(-0.33, 0.34), (-0.33, 0.31), (-0.32, 0.31), (-0.31, 0.31)], atol=1e-9
+    )
 
 
 def test_an_episode_has_60_steps():
@@ -234,7 +248,8 @@ def test_an_episode_has_60_steps():
 
 
 @pytest.mark.parametrize(
-    ("off", "success"), [(0.0, True), (0.039, True), (-0.039, True), (0.042, False), (-0.042, False)]
+    ("off", "success"),
+    [(0.0, True), (0.039, True), (-0.039, True), (0.042, False), (-0.042, False)],
 )
 @pytest.mark.parametrize("x", [-0.45, 0.0, 0.45])
 def test_goal_is_a_strip(off, success, x):
@@ -251,22 +266,35 @@ def test_everything_is_in_view():
     for seed in range(6):
         picture = env.reset(seed=seed)[0]["observation.images.cam_head"]
         things = [((*pillar, 0), tabletop.PILLAR) for pillar in env.pillars]
-        things += [((x, env.goal[1] + y, 0), tabletop.GOAL) for x in (-0.48, 0, 0.48) for y in (-0.065, 0.065)]
-        things += [((*(env.bar[0] + share * (env.bar[1] - env.bar[0])), 0.015), tabletop.BAR) for share in (0, 0.5, 1)]
+        things += [
+            ((x, env.goal[1] + y, 0), tabletop.GOAL)
+            for x in (-0.48, 0, 0.48)
+            for y in (-0.065, 0.065)
+        ]
+        things += [
+            ((*(env.bar[0] + share * (env.bar[1] - env.bar[0])), 0.015), tabletop.BAR)
+            for share in (0, 0.5, 1)
+        ]
         for point, colour in things:
             u, v = pinhole(point, (0, -0.6, 1.15), (0, -0.06, 0), 1.22, env.image_size)
             assert 1 < u < 191, point
             assert 1 < v < 191, point
             assert np.abs(picture[int(v), int(u)].astype(int) - colour).max() < 45, (seed, point)
         for x, y in ((-0.2, -0.47), (0.2, -0.47), (-0.4, 0.5), (0.4, 0.5)):  # where grippers may be
-            assert all(1 < at < 191 for at in pinhole((x, y, 0), (0, -0.6, 1.15), (0, -0.06, 0), 1.22, (192, 192)))
+            assert all(
+                1 < at < 191
+                for at in pinhole((x, y, 0), (0, -0.6, 1.15), (0, -0.06, 0), 1.22, (192, 192))
+            )
 
 
 def test_no_camera_sees_the_horizon():
     env = TabletopHard()
     env.look = False
     env.reset(seed=0)
-    for env.grippers in (np.array([[-0.5, -0.54], [0.5, 0.54]]), np.array([[0.5, 0.54], [-0.5, -0.54]])):
+    for env.grippers in (
+        np.array([[-0.5, -0.54], [0.5, 0.54]]),
+        np.array([[0.5, 0.54], [-0.5, -0.54]]),
+    ):
         for projection in env.cameras().values():
             back = np.linalg.inv(projection[:, [0, 1, 3]])
             assert (back @ np.array([[u, v, 1] for u in (0, 64) for v in (0, 64)]).T)[2].min() > 0
@@ -277,7 +305,12 @@ def test_dataset_is_read_back(tmp_path):
     root = tmp_path / "demos"
     generate(root, episodes=4, image_size=(32, 32))
     cameras = {name: f"observation.images.{name}" for name in tabletop.CAMERAS}
-    given = {"cameras": cameras, "state_keys": ["observation.state", SEEN], "image_size": [32, 32], "HZ": 10.0}
+    given = {
+        "cameras": cameras,
+        "state_keys": ["observation.state", SEEN],
+        "image_size": [32, 32],
+        "HZ": 10.0,
+    }
     given |= {"action_horizon": 44, "obs_proprio_history": 1, "val_episodes": 0.25, "batch_size": 8}
     data = Data(Settings(root=str(root), **given))
     assert (data.facts["state_dim"], data.facts["action_dim"], data.val_episodes) == (13, 6, [3])
@@ -286,10 +319,17 @@ def test_dataset_is_read_back(tmp_path):
         sample = data.windows[data.windows.rows([episode])[:1]]
         env = TabletopHard((32, 32))
         first = env.reset(seed=episode)[0]
-        np.testing.assert_array_equal(sample["observation.state"][0, 0], [*first["observation.state"], *first[SEEN]])
+        np.testing.assert_array_equal(
+            sample["observation.state"][0, 0], [*first["observation.state"], *first[SEEN]]
+        )
         for key in cameras.values():
-            assert np.abs(sample[key][0].permute(1, 2, 0).numpy().astype(float) - first[key]).mean() < 12
-        actions = sample["action"][0, ~sample["action_is_pad"][0]].numpy()  # one chunk is the whole episode
+            assert (
+                np.abs(sample[key][0].permute(1, 2, 0).numpy().astype(float) - first[key]).mean()
+                < 12
+            )
+        actions = sample["action"][
+            0, ~sample["action_is_pad"][0]
+        ].numpy()  # one chunk is the whole episode
         assert len(actions) == len(data.windows.rows([episode]))
         env.look = False
         _, info = replay(env, actions)

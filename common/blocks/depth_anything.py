@@ -19,15 +19,25 @@ from common.build import block
 
 PATCH = 14
 NON_COMMERCIAL, UNKNOWN = "CC BY-NC 4.0: no commercial use", "licence: see their source"
-LICENCES = {"depth-anything/DA3-LARGE-1.1": NON_COMMERCIAL, "depth-anything/DA3-LARGE": NON_COMMERCIAL} | dict.fromkeys(
-    [f"depth-anything/DA3{name}" for name in ("-SMALL", "-BASE", "METRIC-LARGE", "MONO-LARGE")], "Apache-2.0"
+LICENCES = {
+    "depth-anything/DA3-LARGE-1.1": NON_COMMERCIAL,
+    "depth-anything/DA3-LARGE": NON_COMMERCIAL,
+} | dict.fromkeys(
+    [f"depth-anything/DA3{name}" for name in ("-SMALL", "-BASE", "METRIC-LARGE", "MONO-LARGE")],
+    "Apache-2.0",
 )
 PRESETS = {  # name -> published weights, sizes (alt_start -1: no switch)
     "small": ("depth-anything/DA3-SMALL", {"embed_dim": 384, "depth": 12, "alt_start": 4}),
     "base": ("depth-anything/DA3-BASE", {"embed_dim": 768, "depth": 12, "alt_start": 4}),
     "large": ("depth-anything/DA3-LARGE-1.1", {"embed_dim": 1024, "depth": 24, "alt_start": 8}),
-    "metric_large": ("depth-anything/DA3METRIC-LARGE", {"embed_dim": 1024, "depth": 24, "alt_start": -1}),
-    "mono_large": ("depth-anything/DA3MONO-LARGE", {"embed_dim": 1024, "depth": 24, "alt_start": -1}),
+    "metric_large": (
+        "depth-anything/DA3METRIC-LARGE",
+        {"embed_dim": 1024, "depth": 24, "alt_start": -1},
+    ),
+    "mono_large": (
+        "depth-anything/DA3MONO-LARGE",
+        {"embed_dim": 1024, "depth": 24, "alt_start": -1},
+    ),
 }
 PREFIX = "model.backbone.pretrained."
 IGNORED = ("model.head.", "model.cam_enc.", "model.cam_dec.")  # depth and rays, poses in, poses out
@@ -45,7 +55,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         if switched:
-            self.q_norm, self.k_norm = nn.LayerNorm(dim // heads, eps=1e-5), nn.LayerNorm(dim // heads, eps=1e-5)
+            self.q_norm, self.k_norm = (
+                nn.LayerNorm(dim // heads, eps=1e-5),
+                nn.LayerNorm(dim // heads, eps=1e-5),
+            )
 
     def forward(self, x, angles):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -69,7 +82,11 @@ class Block(nn.Module):
     def __init__(self, dim, heads, switched):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.ls1, self.ls2 = Attention(dim, heads, switched), LayerScale(dim), LayerScale(dim)
+        self.attn, self.ls1, self.ls2 = (
+            Attention(dim, heads, switched),
+            LayerScale(dim),
+            LayerScale(dim),
+        )
         layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
@@ -106,7 +123,12 @@ class DepthAnything3(nn.Module):
         table_side=None,
     ):
         super().__init__()
-        given = {"embed_dim": embed_dim, "depth": depth, "alt_start": alt_start, "table_side": table_side}
+        given = {
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "alt_start": alt_start,
+            "table_side": table_side,
+        }
         given = {key: value for key, value in given.items() if value is not None}
         known, enough = ", ".join(PRESETS), {"embed_dim", "depth"}
         if model is not None:
@@ -117,34 +139,59 @@ class DepthAnything3(nn.Module):
             given = PRESETS[model][1]
         self.sizes = {}  # arguments that the weights give
         if weights and not enough <= given.keys():
-            licence, otherwise = LICENCES.get(weights, UNKNOWN), f"model ({known}), or embed_dim and depth"
-            self.sizes = read_sizes(weights, licence, lambda shapes: sizes_of(backbone(shapes)), otherwise)
+            licence, otherwise = (
+                LICENCES.get(weights, UNKNOWN),
+                f"model ({known}), or embed_dim and depth",
+            )
+            self.sizes = read_sizes(
+                weights, licence, lambda shapes: sizes_of(backbone(shapes)), otherwise
+            )
         sizes = {"alt_start": -1, "table_side": 37, **self.sizes, **given}
         if not enough <= sizes.keys():
             raise ValueError(f"give model ({known}), weights, or embed_dim and depth")
-        embed_dim, depth, alt_start, table_side = map(sizes.get, ("embed_dim", "depth", "alt_start", "table_side"))
+        embed_dim, depth, alt_start, table_side = map(
+            sizes.get, ("embed_dim", "depth", "alt_start", "table_side")
+        )
         alike = [model] if model else presets(sizes)
         self.published = PRESETS[alike[0]][0] if alike else None
-        num_heads, alt_start = num_heads or max(1, embed_dim // 64), alt_start if alt_start >= 0 else depth
+        num_heads, alt_start = (
+            num_heads or max(1, embed_dim // 64),
+            alt_start if alt_start >= 0 else depth,
+        )
         if embed_dim % (4 * num_heads):
-            raise ValueError(f"embed_dim {embed_dim} is not {num_heads} heads of a multiple of 4 channels")
+            raise ValueError(
+                f"embed_dim {embed_dim} is not {num_heads} heads of a multiple of 4 channels"
+            )
         if not layers or not all(-depth <= layer < depth for layer in layers):
             raise ValueError(f"layers: expected some of {-depth} to {depth - 1}, found {layers}")
         self.layers = [layer % depth for layer in layers]
         self.weights, self.normalize, self.side = weights, normalize, table_side
         self.alt_start, self.half_pairs = alt_start, embed_dim // num_heads // 4
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + table_side**2, embed_dim).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, 1 + table_side**2, embed_dim).normal_(std=0.02)
+        )
         if alt_start < depth:
             self.camera_token = nn.Parameter(torch.empty(1, 2, embed_dim).normal_(std=0.02))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, PATCH, PATCH)})
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, i >= alt_start) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, i >= alt_start) for i in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
-        self._shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}  # of the whole file
+        self._shapes = {
+            key: tuple(value.shape) for key, value in self.state_dict().items()
+        }  # of the whole file
         self.blocks = self.blocks[: max(self.layers) + 1]
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-        self._grids, self._told = {}, False  # what depends on the grid's size only; was resizing said?
+        self.register_buffer(
+            "mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False
+        )
+        self._grids, self._told = (
+            {},
+            False,
+        )  # what depends on the grid's size only; was resizing said?
         self.requires_grad_(False).eval()
 
     def load_weights(self) -> Path:
@@ -156,7 +203,11 @@ class DepthAnything3(nn.Module):
         file = locate(self.weights, licence)
         tensors, source = backbone(read_tensors(file)), f"weights: {self.weights}, {licence}"
         held = described({key: value.shape for key, value in tensors.items()})
-        require(self._shapes, tensors, f"{file} ({source}): not the weights of this da3; the file has {held}")
+        require(
+            self._shapes,
+            tensors,
+            f"{file} ({source}): not the weights of this da3; the file has {held}",
+        )
         self.load_state_dict({key: tensors[key] for key in self.state_dict()})
         if licence == NON_COMMERCIAL:
             print(f"notice: {source}")
@@ -184,15 +235,25 @@ class DepthAnything3(nn.Module):
             square = table[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
             # Factors, as DINOv2: resizing to (h, w) would sample at other places.
             scale = (h + 0.1) / self.side, (w + 0.1) / self.side
-            patches = F.interpolate(square, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+            patches = (
+                F.interpolate(square, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+            )
             table = torch.cat([table[:, :1], patches], 1)
-        rows, columns = torch.arange(1.0, h + 1, device=device), torch.arange(1.0, w + 1, device=device)
-        places = F.pad(torch.cartesian_prod(rows, columns), (0, 0, 1, 0))  # the class token is at (0, 0)
+        rows, columns = (
+            torch.arange(1.0, h + 1, device=device),
+            torch.arange(1.0, w + 1, device=device),
+        )
+        places = F.pad(
+            torch.cartesian_prod(rows, columns), (0, 0, 1, 0)
+        )  # the class token is at (0, 0)
         frequencies = 100 ** -(torch.arange(self.half_pairs, device=device) / self.half_pairs)
         angles = (p[..., None] * frequencies for p in (places, places.clamp(max=1)))
         made = table.to(self.pos_embed.dtype), *((a.cos(), a.sin()) for a in angles)
         if keep:
-            self._grids = {key: made, **dict(list(self._grids.items())[:7])}  # sizes are few, or not worth keeping
+            self._grids = {
+                key: made,
+                **dict(list(self._grids.items())[:7]),
+            }  # sizes are few, or not worth keeping
         return made
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -202,13 +263,17 @@ class DepthAnything3(nn.Module):
         if image.dtype == torch.uint8:
             image = image.float() / 255
         elif not image.is_floating_point():
-            raise ValueError(f"da3: expected an image in float [0, 1] or uint8, found {image.dtype}")
+            raise ValueError(
+                f"da3: expected an image in float [0, 1] or uint8, found {image.dtype}"
+            )
         old = tuple(image.shape[2:])
         new = tuple(max(1, (side + PATCH // 2) // PATCH) * PATCH for side in old)
         if new != old:
             if not self._told and not torch.compiler.is_compiling():
                 self._told = True
-                print(f"notice: da3 resizes pictures to multiples of 14: {old[0]} x {old[1]} to {new[0]} x {new[1]}")
+                print(
+                    f"notice: da3 resizes pictures to multiples of 14: {old[0]} x {old[1]} to {new[0]} x {new[1]}"
+                )
             image = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
         image = (image.float() - self.mean) / self.std if self.normalize else image
         return image.to(self.pos_embed.dtype)
@@ -218,7 +283,10 @@ class DepthAnything3(nn.Module):
         x = self.patch_embed["proj"](self.prepare(image))
         h, w = x.shape[2:]
         positions, *angles = self.grid(h, w)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + positions
+        x = (
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+            + positions
+        )
         features = {}
         for i in range(max(self.layers) + 1):
             if i == self.alt_start:
@@ -231,7 +299,11 @@ class DepthAnything3(nn.Module):
 
 def backbone(tensors: dict) -> dict:
     """What of a file is the backbone's, without the prefix."""
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items() if not key.startswith(IGNORED)}
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in tensors.items()
+        if not key.startswith(IGNORED)
+    }
 
 
 def sizes_of(shapes: dict[str, tuple]) -> dict | None:
@@ -241,7 +313,11 @@ def sizes_of(shapes: dict[str, tuple]) -> dict | None:
     if len(table) != 3 or not blocks:
         return None
     start = min((int(key[1]) for key in blocks if "q_norm" in key), default=-1)
-    sizes = {"embed_dim": table[2], "depth": 1 + max(int(key[1]) for key in blocks), "alt_start": start}
+    sizes = {
+        "embed_dim": table[2],
+        "depth": 1 + max(int(key[1]) for key in blocks),
+        "alt_start": start,
+    }
     return sizes | {"table_side": math.isqrt(table[1] - 1)}
 
 

@@ -24,5 +24,7 @@ def with_positions(tokens: Tensor) -> Tensor:
 def known_prefix(built):
     """The part of a decoder that reads which actions are given; raises where it was built without."""
     if built is None:
-        raise ValueError("given the first actions of a chunk (loss.prefix), but built without `prefix: true`")
+        raise ValueError(
+            "given the first actions of a chunk (loss.prefix), but built without `prefix: true`"
+        )
     return built

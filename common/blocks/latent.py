@@ -57,7 +57,9 @@ class LatentFlow(NamedTuple):
 
     def sample(self, noise, steps=10) -> Tensor:
         x0 = noise.normal(len(self.h), *self.size)
-        return flow.euler(lambda z, t: self.head.velocity(z, x0.new_full((len(z),), t), self.h), x0, steps)
+        return flow.euler(
+            lambda z, t: self.head.velocity(z, x0.new_full((len(z),), t), self.h), x0, steps
+        )
 
     def loss(self, z: Tensor, noise) -> Tensor:
         x0, t = noise.normal(*z.shape), sample_time(noise.uniform(len(z)))
@@ -81,7 +83,10 @@ class Codes(NamedTuple):
         The gradient reaches the logits as if z were the mean of the softmax (straight through: Jang et al. 2017,
         arXiv:1611.01144, section 2.2), and not the codes.
         """
-        codes, uniform = codes.detach(), noise.uniform(len(self.h), *self.size).clamp(min=1e-30)  # log 0 has no product
+        codes, uniform = (
+            codes.detach(),
+            noise.uniform(len(self.h), *self.size).clamp(min=1e-30),
+        )  # log 0 has no product
         gumbel = -temperature * (-uniform.log()).log()
         indices = torch.zeros(self.h.shape[:2], dtype=torch.long, device=self.h.device)
         for slot in range(indices.shape[1]):
@@ -122,7 +127,10 @@ class FlowHead(nn.Module):
         super().__init__()
         self.size, self.time_dim = (tokens, latent_dim), 32
         self.hidden = nn.Sequential(
-            nn.Linear(tokens * (latent_dim + dim) + self.time_dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU()
+            nn.Linear(tokens * (latent_dim + dim) + self.time_dim, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+            nn.SiLU(),
         )
         self.out = nn.Linear(dim, tokens * latent_dim)
 
@@ -141,7 +149,9 @@ class CodeHead(nn.Module):
     def __init__(self, dim, tokens, num_codes):
         super().__init__()
         self.num_codes = num_codes
-        self.embed = nn.Parameter(0.02 * torch.randn(tokens - 1, num_codes, dim)) if tokens > 1 else None
+        self.embed = (
+            nn.Parameter(0.02 * torch.randn(tokens - 1, num_codes, dim)) if tokens > 1 else None
+        )
         self.out = nn.Linear(dim, num_codes)
 
     def forward(self, h) -> Codes:
@@ -149,7 +159,9 @@ class CodeHead(nn.Module):
 
     def logits(self, h, indices) -> Tensor:
         if self.embed is not None:
-            before = self.embed[torch.arange(len(self.embed), device=h.device), indices[:, :-1]].cumsum(1)
+            before = self.embed[
+                torch.arange(len(self.embed), device=h.device), indices[:, :-1]
+            ].cumsum(1)
             h = torch.cat([h[:, :1], h[:, 1:] + before], 1)
         return self.out(nn.functional.silu(h)).float()
 
@@ -176,14 +188,20 @@ def nearest(z: Tensor, codes: Tensor) -> Tensor:
 def check(posterior, prior, codes: Tensor | None = None):
     """Raise ValueError where posterior and prior do not fit each other, or the codes (K, D) of a codebook."""
     beside = "with a codebook" if codes is not None else "without a codebook"
-    fit = ({Gaussian}, {Gaussian, LatentFlow, Point}) if codes is None else ({Point}, {Codes, Point})
+    fit = (
+        ({Gaussian}, {Gaussian, LatentFlow, Point}) if codes is None else ({Point}, {Codes, Point})
+    )
     for role, given, kinds in zip(("posterior", "prior"), (posterior, prior), fit, strict=True):
         if type(given) not in kinds:
             heads = " or ".join(DISTRIBUTIONS[kind] for kind in kinds)
-            raise ValueError(f"the {role}'s head is {DISTRIBUTIONS.get(type(given))}; {beside} it must be {heads}")
+            raise ValueError(
+                f"the {role}'s head is {DISTRIBUTIONS.get(type(given))}; {beside} it must be {heads}"
+            )
     tokens, dims = posterior.size
     expected = (tokens, len(codes)) if isinstance(prior, Codes) else (tokens, dims)
     if prior.size != expected:
-        raise ValueError(f"the prior has (tokens, size) {prior.size}; posterior and codebook need {expected}")
+        raise ValueError(
+            f"the prior has (tokens, size) {prior.size}; posterior and codebook need {expected}"
+        )
     if codes is not None and codes.shape[1] != dims:
         raise ValueError(f"the posterior's latent_dim is {dims}, the codebook's {codes.shape[1]}")

@@ -14,7 +14,16 @@ from common.build import block
 class Sum(nn.Module):
     """Every source flattened, projected to `dim` and added up, then normed: one vector (B, dim) per observation."""
 
-    def __init__(self, dim, state_dim, proprio_history, num_cameras=0, visual_size=0, semantic_dim=0, chunk_size=0):
+    def __init__(
+        self,
+        dim,
+        state_dim,
+        proprio_history,
+        num_cameras=0,
+        visual_size=0,
+        semantic_dim=0,
+        chunk_size=0,
+    ):
         super().__init__()
         self.proprio = nn.Linear(state_dim * proprio_history, dim)
         self.visual = nn.ModuleList(nn.Linear(visual_size, dim) for _ in range(num_cameras))
@@ -32,7 +41,11 @@ class Sum(nn.Module):
             zip(self.visual, cond_visual, self.semantic, cond_semantic, strict=True)
         ):
             seen = project(grid.flatten(1)) + project_semantic(semantic.flatten(1))
-            x = x + (seen if drop is None else torch.where(drop[:, i, None], self.mask_token[i].to(seen.dtype), seen))
+            x = x + (
+                seen
+                if drop is None
+                else torch.where(drop[:, i, None], self.mask_token[i].to(seen.dtype), seen)
+            )
         return self.norm(x if self.action is None else x + self.action(action.flatten(1)))
 
 
@@ -40,7 +53,9 @@ class Sum(nn.Module):
 class MLPInfoEncoder(nn.Module):
     """Observation -> memory (B, 1, dim): the summed sources, then `layers` residual layers."""
 
-    def __init__(self, dim, layers, state_dim, proprio_history, num_cameras=0, visual_size=0, semantic_dim=0):
+    def __init__(
+        self, dim, layers, state_dim, proprio_history, num_cameras=0, visual_size=0, semantic_dim=0
+    ):
         super().__init__()
         self.sum = Sum(dim, state_dim, proprio_history, num_cameras, visual_size, semantic_dim)
         self.layers = nn.ModuleList(residual(dim, dim) for _ in range(layers))
@@ -53,7 +68,9 @@ class MLPInfoEncoder(nn.Module):
 
 
 def residual(dim, hidden):
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+    )
 
 
 class MLPLatent(nn.Module):
@@ -114,7 +131,9 @@ class MLPActionDecoder(nn.Module):
     that are given and clean.
     """
 
-    def __init__(self, dim, layers, memory_dim, action_dim, action_horizon, latent_size=0, prefix=False):
+    def __init__(
+        self, dim, layers, memory_dim, action_dim, action_horizon, latent_size=0, prefix=False
+    ):
         super().__init__()
         self.embed = nn.Linear(action_horizon * action_dim, dim)
         self.memory = nn.Linear(memory_dim, dim)
@@ -123,7 +142,8 @@ class MLPActionDecoder(nn.Module):
         self.time = nn.Linear(32, dim, bias=False)
         self.modulation = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)) for _ in range(layers)
+            nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, action_horizon * action_dim)
@@ -139,7 +159,9 @@ class MLPActionDecoder(nn.Module):
         x = self.embed(x_t.flatten(2))
         if fixed is not None:
             x = x + known_prefix(self.prefix)(fixed.to(x.dtype))
-        c = nn.functional.silu(known + self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype)))
+        c = nn.functional.silu(
+            known + self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype))
+        )
         for layer, modulation in zip(self.layers, self.modulation, strict=True):
             scale, shift = modulation(c).chunk(2, -1)
             x = x + layer(self.norm(x) * (1 + scale) + shift, *routing)
@@ -154,7 +176,10 @@ class BoundMLP:
         self.known = memory if z is None else self._join(z)
 
     def _join(self, z):
-        return self.memory.repeat(len(z) // len(self.memory), 1, 1) + self.decoder.latent(z.flatten(1))[:, None]
+        return (
+            self.memory.repeat(len(z) // len(self.memory), 1, 1)
+            + self.decoder.latent(z.flatten(1))[:, None]
+        )
 
     def detach(self):
         """The same without gradient to the memory and its projection."""

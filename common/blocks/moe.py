@@ -40,16 +40,22 @@ def check_mixture(parts):
         if name not in parts:
             raise ConfigError(f"{other} is listed: it needs {name} as well")
     if not any(name.startswith("vqvae_") for name in parts):
-        raise ConfigError("gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well")
+        raise ConfigError(
+            "gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well"
+        )
     asked, there = parts["gate"].block.experts, parts["moe_action_decoder"].block.experts
     if asked != there:
-        raise ConfigError(f"gate has experts: {asked}, moe_action_decoder has experts: {there}; make them equal")
+        raise ConfigError(
+            f"gate has experts: {asked}, moe_action_decoder has experts: {there}; make them equal"
+        )
 
 
 def choose(logits: Tensor, k: int) -> tuple[dict[str, Tensor], Tensor]:
     """Logits (B, E) -> {"experts": the k best (B, k)}, as decoders take it, and weights (B, k) that sum to 1."""
     if k > logits.shape[1]:
-        raise ValueError(f"{k} experts asked for (loss.top_k, sampling.experts), of {logits.shape[1]}")
+        raise ValueError(
+            f"{k} experts asked for (loss.top_k, sampling.experts), of {logits.shape[1]}"
+        )
     best, experts = logits.topk(k)
     return {"experts": experts}, best.softmax(-1)
 
@@ -148,7 +154,9 @@ class MoEActionDecoder(Mixture):
         full_experts=False,
     ):
         def single():
-            return ActionDecoder(dim, heads, ff, layers, action_dim, latent_dim, dropout, causal, prefix)
+            return ActionDecoder(
+                dim, heads, ff, layers, action_dim, latent_dim, dropout, causal, prefix
+            )
 
         if full_experts:
             super().__init__(experts, nn.ModuleList(single() for _ in range(experts)))
@@ -170,8 +178,20 @@ class MoEActionDecoder(Mixture):
 class MoEMLPActionDecoder(Mixture):
     """MLPActionDecoders that share all but their layers and heads."""
 
-    def __init__(self, dim, layers, experts, memory_dim, action_dim, action_horizon, latent_size=0, prefix=False):
-        single = MLPActionDecoder(dim, layers, memory_dim, action_dim, action_horizon, latent_size, prefix)
+    def __init__(
+        self,
+        dim,
+        layers,
+        experts,
+        memory_dim,
+        action_dim,
+        action_horizon,
+        latent_size=0,
+        prefix=False,
+    ):
+        single = MLPActionDecoder(
+            dim, layers, memory_dim, action_dim, action_horizon, latent_size, prefix
+        )
         super().__init__(experts, single)
         single.layers = nn.ModuleList(
             ExpertMLP(experts, (dim, 2 * dim, dim), F.silu, first=True) for _ in range(layers)
@@ -191,11 +211,17 @@ class BoundExperts:
         return BoundExperts(self.count, self.bound.detach(), self.experts)
 
     def __call__(self, x_t, t, z=None, fixed=None, experts=None) -> Tensor:
-        rows, routing, chosen = x_t.shape[1], self.routing, self.experts if experts is None else experts
+        rows, routing, chosen = (
+            x_t.shape[1],
+            self.routing,
+            self.experts if experts is None else experts,
+        )
         if experts is not None or rows > 1:
             routing = Routing(chosen.repeat_interleave(rows, 1), self.count)
         k = chosen.shape[1]
-        x_t, t, fixed = (x if x is None or k == 1 else torch.cat([x] * k, 1) for x in (x_t, t, fixed))
+        x_t, t, fixed = (
+            x if x is None or k == 1 else torch.cat([x] * k, 1) for x in (x_t, t, fixed)
+        )
         return self.bound(x_t, t, z, fixed, routing)
 
 
@@ -203,7 +229,13 @@ class BoundFull:
     """Whole decoders, each bound to the observations that it serves."""
 
     def __init__(self, decoders, memory, z=None, experts=None, detached=False):
-        self.decoders, self.memory, self.z, self.experts, self.detached = decoders, memory, z, experts, detached
+        self.decoders, self.memory, self.z, self.experts, self.detached = (
+            decoders,
+            memory,
+            z,
+            experts,
+            detached,
+        )
         self.parts = None if experts is None else self._split(experts, z)
 
     def _split(self, experts, z):

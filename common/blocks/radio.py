@@ -23,7 +23,10 @@ HEADS = {1280: 16}  # of size H; the others have one per 64 channels
 PATCH = 16
 # Names in NVIDIA's files
 BACKBONE = "radio_model.model."
-EMBEDDER, TABLE = f"{BACKBONE}patch_generator.embedder.weight", f"{BACKBONE}patch_generator.pos_embed"
+EMBEDDER, TABLE = (
+    f"{BACKBONE}patch_generator.embedder.weight",
+    f"{BACKBONE}patch_generator.pos_embed",
+)
 PREFIX = f"{BACKBONE}patch_generator.cls_token.token"
 LEFTOVER = f"{BACKBONE}reg_token"  # nothing uses it
 NORM = "radio_model.input_conditioner.norm_"
@@ -60,29 +63,55 @@ class RadioV3(nn.Module):
         super().__init__()
         import timm  # takes two seconds
 
-        given = {"size": size, "embed_dim": embed_dim, "depth": depth, "table": table, "prefix": prefix}
+        given = {
+            "size": size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "table": table,
+            "prefix": prefix,
+        }
         given = {key: value for key, value in given.items() if value is not None}
         self.sizes = {}  # arguments that the weights give
         if weights and size is None and not {"embed_dim", "depth", "table"} <= given.keys():
-            self.sizes = read_sizes(weights, LICENCE, sizes_of, "size, or embed_dim, depth and table")
+            self.sizes = read_sizes(
+                weights, LICENCE, sizes_of, "size, or embed_dim, depth and table"
+            )
         sizes = {"size": "L", **self.sizes, **given}
-        size, dim, depth, table, prefix = (sizes.get(key) for key in ("size", "embed_dim", "depth", "table", "prefix"))
+        size, dim, depth, table, prefix = (
+            sizes.get(key) for key in ("size", "embed_dim", "depth", "table", "prefix")
+        )
         if size not in SIZES:
             raise ValueError(f"size: {size} is none of {', '.join(SIZES)}")
-        options = {"embed_dim": dim, "depth": depth, "pos_embed_grid_size": table and (table, table)}
+        options = {
+            "embed_dim": dim,
+            "depth": depth,
+            "pos_embed_grid_size": table and (table, table),
+        }
         options["num_heads"] = num_heads or (dim and HEADS.get(dim, max(1, dim // 64)))
         options["reg_tokens"] = prefix and prefix - 1
-        self.model = timm.create_model(f"naflexvit_{SIZES[size]}_patch16_radio_v3", num_classes=0, **options)
-        self.weights, self.align_corners, self.recompute = weights, align_corners, gradient_checkpointing
+        self.model = timm.create_model(
+            f"naflexvit_{SIZES[size]}_patch16_radio_v3", num_classes=0, **options
+        )
+        self.weights, self.align_corners, self.recompute = (
+            weights,
+            align_corners,
+            gradient_checkpointing,
+        )
         self.published = f"nvidia/C-RADIOv3-{size}"
-        dim, depth, self.prefix = self.model.embed_dim, len(self.model.blocks), self.model.num_prefix_tokens
+        dim, depth, self.prefix = (
+            self.model.embed_dim,
+            len(self.model.blocks),
+            self.model.num_prefix_tokens,
+        )
         possible = [[dim, n * dim] for n in range(1, self.prefix + 1)]
         if channels is not None and list(channels) not in possible:
             raise ValueError(f"channels: {channels} here, but this size gives {[dim, 3 * dim]}")
         self.fixed = 0  # stages without gradient; the first is the embedding
         if tune != "all":
             if not isinstance(tune, int) or isinstance(tune, bool) or not 1 <= tune <= depth:
-                raise ValueError(f"tune: {tune} is neither all nor a number of blocks from 1 to {depth}")
+                raise ValueError(
+                    f"tune: {tune} is neither all nor a number of blocks from 1 to {depth}"
+                )
             self.model.requires_grad_(False)
             self.model.blocks[-tune:].requires_grad_(True)
             self.fixed = 1 + depth - tune
@@ -94,31 +123,58 @@ class RadioV3(nn.Module):
     def load_weights(self) -> Path:
         """Reads `weights`, in NVIDIA's layout or timm's; the file. Raises UserError that lists what differs."""
         file = locate(self.weights, LICENCE)
-        tensors, expected = read_tensors(file), {name: value.shape for name, value in self.model.state_dict().items()}
+        tensors, expected = (
+            read_tensors(file),
+            {name: value.shape for name, value in self.model.state_dict().items()},
+        )
         held = described({name: value.shape for name, value in tensors.items()})
         what = f"{file}: not the weights of RadioV3 as configured ({described(expected)}); the file has {held}"
         _, side, _, dim = expected["embeds.pos_embed"]
         buffers, original = {}, any(name.startswith("radio_model.") for name in tensors)
         if original:  # other names than radio_model.* are the teachers' heads
-            tensors = {name: x for name, x in tensors.items() if name.startswith("radio_model.") and name != LEFTOVER}
+            tensors = {
+                name: x
+                for name, x in tensors.items()
+                if name.startswith("radio_model.") and name != LEFTOVER
+            }
             tensors = {name.replace(".gamma", ".grandma"): x for name, x in tensors.items()}
             buffers = {name: getattr(self, own) for name, own in BUFFERS.items() if name in tensors}
-            expected = {name.replace(".gamma", ".grandma"): shape for name, shape in expected.items()}
-            expected = {f"{BACKBONE}{name}": shape for name, shape in expected.items() if name.startswith("blocks.")}
-            expected |= {EMBEDDER: (dim, 3 * PATCH**2), TABLE: (1, side**2, dim), PREFIX: (self.prefix, dim)}
+            expected = {
+                name.replace(".gamma", ".grandma"): shape for name, shape in expected.items()
+            }
+            expected = {
+                f"{BACKBONE}{name}": shape
+                for name, shape in expected.items()
+                if name.startswith("blocks.")
+            }
+            expected |= {
+                EMBEDDER: (dim, 3 * PATCH**2),
+                TABLE: (1, side**2, dim),
+                PREFIX: (self.prefix, dim),
+            }
             expected |= {name: buffer.shape for name, buffer in buffers.items()}
         require(expected, tensors, what)
         if original:
             for name, buffer in buffers.items():
                 buffer.copy_(tensors.pop(name))
             if not set(self.summary_idxs.tolist()) <= set(range(self.prefix)):
-                raise UserError(f"{file}: summary_idxs {self.summary_idxs.tolist()} of {self.prefix} learned tokens")
+                raise UserError(
+                    f"{file}: summary_idxs {self.summary_idxs.tolist()} of {self.prefix} learned tokens"
+                )
             patches, table, prefix = (tensors.pop(name) for name in (EMBEDDER, TABLE, PREFIX))
-            tensors = {name.removeprefix(BACKBONE).replace(".grandma", ".gamma"): x for name, x in tensors.items()}
-            tensors["embeds.proj.weight"] = patches.unflatten(1, (3, PATCH, PATCH)).permute(0, 2, 3, 1).flatten(1)
+            tensors = {
+                name.removeprefix(BACKBONE).replace(".grandma", ".gamma"): x
+                for name, x in tensors.items()
+            }
+            tensors["embeds.proj.weight"] = (
+                patches.unflatten(1, (3, PATCH, PATCH)).permute(0, 2, 3, 1).flatten(1)
+            )
             tensors["embeds.proj.bias"] = patches.new_zeros(dim)
             tensors["embeds.pos_embed"] = table.unflatten(1, (side, side))
-            tensors["embeds.cls_token"], tensors["embeds.reg_token"] = prefix[None, :1], prefix[None, 1:]
+            tensors["embeds.cls_token"], tensors["embeds.reg_token"] = (
+                prefix[None, :1],
+                prefix[None, 1:],
+            )
         self.model.load_state_dict(tensors)
         return file
 
@@ -138,7 +194,11 @@ class RadioV3(nn.Module):
 
     def _sized(self, image):
         """Float pictures in [0, 1] whose sides are multiples of 16."""
-        if image.ndim != 4 or image.shape[1] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        if (
+            image.ndim != 4
+            or image.shape[1] != 3
+            or not (image.dtype == torch.uint8 or image.is_floating_point())
+        ):
             raise ValueError(
                 f"expected pictures (B, 3, H, W), uint8 or float; found {tuple(image.shape)} {image.dtype}"
             )
@@ -149,7 +209,9 @@ class RadioV3(nn.Module):
             return image
         if not self._told and not torch.compiler.is_compiling():
             self._told = True
-            print(f"notice: RadioV3 resizes pictures of {old} to {new}, the nearest multiples of {PATCH}")
+            print(
+                f"notice: RadioV3 resizes pictures of {old} to {new}, the nearest multiples of {PATCH}"
+            )
         return F.interpolate(image, new, mode="bilinear", align_corners=False)
 
     def _embed(self, image):
@@ -181,17 +243,28 @@ class RadioV3(nn.Module):
     def _resized(self, table, h, w):
         grid, side = table.permute(0, 3, 1, 2).float(), max(h, w)
         if (h, w) != tuple(grid.shape[2:]):
-            grid = F.interpolate(grid, (side, side), mode="bilinear", align_corners=self.align_corners)
+            grid = F.interpolate(
+                grid, (side, side), mode="bilinear", align_corners=self.align_corners
+            )
         return grid[:, :, :h, :w].flatten(2).transpose(1, 2)
 
 
 def sizes_of(shapes: dict[str, tuple]) -> dict | None:
     """RadioV3's arguments for the model that a file in either layout holds; None if it holds none."""
-    table, tokens = shapes.get(TABLE, shapes.get("embeds.pos_embed", ())), shapes.get("embeds.reg_token", (1, 7))
-    blocks = [int(found[2]) for found in (re.match(rf"({BACKBONE})?blocks\.(\d+)\.", name) for name in shapes) if found]
+    table, tokens = (
+        shapes.get(TABLE, shapes.get("embeds.pos_embed", ())),
+        shapes.get("embeds.reg_token", (1, 7)),
+    )
+    blocks = [
+        int(found[2])
+        for found in (re.match(rf"({BACKBONE})?blocks\.(\d+)\.", name) for name in shapes)
+        if found
+    ]
     if len(table) not in (3, 4) or not blocks:
         return None
-    scaled = any("blocks.0.ls1." in name for name in shapes)  # sizes B and L have LayerScale, H and g don't
+    scaled = any(
+        "blocks.0.ls1." in name for name in shapes
+    )  # sizes B and L have LayerScale, H and g don't
     sizes = {"size": "L" if scaled else "H", "embed_dim": table[-1], "depth": 1 + max(blocks)}
     side = table[1] if len(table) == 4 else math.isqrt(table[1])
     return sizes | {"table": side, "prefix": shapes.get(PREFIX, (1 + tokens[1],))[0]}

@@ -16,7 +16,13 @@ from common.build import block
 
 def projector(size: int, dim: int) -> nn.Sequential:
     """Backbone tokens of any scale -> width dim."""
-    layers = nn.LayerNorm(size), nn.Linear(size, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
+    layers = (
+        nn.LayerNorm(size),
+        nn.Linear(size, 2 * dim),
+        nn.SiLU(),
+        nn.Linear(2 * dim, dim),
+        nn.LayerNorm(dim),
+    )
     return nn.Sequential(*layers)
 
 
@@ -68,7 +74,16 @@ class MultimodalBridge(nn.Module):
     puts learned mask tokens in place of an input (and of its camera's summary), per sample.
     """
 
-    def __init__(self, dim, state_dim, num_cameras, visual_dim, semantic_dim, extra_visual_dims=(), action_dim=None):
+    def __init__(
+        self,
+        dim,
+        state_dim,
+        num_cameras,
+        visual_dim,
+        semantic_dim,
+        extra_visual_dims=(),
+        action_dim=None,
+    ):
         super().__init__()
         sizes = [visual_dim] * num_cameras + list(extra_visual_dims)
         self.visual = nn.ModuleList(projector(size, dim) for size in sizes)
@@ -120,7 +135,9 @@ class InfoEncoder(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        self.bridge = MultimodalBridge(dim, state_dim, num_cameras, visual_dim, semantic_dim, extra_visual_dims)
+        self.bridge = MultimodalBridge(
+            dim, state_dim, num_cameras, visual_dim, semantic_dim, extra_visual_dims
+        )
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ff, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -151,7 +168,9 @@ class LatentEncoder(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        self.bridge = MultimodalBridge(dim, state_dim, 1, visual_dim, semantic_dim, action_dim=action_dim)
+        self.bridge = MultimodalBridge(
+            dim, state_dim, 1, visual_dim, semantic_dim, action_dim=action_dim
+        )
         self.cls = nn.Parameter(torch.empty(tokens, dim).normal_(std=0.02))
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ff, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
@@ -193,9 +212,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x, modulation, keys_values, causal, *routing):
         """x (B, R, T, d), modulation (B, R, 9, d), keys and values (B, heads, N, d / heads) shared by the R rows."""
         rows = x.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (modulation + self.table)[
-            ..., None, :
-        ].unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (
+            modulation + self.table
+        )[..., None, :].unbind(2)
         y = (self.norm(x) * (1 + scale1) + shift1).flatten(0, 1)
         x = x + gate1 * self.dropout(self.self_attention(y, causal=causal)).unflatten(0, (-1, rows))
         y = (self.norm(x) * (1 + scale2) + shift2).flatten(1, 2)
@@ -213,7 +232,18 @@ class ActionDecoder(nn.Module):
     (B, R, T) marks the actions of x_t that are given and clean.
     """
 
-    def __init__(self, dim, heads, ff, layers, action_dim, latent_dim=None, dropout=0.0, causal=False, prefix=False):
+    def __init__(
+        self,
+        dim,
+        heads,
+        ff,
+        layers,
+        action_dim,
+        latent_dim=None,
+        dropout=0.0,
+        causal=False,
+        prefix=False,
+    ):
         super().__init__()
         self.causal = causal
         self.embed = nn.Linear(action_dim, dim)
@@ -242,7 +272,9 @@ class ActionDecoder(nn.Module):
         x = self.embed(x_t)
         if fixed is not None:
             x = x + fixed[..., None] * known_prefix(self.prefix)
-        x = x + sincos(torch.arange(x.shape[2], device=x.device, dtype=torch.float32), x.shape[-1]).to(x.dtype)
+        x = x + sincos(
+            torch.arange(x.shape[2], device=x.device, dtype=torch.float32), x.shape[-1]
+        ).to(x.dtype)
         c = self.time(sincos(t, x.shape[-1], longest=4.0, shortest=4e-3).to(x.dtype))
         if latent is not None:
             c = c + latent.mean(1, keepdim=True)
@@ -263,13 +295,20 @@ class BoundDecoder:
         latent = self.decoder.latent(z)
         of_z = [layer.cross.keys_values(latent) for layer in self.decoder.layers]
         times = len(z) // max(len(self.keys_values[0][0]), 1)  # of nobody, too
-        known = [tuple(x.repeat(times, 1, 1, 1) if times > 1 else x for x in kv) for kv in self.keys_values]
+        known = [
+            tuple(x.repeat(times, 1, 1, 1) if times > 1 else x for x in kv)
+            for kv in self.keys_values
+        ]
         pairs = zip(known, of_z, strict=True)
-        return latent, [tuple(torch.cat(both, 2) for both in zip(kv, kvz, strict=True)) for kv, kvz in pairs]
+        return latent, [
+            tuple(torch.cat(both, 2) for both in zip(kv, kvz, strict=True)) for kv, kvz in pairs
+        ]
 
     def detach(self):
         """The same without gradient to the memory and to its key and value projections."""
-        return BoundDecoder(self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z)
+        return BoundDecoder(
+            self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z
+        )
 
     def __call__(self, x_t, t, z=None, fixed=None, *routing) -> Tensor:
         latent, keys_values = self.known if z is None else self._join(z)

@@ -63,7 +63,9 @@ class Residual(nn.Module):
             nn.Conv2d(out, out, 3, padding=1, bias=False),
             nn.GroupNorm(8, out),
         )
-        self.shortcut = nn.Conv2d(size, out, 1, stride) if stride > 1 or size != out else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(size, out, 1, stride) if stride > 1 or size != out else nn.Identity()
+        )
 
     def forward(self, x):
         return F.relu(self.shortcut(x) + self.convolutions(x))
@@ -84,11 +86,24 @@ class StateEncoder(nn.Module):
     power of len(depths) + 1. Without cameras there is no network.
     """
 
-    def __init__(self, dim, layers, latent_dim, state_dim, proprio_history, num_cameras, width=64, depths=(3, 4, 6, 3)):
+    def __init__(
+        self,
+        dim,
+        layers,
+        latent_dim,
+        state_dim,
+        proprio_history,
+        num_cameras,
+        width=64,
+        depths=(3, 4, 6, 3),
+    ):
         super().__init__()
         self.cameras, self.eye, size = num_cameras, None, state_dim * proprio_history
         if num_cameras:
-            steps, last = [nn.Conv2d(3, width, 7, 2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)], width
+            steps, last = (
+                [nn.Conv2d(3, width, 7, 2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)],
+                width,
+            )
             for out, depth in stages(width, depths):
                 steps += [Residual(last, out, stride=1 if last == out else 2)]
                 steps += [Residual(out, out) for _ in range(depth - 1)]
@@ -114,7 +129,17 @@ class StateDecoder(nn.Module):
     side is 4 times the encoder's stride: 128 with four stages, 64 with three.
     """
 
-    def __init__(self, dim, layers, latent_dim, state_dim, proprio_history, num_cameras, width=64, depths=(3, 4, 6, 3)):
+    def __init__(
+        self,
+        dim,
+        layers,
+        latent_dim,
+        state_dim,
+        proprio_history,
+        num_cameras,
+        width=64,
+        depths=(3, 4, 6, 3),
+    ):
         super().__init__()
         self.shape, self.cameras, self.paint = (proprio_history, state_dim), num_cameras, None
         self.hidden = mlp(latent_dim, dim, layers)
@@ -124,7 +149,10 @@ class StateDecoder(nn.Module):
             steps = []
             for i in reversed(range(len(depths))):
                 steps += [Residual(channels[i], channels[i]) for _ in range(depths[i] - 1)]
-                steps += [Residual(channels[i], channels[max(i - 1, 0)]), nn.Upsample(scale_factor=2)]
+                steps += [
+                    Residual(channels[i], channels[max(i - 1, 0)]),
+                    nn.Upsample(scale_factor=2),
+                ]
             steps += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]
             self.paint = nn.Sequential(*steps, nn.Conv2d(width, 3, 3, padding=1))
             self.grid = nn.Linear(dim, num_cameras * channels[-1] * GRID**2)

@@ -38,7 +38,9 @@ class TinyCNN(nn.Module):
         across = torch.linspace(-1, 1, heat.shape[-1], device=heat.device)
         down = torch.linspace(-1, 1, heat.shape[-2], device=heat.device)
         weight = heat.flatten(2).softmax(-1).view_as(heat)
-        summary = torch.cat([(weight.sum(-2) * across).sum(-1), (weight.sum(-1) * down).sum(-1)], -1)
+        summary = torch.cat(
+            [(weight.sum(-2) * across).sum(-1), (weight.sum(-1) * down).sum(-1)], -1
+        )
         return F.relu(self.patches(x)), summary
 
 
@@ -63,9 +65,16 @@ class TimmBackbone(nn.Module):
 
     def load_weights(self) -> Path:
         """Reads `weights`; the file. Raises UserError that lists what differs."""
-        file, classifier = Path(self.weights).absolute(), self.model.pretrained_cfg.get("classifier") or ()
-        heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-        tensors = {key: value for key, value in read_tensors(file).items() if not key.startswith(heads)}
+        file, classifier = (
+            Path(self.weights).absolute(),
+            self.model.pretrained_cfg.get("classifier") or (),
+        )
+        heads = tuple(
+            f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier)
+        )
+        tensors = {
+            key: value for key, value in read_tensors(file).items() if not key.startswith(heads)
+        }
         try:
             self.model.load_state_dict(tensors)
         except RuntimeError as e:

@@ -31,7 +31,9 @@ class Codebook(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(torch.randn(num_codes, latent_dim))
         self.null_tokens = null_tokens
-        self.null = nn.Parameter(0.02 * torch.randn(null_tokens, latent_dim)) if null_tokens else None
+        self.null = (
+            nn.Parameter(0.02 * torch.randn(null_tokens, latent_dim)) if null_tokens else None
+        )
         self.register_buffer("usage", torch.full((num_codes,), 1 / num_codes))
         self.seen = []
 
@@ -63,19 +65,29 @@ class Codebook(nn.Module):
         centres of its z_e. All processes do the same.
         """
         indices = torch.cat([gather(indices.flatten()) for _, indices in self.seen])
-        counts = torch.zeros_like(self.usage).index_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
+        counts = torch.zeros_like(self.usage).index_add_(
+            0, indices, torch.ones_like(indices, dtype=torch.float32)
+        )
         self.usage.lerp_(counts / len(indices), 0.01)
         dead = self._dead()
-        z_e = torch.cat([gather(z_e.flatten(0, 1)) for z_e, _ in self.seen]) if noise is not None else ()
+        z_e = (
+            torch.cat([gather(z_e.flatten(0, 1)) for z_e, _ in self.seen])
+            if noise is not None
+            else ()
+        )
         if first and self.codes.requires_grad and len(z_e) < len(self.codes):
-            print(f"notice: {len(self.codes)} codes start at random: a batch has only {len(z_e)} points for k-means")
+            print(
+                f"notice: {len(self.codes)} codes start at random: a batch has only {len(z_e)} points for k-means"
+            )
         elif first and self.codes.requires_grad:
             self.codes.copy_(centres(z_e, len(self.codes)))
             optim.forget(optimizers, average, self.codes, slice(None))
         elif noise is not None and self.codes.requires_grad and dead.any():
             dead = dead.nonzero()[:, 0]
             error = (z_e - self.codes[indices]).square().sum(-1) + 1e-12  # all may be 0
-            chosen = z_e[torch.multinomial(error, len(dead), replacement=True, generator=noise.generator)]
+            chosen = z_e[
+                torch.multinomial(error, len(dead), replacement=True, generator=noise.generator)
+            ]
             self.codes[dead] = chosen + 0.01 * noise.normal(*chosen.shape)
             self.usage[dead] = 1 / len(self.codes)
             optim.forget(optimizers, average, self.codes, dead)

@@ -22,14 +22,21 @@ def locate(weights: str, licence: str) -> Path:
     """
     path = Path(weights).expanduser().absolute()
     if path.suffix in PICKLES:
-        raise UserError(f"weights: {weights}: pickles are not read, give the {FILE} beside it ({licence})")
+        raise UserError(
+            f"weights: {weights}: pickles are not read, give the {FILE} beside it ({licence})"
+        )
     if path.is_dir():
         path = path / FILE
         if not path.is_file():
-            raise UserError(f"weights: the folder {path.parent} holds no {FILE}; licence of the weights: {licence}")
+            raise UserError(
+                f"weights: the folder {path.parent} holds no {FILE}; licence of the weights: {licence}"
+            )
     if path.is_file():
         return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)) or path.suffix == ".safetensors":
+    if (
+        not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights))
+        or path.suffix == ".safetensors"
+    ):
         raise UserError(
             f"weights: no such file {path}, and '{weights}' is no Hub id like 'org/name'; "
             f"licence of the weights: {licence}"
@@ -52,7 +59,9 @@ def read_tensors(file: Path, read=load_file) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
     if Path(file).suffix != ".safetensors":
-        raise UserError(f"{file}: expected a .safetensors file; pickles (.pt, .pth, .bin) are not read")
+        raise UserError(
+            f"{file}: expected a .safetensors file; pickles (.pt, .pth, .bin) are not read"
+        )
     try:
         return read(file)
     except (SafetensorError, OSError) as e:
@@ -73,9 +82,13 @@ def read_sizes(weights: str, licence: str, sizes_of, otherwise: str) -> dict:
         file = locate(weights, licence)
         if sizes := sizes_of(read_tensors(file, header)):
             return sizes
-        raise UserError(f"{file}: neither blocks nor a table of positions by the names of this model")
+        raise UserError(
+            f"{file}: neither blocks nor a table of positions by the names of this model"
+        )
     except UserError as error:
-        raise UserError(f"{error}\n    The sizes come from that file; to do without it, give {otherwise}") from error
+        raise UserError(
+            f"{error}\n    The sizes come from that file; to do without it, give {otherwise}"
+        ) from error
 
 
 def require(expected: dict[str, tuple], tensors: dict[str, Tensor], what: str):

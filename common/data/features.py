@@ -24,10 +24,19 @@ from common.data.frames import reserve
 DTYPE = np.float16
 CPU_BATCH, BATCH = 8, 64  # frames at a time
 MARK = 10.0  # seconds between notes of how far a build is
-CHECKED = 8  # frames, spread over a file, that are compared with what the component makes of them now
-TOLERANCE, ROUGH = 0.01, 0.05  # relative l2 error in float32, and in bfloat16 or float16 (another device gives 0.01)
+CHECKED = (
+    8  # frames, spread over a file, that are compared with what the component makes of them now
+)
+TOLERANCE, ROUGH = (
+    0.01,
+    0.05,
+)  # relative l2 error in float32, and in bfloat16 or float16 (another device gives 0.01)
 ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
-SAME_FEATURES = ("weights", "gradient_checkpointing", "tune")  # arguments that change none: the tensors are in the key
+SAME_FEATURES = (
+    "weights",
+    "gradient_checkpointing",
+    "tune",
+)  # arguments that change none: the tensors are in the key
 
 
 def jobs(parts, cameras) -> list[tuple[str, str]]:
@@ -101,8 +110,14 @@ class FeatureCache:
             if missing:
                 clear(folder, missing)
             lacking = announce(work, accelerator, folder, max_gb)
-            shown = {"total": sum(len(job.pictures) for job in missing), "unit": " frames", "desc": "features"}
-            with tqdm(initial=sum(done for _, done in lacking), disable=not missing, **shown) as bar:
+            shown = {
+                "total": sum(len(job.pictures) for job in missing),
+                "unit": " frames",
+                "desc": "features",
+            }
+            with tqdm(
+                initial=sum(done for _, done in lacking), disable=not missing, **shown
+            ) as bar:
                 for job, (shapes, done) in zip(missing, lacking, strict=True):
                     fill(job, shapes, done, accelerator, bar)
         for job in work:
@@ -137,7 +152,12 @@ def plan(frames, parts, sources, accelerator, folder: Path) -> tuple[dict[str, P
     eyes, made_by, paths, work = parts.lookers(list(frames.paths))[0], {}, {}, {}
     for name, camera in jobs(parts, frames.paths):
         if name not in made_by:
-            settings = [digest(parts[name]), seeing(sources[name].data), accelerator.mixed_precision, DTYPE.__name__]
+            settings = [
+                digest(parts[name]),
+                seeing(sources[name].data),
+                accelerator.mixed_precision,
+                DTYPE.__name__,
+            ]
             made_by[name] = json.dumps(settings, sort_keys=True)
         pictures = frames.paths[camera].stem
         what = hashlib.sha256(f"{pictures} {made_by[name]}".encode()).hexdigest()[:16]
@@ -156,7 +176,9 @@ def seeing(data: dict) -> dict:
     """A component YAML without the arguments that change no feature."""
     if "blocks" in data:
         return data | {"blocks": {name: seeing(entry) for name, entry in data["blocks"].items()}}
-    return data | {"args": {k: v for k, v in (data.get("args") or {}).items() if k not in SAME_FEATURES}}
+    return data | {
+        "args": {k: v for k, v in (data.get("args") or {}).items() if k not in SAME_FEATURES}
+    }
 
 
 def digest(module) -> str:
@@ -186,10 +208,16 @@ def check(job: Job, accelerator):
         try:
             kept = np.load(path, mmap_mode="r")[rows].astype(np.float32)
         except (ValueError, EOFError, IndexError) as error:
-            raise UserError(f"{path}: the file is not whole ({error}). Delete it: it is computed again") from error
+            raise UserError(
+                f"{path}: the file is not whole ({error}). Delete it: it is computed again"
+            ) from error
         now = now.astype(np.float32)
-        if now.shape != kept.shape or not np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(now):
-            raise UserError(f"{path}: '{job.name}' gives other features now: did its code change? Delete this file")
+        if now.shape != kept.shape or not np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(
+            now
+        ):
+            raise UserError(
+                f"{path}: '{job.name}' gives other features now: did its code change? Delete this file"
+            )
 
 
 def announce(work: list[Job], accelerator, folder: Path, max_gb: float) -> list[tuple]:
@@ -213,15 +241,23 @@ def announce(work: list[Job], accelerator, folder: Path, max_gb: float) -> list[
         seconds += once * (frames - done)
     text = ", ".join(f"{job.name} of {job.camera}" for job in work)
     text = f"features of {frames} frames ({text}) take {gb:.2f} GB"
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
+    free = (
+        shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+        / 1e9
+    )
     if gb > max_gb:
         raise DataError(f"{text}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
     if needed > free:
-        raise DataError(f"{folder}: {text}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME")
+        raise DataError(
+            f"{folder}: {text}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
+        )
     if found:
         past = sum(done for _, done in found)
         again = f", going on after {past} of {frames * len(found)}" if past else ""
-        print(f"{text}: about {duration(seconds)} on {accelerator.device}{again}, once, into {folder}", flush=True)
+        print(
+            f"{text}: about {duration(seconds)} on {accelerator.device}{again}, once, into {folder}",
+            flush=True,
+        )
     return found
 
 
@@ -229,7 +265,10 @@ def progress(job: Job, shapes) -> int:
     """The frames that a build which was cut short has left, 0 if there are none to go on with."""
     with suppress(OSError, ValueError, EOFError):  # not there, or not whole
         done = int(job.note.read_text())
-        if 0 <= done <= len(job.pictures) and [np.load(x, mmap_mode="r").shape for x in job.unfinished] == shapes:
+        if (
+            0 <= done <= len(job.pictures)
+            and [np.load(x, mmap_mode="r").shape for x in job.unfinished] == shapes
+        ):
             return done
     return 0
 
@@ -264,12 +303,17 @@ def fill(job: Job, shapes, done: int, accelerator, bar):
             maps = [np.load(path, mmap_mode="r+") for path in job.unfinished]
         else:
             leave_nothing()
-            maps = [reserve(path, shape, DTYPE) for path, shape in zip(job.unfinished, shapes, strict=True)]
+            maps = [
+                reserve(path, shape, DTYPE)
+                for path, shape in zip(job.unfinished, shapes, strict=True)
+            ]
         while done < len(job.pictures):
             made = features_of(job, slice(done, done + size), accelerator)
             if not all(np.isfinite(x).all() for x in made):
                 where = f"of camera '{job.camera}' from frame {done} on"
-                raise UserError(f"'{job.name}' makes {where} what float16 cannot hold: set data.cache: frames")
+                raise UserError(
+                    f"'{job.name}' makes {where} what float16 cannot hold: set data.cache: frames"
+                )
             for array, x in zip(maps, made, strict=True):
                 array[done : done + size] = x
             done += len(made[0])
@@ -294,4 +338,6 @@ def batch_size(accelerator) -> int:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 0.1):.1f} minutes"
+    return (
+        f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 0.1):.1f} minutes"
+    )

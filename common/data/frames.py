@@ -42,21 +42,30 @@ class Video:
         self.path = path
         with reading(path):
             self.container = av.open(path)
-            weakref.finalize(self, self.container.close)  # it has reference cycles: files would stay open for long
+            weakref.finalize(
+                self, self.container.close
+            )  # it has reference cycles: files would stay open for long
             self.stream = self.container.streams.video[0]
             # Edit lists mark packets that must not be shown; the decoder drops them as well.
             packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
-            keys = sorted((p.pts, p.dts) for p in packets if p.is_keyframe) or [(packets[0].pts, packets[0].dts)]
+            keys = sorted((p.pts, p.dts) for p in packets if p.is_keyframe) or [
+                (packets[0].pts, packets[0].dts)
+            ]
         self.stream.thread_type, self.stream.codec_context.thread_count = "AUTO", threads
         self.times = np.sort([p.pts for p in packets])
-        self.key_frames, self.key_dts = np.searchsorted(self.times, [pts for pts, _ in keys]), [dts for _, dts in keys]
+        self.key_frames, self.key_dts = (
+            np.searchsorted(self.times, [pts for pts, _ in keys]),
+            [dts for _, dts in keys],
+        )
         self.position, self.image, self.decoded = len(self.times), None, iter(())
         self.converter = av.video.reformatter.VideoReformatter()
 
     def frame(self, k: int) -> np.ndarray:
         """RGB uint8 (h, w, 3). Raises DataError if the file has no such frame."""
         if k >= len(self.times):
-            raise DataError(f"{self.path}: has {len(self.times)} frames, frame {k} is needed by the episode table")
+            raise DataError(
+                f"{self.path}: has {len(self.times)} frames, frame {k} is needed by the episode table"
+            )
         if k == self.position and self.image is not None:
             return self.image
         key = max(int(np.searchsorted(self.key_frames, k, side="right")) - 1, 0)
@@ -66,9 +75,14 @@ class Video:
                 self.decoded = self.container.decode(self.stream)
             frame = next((frame for frame in self.decoded if frame.pts >= self.times[k]), None)
         if frame is None or frame.pts != self.times[k]:
-            raise DataError(f"{self.path}: frame {k} of {len(self.times)} cannot be decoded; is the file damaged?")
+            raise DataError(
+                f"{self.path}: frame {k} of {len(self.times)} cannot be decoded; is the file damaged?"
+            )
         # Its default starts threads for each frame, and a forked child would hang joining them.
-        self.position, self.image = k, self.converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        self.position, self.image = (
+            k,
+            self.converter.reformat(frame, format="rgb24", threads=1).to_ndarray(),
+        )
         return self.image
 
 
@@ -78,9 +92,21 @@ class VideoFrames:
     cameras: name -> the dataset's key; size: (h, w); episodes: numbers, None for all; threads: for each decoder.
     """
 
-    def __init__(self, dataset: LeRobotDataset, cameras: dict[str, str], size, episodes: list[int] | None, threads=1):
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        cameras: dict[str, str],
+        size,
+        episodes: list[int] | None,
+        threads=1,
+    ):
         dataset.require_cameras(cameras.values())
-        self.dataset, self.cameras, self.size, self.threads = dataset, dict(cameras), tuple(size), threads
+        self.dataset, self.cameras, self.size, self.threads = (
+            dataset,
+            dict(cameras),
+            tuple(size),
+            threads,
+        )
         self.episodes = dataset.select(episodes)
         self.ends = np.cumsum([episode.length for episode in self.episodes])
         self.files, self.process = OrderedDict(), os.getpid()
@@ -102,13 +128,17 @@ class VideoFrames:
         number, key = int(np.searchsorted(self.ends, row, side="right")), self.cameras[name]
         episode = self.episodes[number]
         path, start = episode.videos.get(key, (None, 0.0))
-        if self.process != os.getpid():  # forked: the parent's decoders share their file positions with ours
+        if (
+            self.process != os.getpid()
+        ):  # forked: the parent's decoders share their file positions with ours
             self.files, self.process = OrderedDict(), os.getpid()
         place = path or (episode.index, key)
         if place not in self.files:
             if len(self.files) >= OPEN_FILES:
                 self.files.popitem(last=False)
-            self.files[place] = Video(path, self.threads) if path else self.dataset.pictures(episode, key)
+            self.files[place] = (
+                Video(path, self.threads) if path else self.dataset.pictures(episode, key)
+            )
         self.files.move_to_end(place)
         source, k = self.files[place], row - int(self.ends[number]) + episode.length
         if path:
@@ -123,7 +153,11 @@ class FrameCache:
 
     def __init__(self, paths: dict[str, Path]):
         self.paths, self.maps = paths, {}
-        self.warnings = [text for path in paths.values() for text in json.loads(path.with_suffix(".json").read_text())]
+        self.warnings = [
+            text
+            for path in paths.values()
+            for text in json.loads(path.with_suffix(".json").read_text())
+        ]
 
     def __getstate__(self):
         return self.__dict__ | {"maps": {}}
@@ -153,7 +187,9 @@ class FrameCache:
         dataset.require_cameras(cameras.values())
         numbers, paths = [episode.index for episode in dataset.select(episodes)], {}
         for name, key in cameras.items():
-            what = hashlib.sha256(repr([key, list(size), RESIZE, numbers]).encode()).hexdigest()[:16]
+            what = hashlib.sha256(repr([key, list(size), RESIZE, numbers]).encode()).hexdigest()[
+                :16
+            ]
             paths[name] = Path(folder) / f"{dataset.content_key}-{what}.npy"
         frames = sum(episode.length for episode in dataset.select(episodes))
         gb = frames * 3 * size[0] * size[1] / 1e9
@@ -165,14 +201,18 @@ class FrameCache:
         with open(Path(folder) / f"{dataset.content_key}.lock", "w") as lock:
             if not all(path.exists() for path in paths.values()):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            distinct = {path: name for name, path in paths.items()}  # two names may mean the same camera
+            distinct = {
+                path: name for name, path in paths.items()
+            }  # two names may mean the same camera
             missing = {name: cameras[name] for path, name in distinct.items() if not path.exists()}
             if missing:
                 for left_over in Path(folder).glob(f"{dataset.content_key}-*.tmp"):
                     left_over.unlink()
                 free = shutil.disk_usage(folder).free / 1e9
                 if gb * len(missing) > free:
-                    raise DataError(f"{folder}: {total}, but {free:.2f} GB are free; {advice}, or move XDG_CACHE_HOME")
+                    raise DataError(
+                        f"{folder}: {total}, but {free:.2f} GB are free; {advice}, or move XDG_CACHE_HOME"
+                    )
                 print(f"{total}: {', '.join(missing)} decoded once, into {folder}", flush=True)
                 if dry_run:
                     return None
@@ -214,13 +254,18 @@ def build(dataset, cameras, size, numbers, paths):
         bar = tqdm(total=rows[-1] * len(cameras), unit=" frames", desc="decoding")
         with bar, ThreadPoolExecutor(workers) as pool:
             try:
-                for future in [pool.submit(decode, name, group) for (name, _), group in jobs.items()]:
+                for future in [
+                    pool.submit(decode, name, group) for (name, _), group in jobs.items()
+                ]:
                     future.result()
             finally:
                 stop.set()
         for name, key in cameras.items():
             maps[name].flush()
-            dark[name] = [f"{dataset.root}: camera {key} is black throughout episode {n}" for n in sorted(dark[name])]
+            dark[name] = [
+                f"{dataset.root}: camera {key} is black throughout episode {n}"
+                for n in sorted(dark[name])
+            ]
             paths[name].with_suffix(".json").write_text(json.dumps(dark[name]))
             temporary[name].rename(paths[name])
     finally:
@@ -235,5 +280,7 @@ def reserve(path: Path, shape, dtype=np.uint8) -> np.memmap:
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; free some space or set data.cache: none") from error
+        raise DataError(
+            f"{path}: {error.strerror}; free some space or set data.cache: none"
+        ) from error
     return array

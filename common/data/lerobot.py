@@ -36,7 +36,9 @@ def fetch(root: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(root)):
-        raise DataError(f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like 'org/name'")
+        raise DataError(
+            f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like 'org/name'"
+        )
     import huggingface_hub
 
     try:
@@ -53,9 +55,18 @@ def reading(path, note=""):
     """What goes wrong while a file is read becomes a DataError that names it."""
     try:
         yield
-    except (pa.ArrowException, av.FFmpegError, OSError, IndexError, json.JSONDecodeError, UnicodeError) as error:
+    except (
+        pa.ArrowException,
+        av.FFmpegError,
+        OSError,
+        IndexError,
+        json.JSONDecodeError,
+        UnicodeError,
+    ) as error:
         hint = "missing, or cut short while it was copied or recorded?"
-        raise DataError(f"{path}: cannot be read{note}; {hint} ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{path}: cannot be read{note}; {hint} ({type(error).__name__}: {error})"
+        ) from error
 
 
 @dataclass
@@ -65,7 +76,9 @@ class Episode:
     index: int  # the dataset's own number; need not start at 0 or be dense
     length: int  # frames
     data_path: Path
-    videos: dict[str, tuple[Path, float]]  # camera key -> (mp4, start of the episode in it, s); none for image columns
+    videos: dict[
+        str, tuple[Path, float]
+    ]  # camera key -> (mp4, start of the episode in it, s); none for image columns
     tasks: list[str]
 
 
@@ -89,35 +102,58 @@ class LeRobotDataset:
             info = json.loads(path.read_text(encoding="utf-8"))
         found = info.get("codebase_version")
         if found not in VERSIONS:
-            raise DataError(f"{path}: codebase_version is {found!r}, not one of {VERSIONS}; convert it with lerobot")
+            raise DataError(
+                f"{path}: codebase_version is {found!r}, not one of {VERSIONS}; convert it with lerobot"
+            )
         try:
-            self.version, self.fps, self.features = found, float(info["fps"]), dict(info["features"])
+            self.version, self.fps, self.features = (
+                found,
+                float(info["fps"]),
+                dict(info["features"]),
+            )
             kinds = {key: feature["dtype"] for key, feature in self.features.items()}
             self._templates = [info["data_path"], info.get("video_path") or "videos/"]
             if self.fps <= 0:
                 raise ValueError("fps must be above 0")
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: needs 'fps', 'data_path', and 'features' with a dtype each: {error!r}") from error
-        self.robot_type, self._chunks_size = info.get("robot_type"), int(info.get("chunks_size") or 1000)
+            raise DataError(
+                f"{path}: needs 'fps', 'data_path', and 'features' with a dtype each: {error!r}"
+            ) from error
+        self.robot_type, self._chunks_size = (
+            info.get("robot_type"),
+            int(info.get("chunks_size") or 1000),
+        )
         files = self._list_files()
-        self.content_key = hashlib.sha256(path.read_bytes() + repr(sorted(files.items())).encode()).hexdigest()[:32]
+        self.content_key = hashlib.sha256(
+            path.read_bytes() + repr(sorted(files.items())).encode()
+        ).hexdigest()[:32]
 
         self.episodes: list[Episode] = []
         self.absent: list[int] = []
         present = set()  # a declared video feature may have no files at all
         for row in self._episode_rows():
             data = self._place(row, 0, files)
-            videos = {key: self._place(row, 1, files, key) for key in kinds if kinds[key] == "video"}
+            videos = {
+                key: self._place(row, 1, files, key) for key in kinds if kinds[key] == "video"
+            }
             if not files.keys() & {data, *videos.values()}:
                 self.absent.append(row["episode_index"])
                 continue
             present |= {key for key, video in videos.items() if video in files}
             starts = {k: float(row.get(f"videos/{k}/from_timestamp") or 0) for k in videos}
             videos = {k: (self.root / video, starts[k]) for k, video in videos.items() if video}
-            tasks = [row["tasks"]] if isinstance(row.get("tasks"), str) else list(row.get("tasks") or [])
-            self.episodes.append(Episode(row["episode_index"], row["length"], self.root / data, videos, tasks))
+            tasks = (
+                [row["tasks"]]
+                if isinstance(row.get("tasks"), str)
+                else list(row.get("tasks") or [])
+            )
+            self.episodes.append(
+                Episode(row["episode_index"], row["length"], self.root / data, videos, tasks)
+            )
         if not self.episodes:
-            raise DataError(f"{self.root}: no episodes ({len(self.absent)} without files); download or record some")
+            raise DataError(
+                f"{self.root}: no episodes ({len(self.absent)} without files); download or record some"
+            )
         first = next((e for e in self.episodes if e.data_path.is_file()), self.episodes[0])
         with reading(first.data_path, f" (episode {first.index})"):
             self._schema = pq.read_schema(first.data_path)
@@ -136,27 +172,51 @@ class LeRobotDataset:
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
         """Path below the root -> (size, time of change)."""
-        folders = {"meta", "data", "videos", *(template.split("/")[0] for template in self._templates)}
+        folders = {
+            "meta",
+            "data",
+            "videos",
+            *(template.split("/")[0] for template in self._templates),
+        }
         walks = (os.walk(self.root / folder, followlinks=True) for folder in folders)
-        paths = (os.path.join(place, name) for walk in walks for place, _, names in walk for name in names)
+        paths = (
+            os.path.join(place, name)
+            for walk in walks
+            for place, _, names in walk
+            for name in names
+        )
         # A Hub snapshot may hold links to blobs that were not downloaded.
-        found = {os.path.relpath(path, self.root): os.stat(path) for path in paths if os.path.exists(path)}
+        found = {
+            os.path.relpath(path, self.root): os.stat(path)
+            for path in paths
+            if os.path.exists(path)
+        }
         return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
     def _episode_rows(self) -> list[dict]:
         if self.version != "v3.0":
             path = self.root / "meta/episodes.jsonl"
             with reading(path):
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                rows = [
+                    json.loads(line)
+                    for line in path.read_text(encoding="utf-8").splitlines()
+                    if line.strip()
+                ]
         else:
             rows = []
             for path in sorted((self.root / "meta/episodes").glob("*/*.parquet")):
                 with reading(path):
-                    names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+                    names = [
+                        name for name in pq.read_schema(path).names if not name.startswith("stats/")
+                    ]
                     rows += pq.read_table(path, columns=names, partitioning=None).to_pylist()
         for row in rows:
-            if not isinstance(row.get("episode_index"), int) or not isinstance(row.get("length"), int):
-                raise DataError(f"{path}: every episode needs an integer 'episode_index' and 'length', found {row}")
+            if not isinstance(row.get("episode_index"), int) or not isinstance(
+                row.get("length"), int
+            ):
+                raise DataError(
+                    f"{path}: every episode needs an integer 'episode_index' and 'length', found {row}"
+                )
         return rows
 
     def _place(self, row, kind, files, key="") -> str | None:
@@ -165,7 +225,11 @@ class LeRobotDataset:
         chunk = row.get(f"{part}/chunk_index", row["episode_index"] // self._chunks_size)
         if chunk is None:
             return None  # v3.0: this episode has no such camera
-        where = {"chunk_index": chunk, "episode_chunk": chunk, "file_index": row.get(f"{part}/file_index", 0)}
+        where = {
+            "chunk_index": chunk,
+            "episode_chunk": chunk,
+            "file_index": row.get(f"{part}/file_index", 0),
+        }
         where |= {"episode_index": row["episode_index"], "video_key": key}
         # Some templates take the episode's number for the chunk's.
         numbered = re.sub(r"chunk-\{[^}]*\}", f"chunk-{chunk:03d}", self._templates[kind])
@@ -180,14 +244,22 @@ class LeRobotDataset:
         unknown = [number for number in episodes if number not in known]
         if unknown or not len(episodes):
             have = f"there are {len(known)}, from {min(known)} to {max(known)}"
-            raise DataError(f"{self.root}: data.episodes: no episode {unknown[:8] or 'given'}; {have}")
+            raise DataError(
+                f"{self.root}: data.episodes: no episode {unknown[:8] or 'given'}; {have}"
+            )
         return [known[number] for number in episodes]
 
     def require_cameras(self, keys) -> None:
         """Raises DataError, with the names to choose from, if a key is no camera of the dataset."""
         for key in (key for key in keys if key not in self.cameras):
-            found = "is declared in info.json but has no files" if key in self.features else "is not in the dataset"
-            example = f"; for example data.cameras='{{head: {self.cameras[0]}}}'" if self.cameras else ""
+            found = (
+                "is declared in info.json but has no files"
+                if key in self.features
+                else "is not in the dataset"
+            )
+            example = (
+                f"; for example data.cameras='{{head: {self.cameras[0]}}}'" if self.cameras else ""
+            )
             raise DataError(
                 f"{self.root}: data.cameras: {key!r} {found}{nearest(key, self.cameras)}\n"
                 f"    available: {', '.join(self.cameras) or 'no cameras at all'}{example}"
@@ -204,7 +276,9 @@ class LeRobotDataset:
         """key -> float32 (frames, dim): all rows of the chosen episodes, in the order given."""
         self.require_columns(keys)
         chosen = self.select(episodes)
-        parts = {e.index: arrays for group in by_file(chosen) for e, arrays in self.read(keys, group)}
+        parts = {
+            e.index: arrays for group in by_file(chosen) for e, arrays in self.read(keys, group)
+        }
         return {key: np.concatenate([parts[e.index][key] for e in chosen]) for key in keys}
 
     def read(self, keys, group: list[Episode]) -> Iterator[tuple[Episode, dict[str, np.ndarray]]]:
@@ -212,21 +286,35 @@ class LeRobotDataset:
         path, shared = group[0].data_path, self.version == "v3.0"
         table = self._load(group[0], [*keys, "episode_index"] if shared else keys)
         arrays = {key: dense(table[key], f"{path}: {key}") for key in keys}
-        owner = table["episode_index"].to_numpy() if shared else np.full(table.num_rows, group[0].index)
+        owner = (
+            table["episode_index"].to_numpy() if shared else np.full(table.num_rows, group[0].index)
+        )
         order = np.argsort(owner, kind="stable")
         for episode in group:
-            rows = order[slice(*np.searchsorted(owner, [episode.index, episode.index + 1], sorter=order))]
+            rows = order[
+                slice(*np.searchsorted(owner, [episode.index, episode.index + 1], sorter=order))
+            ]
             if len(rows) != episode.length:
-                raise DataError(f"{path}: episode {episode.index} has {len(rows)} rows, declared are {episode.length}")
+                raise DataError(
+                    f"{path}: episode {episode.index} has {len(rows)} rows, declared are {episode.length}"
+                )
             yield episode, {key: array[rows] for key, array in arrays.items()}
 
     def pictures(self, episode: Episode, key: str) -> list[bytes]:
         """The encoded pictures (PNG, mostly) of an image-dtype camera, one a frame. Raises DataError."""
-        table = self._load(episode, [key], [("episode_index", "=", episode.index)] if self.version == "v3.0" else None)
-        cells = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[key].to_pylist()]
+        table = self._load(
+            episode,
+            [key],
+            [("episode_index", "=", episode.index)] if self.version == "v3.0" else None,
+        )
+        cells = [
+            cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[key].to_pylist()
+        ]
         found = sum(isinstance(cell, bytes) for cell in cells)
         if not found == len(cells) == episode.length:
-            counts = f"{found} pictures in {len(cells)} rows of {key}, declared are {episode.length}"
+            counts = (
+                f"{found} pictures in {len(cells)} rows of {key}, declared are {episode.length}"
+            )
             raise DataError(f"{episode.data_path}: episode {episode.index} has {counts}")
         return cells
 
@@ -235,11 +323,17 @@ class LeRobotDataset:
         with reading(path, f" (episode {episode.index})"):
             names = pq.read_schema(path).names
             if missing := [key for key in keys if key not in names]:
-                raise DataError(f"{path}: episode {episode.index}: no column {missing[0]!r}; found {', '.join(names)}")
-            return pq.read_table(path, columns=list(dict.fromkeys(keys)), filters=filters, partitioning=None)
+                raise DataError(
+                    f"{path}: episode {episode.index}: no column {missing[0]!r}; found {', '.join(names)}"
+                )
+            return pq.read_table(
+                path, columns=list(dict.fromkeys(keys)), filters=filters, partitioning=None
+            )
 
 
-def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], episodes=None) -> list[str]:
+def check(
+    dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], episodes=None
+) -> list[str]:
     """Look at every file of the chosen episodes without decoding; -> warnings.
 
     Raises one DataError that lists what is wrong, each line with its file and episode: files missing or cut short,
@@ -250,7 +344,9 @@ def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], 
     chosen = dataset.select(episodes)
     problems, warnings, drift = [], [], (0.0, 0)
     if dataset.absent:
-        warnings.append(f"{dataset.root}: no files for the listed episodes {dataset.absent}: left out")
+        warnings.append(
+            f"{dataset.root}: no files for the listed episodes {dataset.absent}: left out"
+        )
     if unused := [key for key in dataset.cameras if key not in cameras]:
         warnings.append(f"{dataset.root}: cameras not used: {', '.join(unused)}")
     extra = [key for key in ("frame_index", "timestamp") if key in dataset._schema.names]
@@ -261,16 +357,26 @@ def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], 
                 for key in low_dim_keys:
                     width, shape = arrays[key].shape[1], dataset.features.get(key, {}).get("shape")
                     if shape is not None and width != np.prod(shape, dtype=int):
-                        problems.append(f"{place}: {key} has {width} numbers a row, info.json says {shape}")
+                        problems.append(
+                            f"{place}: {key} has {width} numbers a row, info.json says {shape}"
+                        )
                     if len(bad := np.argwhere(~np.isfinite(arrays[key]))):
                         (frame, column), value = bad[0], arrays[key][tuple(bad[0])]
-                        problems.append(f"{place}, frame {frame}: {key}[{column}] is {value} ({len(bad)} such values)")
+                        problems.append(
+                            f"{place}, frame {frame}: {key}[{column}] is {value} ({len(bad)} such values)"
+                        )
                 steps = np.arange(episode.length)
-                if "frame_index" in arrays and not np.array_equal(arrays["frame_index"][:, 0], steps):
-                    problems.append(f"{place}: frame_index does not run from 0 to {episode.length - 1} without gaps")
+                if "frame_index" in arrays and not np.array_equal(
+                    arrays["frame_index"][:, 0], steps
+                ):
+                    problems.append(
+                        f"{place}: frame_index does not run from 0 to {episode.length - 1} without gaps"
+                    )
                 if "timestamp" in arrays:
                     time = (arrays["timestamp"] - arrays["timestamp"][:1])[:, 0]
-                    drift = max(drift, (np.abs(time * dataset.fps - steps).max(initial=0), episode.index))
+                    drift = max(
+                        drift, (np.abs(time * dataset.fps - steps).max(initial=0), episode.index)
+                    )
         except DataError as error:
             problems.append(str(error))
     if drift[0] > 0.6:
@@ -282,22 +388,36 @@ def check(dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], 
         for key in cameras:
             if key in episode.videos:
                 path, start = episode.videos[key]
-                wanted.setdefault(path, []).append((round(start * dataset.fps) + episode.length, episode.index))
+                wanted.setdefault(path, []).append(
+                    (round(start * dataset.fps) + episode.length, episode.index)
+                )
             elif dataset.features[key]["dtype"] == "video":
                 problems.append(f"{dataset.root}: episode {episode.index} has no video of {key}")
     with ThreadPoolExecutor(8) as pool:  # opening is mostly waiting for the disk
-        for (path, ends), frames in zip(wanted.items(), pool.map(count_frames, wanted), strict=True):
+        for (path, ends), frames in zip(
+            wanted.items(), pool.map(count_frames, wanted), strict=True
+        ):
             last, episode = max(ends)
             if isinstance(frames, str):
-                problems.append(f"{frames} (episode {', '.join(str(number) for _, number in ends[:8])})")
+                problems.append(
+                    f"{frames} (episode {', '.join(str(number) for _, number in ends[:8])})"
+                )
             elif frames < last:
                 end, episode = min(pair for pair in ends if pair[0] > frames)
-                problems.append(f"{path}: has {frames} frames, episode {episode} needs {end} by the episode table")
+                problems.append(
+                    f"{path}: has {frames} frames, episode {episode} needs {end} by the episode table"
+                )
             elif frames > last and dataset.version != "v3.0":
-                warnings.append(f"{path}: {frames} frames for {last} rows (episode {episode}); row k is frame k")
+                warnings.append(
+                    f"{path}: {frames} frames for {last} rows (episode {episode}); row k is frame k"
+                )
     if problems:
-        shown = "\n".join(problems[:12]) + (f"\n... and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise DataError(f"{shown}\n    Download or record these again, or list only the good ones in data.episodes")
+        shown = "\n".join(problems[:12]) + (
+            f"\n... and {len(problems) - 12} more" if len(problems) > 12 else ""
+        )
+        raise DataError(
+            f"{shown}\n    Download or record these again, or list only the good ones in data.episodes"
+        )
     return warnings
 
 
@@ -335,6 +455,8 @@ def dense(column: pa.ChunkedArray, place: str) -> np.ndarray:
     rows = len(column)
     while isinstance(column.type, LISTS):
         if len(pc.unique(pc.list_value_length(column))) > 1:
-            raise DataError(f"{place}: rows of different widths; every row must have the same number of values")
+            raise DataError(
+                f"{place}: rows of different widths; every row must have the same number of values"
+            )
         column = pc.list_flatten(column)
     return column.to_numpy().astype(np.float32).reshape(rows, -1 if rows else 1)

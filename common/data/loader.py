@@ -71,7 +71,9 @@ class Windows(Dataset):
         step = np.arange(steps.sum()) - self.first[self.episode]
         source = step * (dataset.fps / cfg.HZ)
         end = starts[self.episode] + lengths[self.episode] - 1
-        self.source_row = np.minimum(starts[self.episode] + np.floor(source + 0.5).astype(np.int64), end)
+        self.source_row = np.minimum(
+            starts[self.episode] + np.floor(source + 0.5).astype(np.int64), end
+        )
         below = np.minimum(starts[self.episode] + np.floor(source + 1e-6).astype(np.int64), end)
         share = np.clip(source - (below - starts[self.episode]), 0, 1).astype(np.float32)[:, None]
 
@@ -87,7 +89,9 @@ class Windows(Dataset):
     def rows(self, episodes, first_frames=None) -> np.ndarray:
         """The rows of some episodes, by their index in the dataset; of each only the first so many."""
         step = np.arange(len(self)) - self.first[self.episode]
-        chosen = np.isin(self.episode_index[self.episode], list(episodes)) & (step < (first_frames or len(self)))
+        chosen = np.isin(self.episode_index[self.episode], list(episodes)) & (
+            step < (first_frames or len(self))
+        )
         return np.flatnonzero(chosen)
 
     def __len__(self):
@@ -123,21 +127,42 @@ class Order:
     size) it is a permutation of groups of rows with similar states.
     """
 
-    def __init__(self, rows, batch_size, micro_steps, rank, world, seed, epoch, offset, groups=None):
+    def __init__(
+        self, rows, batch_size, micro_steps, rank, world, seed, epoch, offset, groups=None
+    ):
         if batch_size % (micro_steps * world):
             raise ConfigError(
                 f"data.batch_size {batch_size} must be a multiple of micro_steps x processes = {micro_steps} x {world}"
             )
         if len(rows) < batch_size:
-            raise ConfigError(f"data.batch_size {batch_size} is more than the {len(rows)} training samples")
+            raise ConfigError(
+                f"data.batch_size {batch_size} is more than the {len(rows)} training samples"
+            )
         share = batch_size // (micro_steps * world)
         if groups and share % groups[1]:
-            raise ConfigError(f"data.neighbours {groups[1]}: micro-batches of {share} are not whole groups of it")
-        self.rows, self.batch_size, self.micro_steps, self.seed = rows, batch_size, micro_steps, seed
-        self.rank, self.world, self.epoch, self.offset, self.groups = rank, world, epoch, offset, groups
+            raise ConfigError(
+                f"data.neighbours {groups[1]}: micro-batches of {share} are not whole groups of it"
+            )
+        self.rows, self.batch_size, self.micro_steps, self.seed = (
+            rows,
+            batch_size,
+            micro_steps,
+            seed,
+        )
+        self.rank, self.world, self.epoch, self.offset, self.groups = (
+            rank,
+            world,
+            epoch,
+            offset,
+            groups,
+        )
 
     def __iter__(self):
-        epoch, offset, share = self.epoch, self.offset, self.batch_size // (self.micro_steps * self.world)
+        epoch, offset, share = (
+            self.epoch,
+            self.offset,
+            self.batch_size // (self.micro_steps * self.world),
+        )
         while True:
             random = np.random.default_rng(seed_of("order", self.seed, epoch))
             order = random.permutation(self.rows)
@@ -182,7 +207,9 @@ class TrainingSet(Dataset):
         batch = self.windows[rows]
         batch["position"] = torch.tensor([epoch, offset])
         if self.windows.cfg.augment:
-            draws = hashed_uniform(seed_of("augment", self.seed, epoch), rows, len(self.windows.cfg.cameras) * DRAWS)
+            draws = hashed_uniform(
+                seed_of("augment", self.seed, epoch), rows, len(self.windows.cfg.cameras) * DRAWS
+            )
             batch["augment"] = torch.from_numpy(draws).unflatten(1, (-1, DRAWS))
         return batch
 
@@ -196,7 +223,9 @@ class Data:
         known = [e.index for e in dataset.episodes]
         episodes = known if cfg.episodes is None else list(cfg.episodes)
         if missing := sorted(set(episodes) - set(known)):
-            raise DataError(f"{dataset.root}: data.episodes: no episode {missing}; it has {known[0]}..{known[-1]}")
+            raise DataError(
+                f"{dataset.root}: data.episodes: no episode {missing}; it has {known[0]}..{known[-1]}"
+            )
         held_out = self._held_out(episodes, cfg.val_episodes)
         if not set(episodes) - held_out:
             raise DataError(
@@ -206,14 +235,19 @@ class Data:
         for warning in check(dataset, list(cfg.cameras.values()), keys, cfg.episodes):
             print(f"warning: {warning}")
         self.windows = Windows(
-            cfg, dataset, episodes, VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes)
+            cfg,
+            dataset,
+            episodes,
+            VideoFrames(dataset, cfg.cameras, tuple(cfg.image_size), episodes),
         )
         self.dataset, self.episodes = dataset, sorted(set(episodes) - held_out)
         if cfg.scores:
             self.episodes = keep(cfg.scores, cfg.keep_top, dataset, self.episodes)
         self.train_rows = self.windows.rows(self.episodes, cfg.first_frames)
         rows = self.windows.rows(held_out, cfg.first_frames)
-        self.val_rows = rows[np.linspace(0, len(rows) - 1, min(cfg.val_samples, len(rows))).astype(int)]
+        self.val_rows = rows[
+            np.linspace(0, len(rows) - 1, min(cfg.val_samples, len(rows))).astype(int)
+        ]
         self.val_episodes = sorted(held_out)
         seen = self.windows.rows(self.episodes)  # chunks go on to the end of an episode
         self.stats = statistics(self.windows.state[seen], self.windows.action[seen])
@@ -231,7 +265,12 @@ class Data:
         dry_run: only say what it takes, and change nothing.
         """
         cfg, decoded = self.cfg, self.windows.frames
-        chosen = (decoded.dataset, decoded.cameras, decoded.size, [episode.index for episode in decoded.episodes])
+        chosen = (
+            decoded.dataset,
+            decoded.cameras,
+            decoded.size,
+            [episode.index for episode in decoded.episodes],
+        )
         made = FrameCache.open(*chosen, cache_folder() / "frames", cfg.cache_max_gb, dry_run)
         self.windows.frames = made or decoded
 
@@ -240,12 +279,26 @@ class Data:
 
         dry_run: only say what it takes, and change nothing.
         """
-        folder, cameras, gb = cache_folder() / "features", list(self.cfg.cameras), self.cfg.cache_max_gb
-        made = FeatureCache.open(self.windows.frames, parts, sources, accelerator, folder, gb, dry_run)
+        folder, cameras, gb = (
+            cache_folder() / "features",
+            list(self.cfg.cameras),
+            self.cfg.cache_max_gb,
+        )
+        made = FeatureCache.open(
+            self.windows.frames, parts, sources, accelerator, folder, gb, dry_run
+        )
         if dry_run:
             return
-        needed = {camera for some in parts.lookers(cameras) for name, camera in some if name not in parts.frozen}
-        self.windows.features, self.windows.pictures = made, [name for name in cameras if name in needed]
+        needed = {
+            camera
+            for some in parts.lookers(cameras)
+            for name, camera in some
+            if name not in parts.frozen
+        }
+        self.windows.features, self.windows.pictures = (
+            made,
+            [name for name in cameras if name in needed],
+        )
 
     @staticmethod
     def _held_out(episodes, val):
@@ -261,12 +314,24 @@ class Data:
         cfg = self.cfg
         groups = None
         if cfg.neighbours > 1:
-            groups = self.windows.state / (self.windows.state[self.train_rows].std(0) + 1e-2), cfg.neighbours
-        order = Order(self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset, groups)
-        workers = {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
+            groups = (
+                self.windows.state / (self.windows.state[self.train_rows].std(0) + 1e-2),
+                cfg.neighbours,
+            )
+        order = Order(
+            self.train_rows, cfg.batch_size, micro_steps, rank, world, seed, epoch, offset, groups
+        )
+        workers = (
+            {"prefetch_factor": 4, "worker_init_fn": _leave_signals} if cfg.num_workers else {}
+        )
         samples = TrainingSet(self.windows, seed)
         return DataLoader(
-            samples, sampler=order, batch_size=None, num_workers=cfg.num_workers, pin_memory=pin, **workers
+            samples,
+            sampler=order,
+            batch_size=None,
+            num_workers=cfg.num_workers,
+            pin_memory=pin,
+            **workers,
         )
 
     def held_out(self, rank, world, device, size):
@@ -304,7 +369,8 @@ def hashed_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
     """(len(index), count) numbers in [0, 1), each a function of (seed, index, column) alone: splitmix64."""
     with np.errstate(over="ignore"):
         x = np.uint64(seed) + (
-            index.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
+            index.astype(np.uint64)[:, None] * np.uint64(count)
+            + np.arange(1, count + 1, dtype=np.uint64)
         ) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -326,7 +392,9 @@ def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
     turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     rotation = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3
     colour = (
-        (1 + augment.brightness * spread[:, 0, None, None]) * rotation @ (saturate * eye + (1 - saturate) * to_gray)
+        (1 + augment.brightness * spread[:, 0, None, None])
+        * rotation
+        @ (saturate * eye + (1 - saturate) * to_gray)
     )
     x = torch.einsum("bij,bjhw->bihw", colour, x)
     mean = (x * gray[:, None, None]).sum(1, keepdim=True).mean((-2, -1), keepdim=True)
@@ -336,7 +404,10 @@ def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
         side = torch.where(u[:, 4, None, None, None] < augment.blur, (-0.5 / sigma**2).exp(), 0.0)
         for axis in (-2, -1):
             n = x.shape[axis]
-            near = [x.index_select(axis, (torch.arange(n, device=x.device) + d).clamp(0, n - 1)) for d in (-1, 1)]
+            near = [
+                x.index_select(axis, (torch.arange(n, device=x.device) + d).clamp(0, n - 1))
+                for d in (-1, 1)
+            ]
             x = (x + side * (near[0] + near[1])) / (1 + 2 * side)
     if augment.shift:
         dy, dx = (torch.floor((2 * augment.shift + 1) * u[:, 6:8]) - augment.shift).long().unbind(1)
@@ -354,7 +425,14 @@ def statistics(state: np.ndarray, action: np.ndarray) -> dict[str, Tensor]:
     for name, x in (("state", state), ("action", action)):
         x = x.astype(np.float64)
         q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-        values = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": q01, "q99": q99}
+        values = {
+            "mean": x.mean(0),
+            "std": x.std(0),
+            "min": x.min(0),
+            "max": x.max(0),
+            "q01": q01,
+            "q99": q99,
+        }
         stats |= {f"{name}_{key}": torch.from_numpy(value).float() for key, value in values.items()}
         if constant := np.flatnonzero(values["max"] == values["min"]).tolist():
             print(f"warning: {name} dimensions {constant} are constant over the training episodes")

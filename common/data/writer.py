@@ -19,7 +19,12 @@ import pyarrow.parquet as pq
 from common.config import DataError
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-BOOKKEEPING = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
+BOOKKEEPING = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+}
 BOOKKEEPING["task_index"] = "int64"
 SAMPLED_FRAMES = 16  # frames of an episode and camera that the image statistics look at
 
@@ -37,28 +42,43 @@ class DatasetWriter:
         self.rate = Fraction(fps).limit_denominator(10**6)
         self.tmp = self.root.with_name(self.root.name + ".tmp")
         if self.root.exists() and any(self.root.iterdir()):
-            raise DataError(f"{self.root}: already exists; delete it or write the dataset elsewhere")
+            raise DataError(
+                f"{self.root}: already exists; delete it or write the dataset elsewhere"
+            )
         kinds = {key: feature["dtype"] for key, feature in features.items()}
         for key, kind in kinds.items():
             height, width, channels = shape = (*features[key]["shape"], 0, 0)[:3]
-            good = height % 2 == width % 2 == 0 and channels == 3 if kind == "video" else shape[1:] == (0, 0)
+            good = (
+                height % 2 == width % 2 == 0 and channels == 3
+                if kind == "video"
+                else shape[1:] == (0, 0)
+            )
             if not good:
                 raise DataError(
                     f"{key}: shape {features[key]['shape']}; videos are [even, even, 3], other features [n]"
                 )
         self.cameras = [key for key, kind in kinds.items() if kind == "video"]
         self.columns = {key: kind for key, kind in kinds.items() if kind != "video"} | BOOKKEEPING
-        codec = {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "video.fps": fps}
+        codec = {
+            "video.codec": "h264",
+            "video.pix_fmt": "yuv420p",
+            "video.is_depth_map": False,
+            "video.fps": fps,
+        }
         codec |= {"video.channels": 3, "has_audio": False}
         self.features = {key: dict(feature) for key, feature in features.items()}
         for key in self.cameras:
             height, width = features[key]["shape"][:2]
             self.features[key]["info"] = {"video.height": height, "video.width": width} | codec
-        self.features |= {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in BOOKKEEPING.items()}
+        self.features |= {
+            key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in BOOKKEEPING.items()
+        }
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tasks: dict[str, int] = {}
         self.episodes: list[dict] = []
-        self.rows: dict[str, list] = {key: [] for key in self.columns}  # kept for the exact statistics of all frames
+        self.rows: dict[str, list] = {
+            key: [] for key in self.columns
+        }  # kept for the exact statistics of all frames
         self.histograms: dict[str, list] = {key: [] for key in self.cameras}
         self.frames = 0
         self.videos = {key: self._open_video(key) for key in self.cameras}
@@ -77,28 +97,49 @@ class DatasetWriter:
         for key, array in arrays.items():
             expected = (length, *self.features[key]["shape"])
             if np.shape(array) != expected or length == 0:
-                raise DataError(f"{place}: {key}: shape {np.shape(array)}, expected {expected}, one frame or more")
+                raise DataError(
+                    f"{place}: {key}: shape {np.shape(array)}, expected {expected}, one frame or more"
+                )
         index = np.arange(length)
         number = len(self.episodes)
-        arrays = arrays | {"timestamp": index / self.fps, "frame_index": index, "index": index + self.frames}
+        arrays = arrays | {
+            "timestamp": index / self.fps,
+            "frame_index": index,
+            "index": index + self.frames,
+        }
         arrays["episode_index"] = np.full(length, number)
         arrays["task_index"] = np.full(length, self.tasks.setdefault(task, len(self.tasks)))
         columns = {key: np.asarray(arrays[key], dtype) for key, dtype in self.columns.items()}
         table = [pa.array(c.reshape(-1)) for c in columns.values()]
         sizes = [self.features[key]["shape"][0] for key in columns]
-        table = [a if n == 1 else pa.FixedSizeListArray.from_arrays(a, n) for a, n in zip(table, sizes, strict=True)]
-        self.parquet.write_table(pa.Table.from_arrays(table, schema=self.parquet.schema), row_group_size=length)
+        table = [
+            a if n == 1 else pa.FixedSizeListArray.from_arrays(a, n)
+            for a, n in zip(table, sizes, strict=True)
+        ]
+        self.parquet.write_table(
+            pa.Table.from_arrays(table, schema=self.parquet.schema), row_group_size=length
+        )
 
-        row = {"episode_index": number, "tasks": [task], "length": length, "data/chunk_index": 0, "data/file_index": 0}
+        row = {
+            "episode_index": number,
+            "tasks": [task],
+            "length": length,
+            "data/chunk_index": 0,
+            "data/file_index": 0,
+        }
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
         statistics = {}
         for key in self.cameras:
             container, stream = self.videos[key]
             for k, image in enumerate(arrays[key]):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image, dtype=np.uint8), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(image, dtype=np.uint8), format="rgb24"
+                )
                 frame.pts, frame.time_base = self.frames + k, 1 / self.rate
                 if k == 0:
-                    frame.pict_type = av.video.frame.PictureType.I  # an episode can be decoded without the one before
+                    frame.pict_type = (
+                        av.video.frame.PictureType.I
+                    )  # an episode can be decoded without the one before
                 container.mux(stream.encode(frame))
             row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": 0}
             row[f"videos/{key}/from_timestamp"] = self.frames / self.fps
@@ -111,7 +152,11 @@ class DatasetWriter:
         for key, column in columns.items():
             self.rows[key].append(column)
             statistics[key] = column_statistics(column)
-        row |= {f"stats/{key}/{name}": value for key in statistics for name, value in statistics[key].items()}
+        row |= {
+            f"stats/{key}/{name}": value
+            for key in statistics
+            for name, value in statistics[key].items()
+        }
         self.episodes.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
         self.frames += length
 
@@ -123,26 +168,43 @@ class DatasetWriter:
             container.close()
         meta = self.tmp / "meta"
         (meta / "episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet"
+        )
         tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(TASK_INDEX)}), meta / "tasks.parquet")
-        statistics = {key: column_statistics(np.concatenate(rows)) for key, rows in self.rows.items() if rows}
+        pq.write_table(
+            tasks.replace_schema_metadata({"pandas": json.dumps(TASK_INDEX)}),
+            meta / "tasks.parquet",
+        )
+        statistics = {
+            key: column_statistics(np.concatenate(rows)) for key, rows in self.rows.items() if rows
+        }
         for key, histograms in self.histograms.items():
             if histograms:
-                statistics[key] = image_statistics(sum(h for h, _ in histograms), sum(n for _, n in histograms))
+                statistics[key] = image_statistics(
+                    sum(h for h, _ in histograms), sum(n for _, n in histograms)
+                )
         (meta / "stats.json").write_text(json.dumps(statistics, indent=4))
-        info = {"codebase_version": "v3.0", "robot_type": self.robot_type, "total_episodes": len(self.episodes)}
+        info = {
+            "codebase_version": "v3.0",
+            "robot_type": self.robot_type,
+            "total_episodes": len(self.episodes),
+        }
         info |= {"total_frames": self.frames, "total_tasks": len(self.tasks), "chunks_size": 1000}
         info |= {"data_files_size_in_mb": 100, "video_files_size_in_mb": 200, "fps": self.fps}
         info |= {"splits": {"train": f"0:{len(self.episodes)}"}}
         info |= {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"}
-        info |= {"video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
+        info |= {
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        }
         (meta / "info.json").write_text(json.dumps(info | {"features": self.features}, indent=4))
         self.tmp.rename(self.root)
 
     def _arrow_type(self, key):
         kind, n = pa.from_numpy_dtype(np.dtype(self.columns[key])), self.features[key]["shape"][0]
-        return kind if n == 1 else pa.list_(kind, n)  # lerobot stores vectors of one number as scalars
+        return (
+            kind if n == 1 else pa.list_(kind, n)
+        )  # lerobot stores vectors of one number as scalars
 
     def _open_video(self, key):
         path = self.tmp / f"videos/{key}/chunk-000/file-000.mp4"
@@ -159,7 +221,9 @@ class DatasetWriter:
 def column_statistics(values: np.ndarray) -> dict:
     """(frames, n) or (frames,) -> min, max, mean, std and quantiles (n,), count (1,), as lists."""
     values = values.reshape(len(values), -1).astype(np.float64)
-    result = {name: getattr(values, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")}
+    result = {
+        name: getattr(values, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")
+    }
     result["count"] = [len(values)]
     return result | {name: np.quantile(values, q, axis=0).tolist() for name, q in QUANTILES.items()}
 
@@ -171,7 +235,9 @@ def image_statistics(histogram: np.ndarray, count: int) -> dict:
     result = {"min": levels[seen.argmax(axis=1)], "max": levels[255 - seen[:, ::-1].argmax(axis=1)]}
     result |= {"mean": mean, "std": np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))}
     result |= {name: levels[(cumulative >= q).argmax(axis=1)] for name, q in QUANTILES.items()}
-    return {name: value.reshape(3, 1, 1).tolist() for name, value in result.items()} | {"count": [count]}
+    return {name: value.reshape(3, 1, 1).tolist() for name, value in result.items()} | {
+        "count": [count]
+    }
 
 
 # What pandas needs to read the text column of tasks.parquet as the index, as lerobot expects it.
@@ -179,7 +245,13 @@ TASK_INDEX = {
     "index_columns": ["task"],
     "column_indexes": [],
     "columns": [
-        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": kind,
+            "numpy_type": numpy,
+            "metadata": None,
+        }
         for name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
     ],
     "pandas_version": "2.2.0",

@@ -12,16 +12,39 @@ from PIL import Image, ImageDraw
 
 TASK = "Pass the three rows of discs and cross the finish line."
 RADIUS = 0.06  # m; the robot is a point
-ROWS = ((0.25, (0.0,)), (0.5, (-0.2, 0.2)), (0.75, (-0.4, 0.0, 0.4)))  # y, and x of the discs from the left
+ROWS = (
+    (0.25, (0.0,)),
+    (0.5, (-0.2, 0.2)),
+    (0.75, (-0.4, 0.0, 0.4)),
+)  # y, and x of the discs from the left
 ROW_Y = np.array([y for y, _ in ROWS])
 DISCS = np.array([(x, y, RADIUS) for y, row in ROWS for x in row])
-CENTRES = ((-0.2, 0.2), (-0.4, 0.0, 0.4), (-0.6, -0.2, 0.2, 0.6))  # x of each row's gaps from the left
-GAPS = np.array(list(product(*(range(len(row)) for row in CENTRES))))  # (24, 3): gap taken in each row, per mode
+CENTRES = (
+    (-0.2, 0.2),
+    (-0.4, 0.0, 0.4),
+    (-0.6, -0.2, 0.2, 0.6),
+)  # x of each row's gaps from the left
+GAPS = np.array(
+    list(product(*(range(len(row)) for row in CENTRES)))
+)  # (24, 3): gap taken in each row, per mode
 FPS, STEP_LIMIT, FINISH = 10, 0.25, 0.95  # Hz, m per step, m
-STEPS, NOISE, PACE = 25, 0.03, 0.015  # of a demonstration; standard deviation at each row: of x, of y when due, m
+STEPS, NOISE, PACE = (
+    25,
+    0.03,
+    0.015,
+)  # of a demonstration; standard deviation at each row: of x, of y when due, m
 DEMONSTRATIONS, FIRST_EVALUATION_SEED = 960, 50_000
-VIEW, SCALE = (-0.8, 1.1, 0.8, -0.1), 240  # left, top, right, bottom of the picture in m; pixels per metre
-BACKGROUND, DISC, GOAL, PATH, ROBOT = (250, 250, 247), (108, 108, 118), (186, 226, 187), (37, 90, 217), (206, 32, 32)
+VIEW, SCALE = (
+    (-0.8, 1.1, 0.8, -0.1),
+    240,
+)  # left, top, right, bottom of the picture in m; pixels per metre
+BACKGROUND, DISC, GOAL, PATH, ROBOT = (
+    (250, 250, 247),
+    (108, 108, 118),
+    (186, 226, 187),
+    (37, 90, 217),
+    (206, 32, 32),
+)
 
 
 def collides(paths):
@@ -58,7 +81,9 @@ def states(paths):
     """
     paths = np.asarray(paths, float)
     before = paths[:, :1] - np.array([0, 1 / STEPS])
-    return np.concatenate([paths, np.diff(paths, axis=1, prepend=before) * FPS], -1).astype(np.float32)
+    return np.concatenate([paths, np.diff(paths, axis=1, prepend=before) * FPS], -1).astype(
+        np.float32
+    )
 
 
 def expert(starts, chosen, rng):
@@ -67,7 +92,9 @@ def expert(starts, chosen, rng):
     Through a noisy middle of each gap at an even pace, noisy too; x goes by smoothsteps, y by straight lines. A path is
     drawn again while it enters a disc, asks for a longer step than the robot takes, or ends before the finish.
     """
-    middles = np.stack([np.array(row)[gaps] for row, gaps in zip(CENTRES, GAPS[chosen].T, strict=True)], 1)
+    middles = np.stack(
+        [np.array(row)[gaps] for row, gaps in zip(CENTRES, GAPS[chosen].T, strict=True)], 1
+    )
     time = 4 * np.arange(STEPS + 1) / STEPS  # knots at 0, 1, ..., 4
     knot = np.minimum(time, 3).astype(int)
     share = time - knot
@@ -112,12 +139,18 @@ class Avoid(gymnasium.Env):
     def step(self, action):
         target = np.asarray(action, float)
         if target.shape != (2,) or not np.isfinite(target).all():
-            raise ValueError(f"action must be two finite numbers, the next x and y in metres, got {action}")
+            raise ValueError(
+                f"action must be two finite numbers, the next x and y in metres, got {action}"
+            )
         move = target - self.path[-1]
         distance = np.hypot(*move)
-        reached = target if distance <= STEP_LIMIT else self.path[-1] + move * (STEP_LIMIT / distance)
+        reached = (
+            target if distance <= STEP_LIMIT else self.path[-1] + move * (STEP_LIMIT / distance)
+        )
         self.path = np.concatenate([self.path, reached[None].astype(np.float32)])
-        if np.diff(self.path[-2:, 1, None] < ROW_Y, axis=0).any():  # the mode changes where a row is crossed
+        if np.diff(
+            self.path[-2:, 1, None] < ROW_Y, axis=0
+        ).any():  # the mode changes where a row is crossed
             self.mode = modes(self.path[None])[0]
         if collides(self.path[None, -2:])[0]:
             self.failure = "disc"
@@ -133,7 +166,12 @@ class Avoid(gymnasium.Env):
 
     def _info(self):
         position = self.path[-1].astype(float)
-        return {"success": self.success, "mode": self.mode, "failure": self.failure, "position": position}
+        return {
+            "success": self.success,
+            "mode": self.mode,
+            "failure": self.failure,
+            "position": position,
+        }
 
     def obstacles(self):
         """Discs (6, 3): x, y, radius in metres."""
@@ -142,7 +180,9 @@ class Avoid(gymnasium.Env):
     def render(self):
         """The world from above with the way so far (h, w, 3) uint8; drawn at twice the size and reduced."""
         left, top, right, bottom = VIEW
-        image = Image.new("RGB", [round(2 * SCALE * side) for side in (right - left, top - bottom)], BACKGROUND)
+        image = Image.new(
+            "RGB", [round(2 * SCALE * side) for side in (right - left, top - bottom)], BACKGROUND
+        )
         draw = ImageDraw.Draw(image)
 
         def pixel(x, y):
@@ -150,7 +190,9 @@ class Avoid(gymnasium.Env):
 
         draw.rectangle([*pixel(left, top), *pixel(right, FINISH)], fill=GOAL)
         for x, y, radius in DISCS:
-            draw.ellipse([*pixel(x - radius, y + radius), *pixel(x + radius, y - radius)], fill=DISC)
+            draw.ellipse(
+                [*pixel(x - radius, y + radius), *pixel(x + radius, y - radius)], fill=DISC
+            )
         draw.line([pixel(*point) for point in self.path], fill=PATH, width=5)
         x, y = self.path[-1]
         draw.ellipse([*pixel(x - 0.015, y + 0.015), *pixel(x + 0.015, y - 0.015)], fill=ROBOT)
@@ -161,7 +203,9 @@ class AvoidSkewed(Avoid):
     """The same world, whose demonstrations take mode k with a frequency of exp(-k / 6), rounded to whole episodes."""
 
     ENDS = np.cumsum(np.exp(-np.arange(len(Avoid.MODES)) / 6))
-    COUNTS = tuple(np.diff(np.round(DEMONSTRATIONS * ENDS / ENDS[-1]), prepend=0).astype(int).tolist())
+    COUNTS = tuple(
+        np.diff(np.round(DEMONSTRATIONS * ENDS / ENDS[-1]), prepend=0).astype(int).tolist()
+    )
     MODE_SHARES = tuple(count / DEMONSTRATIONS for count in COUNTS)
 
 
@@ -170,7 +214,9 @@ def demonstrations(counts, seed=0):
     rng, env = np.random.default_rng(seed), Avoid()
     chosen = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     seeds = rng.choice(FIRST_EVALUATION_SEED, len(chosen), replace=False)
-    starts = np.array([env.reset(seed=number)[0]["observation.state"][0] for number in seeds.tolist()])
+    starts = np.array(
+        [env.reset(seed=number)[0]["observation.state"][0] for number in seeds.tolist()]
+    )
     return seeds, chosen, expert(starts, chosen, rng)
 
 
@@ -179,10 +225,15 @@ def generate(root, seed=0, env=Avoid):
 
     They go on to y = 1, a step past where the environment ends.
     """
-    from common.data.writer import DatasetWriter  # here: acting in the environment needs neither pyarrow nor av
+    from common.data.writer import (
+        DatasetWriter,
+    )  # here: acting in the environment needs neither pyarrow nor av
 
     state = {"dtype": "float32", "shape": [4], "names": ["x", "y", "vx", "vy"]}
-    features = {"observation.state": state, "action": {"dtype": "float32", "shape": [2], "names": ["x", "y"]}}
+    features = {
+        "observation.state": state,
+        "action": {"dtype": "float32", "shape": [2], "names": ["x", "y"]},
+    }
     writer, paths = DatasetWriter(root, FPS, features, "avoid"), demonstrations(env.COUNTS, seed)[2]
     for state, action in zip(states(paths)[:, :-1], paths[:, 1:], strict=True):
         writer.add_episode({"observation.state": state, "action": action}, task=TASK)

@@ -24,9 +24,15 @@ def disturb(targets, quality, rng, reach):
     if quality == 1:
         offset = rng.normal(0, reach / 8, targets.shape)
     elif quality == 2:
-        repeats[rng.choice(np.arange(n // 8, 7 * n // 8), 2, replace=False)] += rng.integers(5, 10, 2)
+        repeats[rng.choice(np.arange(n // 8, 7 * n // 8), 2, replace=False)] += rng.integers(
+            5, 10, 2
+        )
     elif quality == 3:
-        at, steps, angle = rng.integers(n // 8, 7 * n // 8), rng.integers(10, 15), rng.uniform(0, 2 * np.pi)
+        at, steps, angle = (
+            rng.integers(n // 8, 7 * n // 8),
+            rng.integers(10, 15),
+            rng.uniform(0, 2 * np.pi),
+        )
         repeats[at] += steps
         way = np.zeros(n + steps)
         way[at : at + steps + 1] = np.sin(np.linspace(0, np.pi, steps + 1))
@@ -37,10 +43,14 @@ def disturb(targets, quality, rng, reach):
 
 def generate_avoid(root, seed=0):
     """Write avoid's 960 demonstrations to `root`, of 25 to 43 steps; none enters a disc or leaps."""
-    from common.data.writer import DatasetWriter  # here: acting in the environment needs neither pyarrow nor av
+    from common.data.writer import (
+        DatasetWriter,
+    )  # here: acting in the environment needs neither pyarrow nor av
 
     rng, paths = np.random.default_rng([seed, 1]), avoid.demonstrations(avoid.Avoid.COUNTS, seed)[2]
-    features = {"observation.state": {"dtype": "float32", "shape": [4], "names": ["x", "y", "vx", "vy"]}}
+    features = {
+        "observation.state": {"dtype": "float32", "shape": [4], "names": ["x", "y", "vx", "vy"]}
+    }
     features |= {"action": {"dtype": "float32", "shape": [2], "names": ["x", "y"]}} | FEATURE
     writer = DatasetWriter(root, avoid.FPS, features, "avoid")
     for path, quality in zip(paths, rng.permutation(np.resize(KINDS, len(paths))), strict=True):
@@ -51,13 +61,17 @@ def generate_avoid(root, seed=0):
             leaps = np.hypot(*np.diff(poor, axis=0).T).max() > avoid.STEP_LIMIT
             bad = leaps or poor[-1, 1] < avoid.FINISH or avoid.collides(poor[None])[0]
         columns = {"observation.state": avoid.states(poor[None])[0, :-1], "action": poor[1:]}
-        writer.add_episode(columns | {"quality": np.full((len(poor) - 1, 1), quality)}, task=avoid.TASK)
+        writer.add_episode(
+            columns | {"quality": np.full((len(poor) - 1, 1), quality)}, task=avoid.TASK
+        )
     writer.finish()
 
 
 def demonstrate(seed, world, image_size):
     """tabletop.demonstrate(), for a third of the seeds with actions that are disturbed and succeed all the same."""
-    quality = KINDS[np.random.default_rng([seed // len(KINDS), 2]).permutation(len(KINDS))[seed % len(KINDS)]]
+    quality = KINDS[
+        np.random.default_rng([seed // len(KINDS), 2]).permutation(len(KINDS))[seed % len(KINDS)]
+    ]
     good = tabletop.demonstrate(seed, world, image_size, look=not quality)
     if good is None:
         return None
@@ -65,7 +79,9 @@ def demonstrate(seed, world, image_size):
     targets = good["action"].reshape(-1, 2, 3)
     while rows is None:
         moved, step = disturb(targets[..., :2], quality, rng, reach=0.16)
-        actions = np.concatenate([moved, targets[step, :, 2:]], -1).reshape(-1, 6).astype(np.float32)
+        actions = (
+            np.concatenate([moved, targets[step, :, 2:]], -1).reshape(-1, 6).astype(np.float32)
+        )
         if tabletop.demonstrate(seed, world, image_size, actions, look=False):
             rows = tabletop.demonstrate(seed, world, image_size, actions)
     return rows | {"quality": np.full((len(rows["action"]), 1), quality)}

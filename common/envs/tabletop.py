@@ -20,7 +20,13 @@ FOCAL = {"cam_head": 1.22, "cam_left": 0.72, "cam_right": 0.72}  # in picture he
 TEXTURE = 1000  # pixels per metre of the table top
 BACKGROUND, GOAL, RIM, PILLAR = (30, 30, 30), (90, 184, 92), (64, 64, 72), (108, 108, 118)
 WOOD = np.array([[212, 182, 144], [196, 168, 132]])
-ARM, BAR, FINGER, LEFT, RIGHT = (141, 142, 154), (206, 32, 32), (24, 24, 24), (37, 90, 217), (238, 128, 20)
+ARM, BAR, FINGER, LEFT, RIGHT = (
+    (141, 142, 154),
+    (206, 32, 32),
+    (24, 24, 24),
+    (37, 90, 217),
+    (238, 128, 20),
+)
 
 
 def camera(position, target, focal, size):
@@ -41,9 +47,13 @@ def capsules(start, end, radius, height, points=7):
     along = (end - start) / np.linalg.norm(end - start, axis=1, keepdims=True)
     across = np.stack([-along[:, 1], along[:, 0]], 1)
     angle = np.linspace(-np.pi / 2, np.pi / 2, points)
-    arc = radius[:, None, None] * (np.cos(angle)[:, None] * along[:, None] + np.sin(angle)[:, None] * across[:, None])
+    arc = radius[:, None, None] * (
+        np.cos(angle)[:, None] * along[:, None] + np.sin(angle)[:, None] * across[:, None]
+    )
     outline = np.concatenate([end[:, None] + arc, start[:, None] - arc], 1)
-    return np.concatenate([outline, np.broadcast_to(height[:, None, None], (*outline.shape[:2], 1))], 2)
+    return np.concatenate(
+        [outline, np.broadcast_to(height[:, None, None], (*outline.shape[:2], 1))], 2
+    )
 
 
 def clip_near(points, near=0.02):
@@ -81,8 +91,16 @@ class Tabletop(gymnasium.Env):
     head_view = (0.0, -0.5, 1.0), (0.0, 0.0, 0.0)  # m: where the head camera is, what it looks at
 
     def __init__(self, image_size=(96, 96), render_mode="rgb_array", max_steps=150):
-        self.image_size, self.render_mode, self.max_steps, self.look = tuple(image_size), render_mode, max_steps, True
-        low, high = np.float32([-self.table[0], -self.table[1], 0] * 2), np.float32([*self.table, 1] * 2)
+        self.image_size, self.render_mode, self.max_steps, self.look = (
+            tuple(image_size),
+            render_mode,
+            max_steps,
+            True,
+        )
+        low, high = (
+            np.float32([-self.table[0], -self.table[1], 0] * 2),
+            np.float32([*self.table, 1] * 2),
+        )
         self.action_space = gymnasium.spaces.Box(low, high)
         picture = gymnasium.spaces.Box(0, 255, (*self.image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
@@ -101,7 +119,9 @@ class Tabletop(gymnasium.Env):
     def layout(self):
         """Draw from np_random: grippers and bar ends (2, 2), pillars (n, 2), goal centre (2,), table tint (3,)."""
         random = self.np_random
-        self.grippers = np.array([[-0.28, -0.33], [0.28, -0.33]]) + random.uniform(-0.03, 0.03, (2, 2))
+        self.grippers = np.array([[-0.28, -0.33], [0.28, -0.33]]) + random.uniform(
+            -0.03, 0.03, (2, 2)
+        )
         middle, angle = random.uniform([-0.1, -0.24], [0.1, -0.2]), random.uniform(-0.35, 0.35)
         self.bar = self.ends(middle, angle)
         self.pillars = random.uniform([-0.03, -0.02], [0.03, 0.02])[None]
@@ -117,7 +137,9 @@ class Tabletop(gymnasium.Env):
         super().reset(seed=seed)
         self.layout()
         self.grips, self.held, self.grasped = np.zeros(2), np.zeros(2, bool), False
-        self.sides = np.zeros(len(self.pillars), int)  # -1 or 1: where the bar's centre last passed each pillar's y
+        self.sides = np.zeros(
+            len(self.pillars), int
+        )  # -1 or 1: where the bar's centre last passed each pillar's y
         self.steps, self.success, self.failure, self.table_top = 0, False, None, None
         return self.observe(self.look), self._info()
 
@@ -150,8 +172,12 @@ class Tabletop(gymnasium.Env):
         self.grips = grips
         self.grasped |= bool(self.held.all())
         self.failure = self._carry()
-        in_goal = (np.abs(self.bar - self.goal) <= np.add(self.goal_half, self.goal_tolerance)).all()
-        self.success = bool(self.failure is None and self.grasped and in_goal and not self.held.any())
+        in_goal = (
+            np.abs(self.bar - self.goal) <= np.add(self.goal_half, self.goal_tolerance)
+        ).all()
+        self.success = bool(
+            self.failure is None and self.grasped and in_goal and not self.held.any()
+        )
 
     def _carry(self):
         """Move the bar with what holds it; the failure this causes, or None."""
@@ -172,13 +198,18 @@ class Tabletop(gymnasium.Env):
             self.bar = np.array([middle - half, middle + half])
             after = self.bar.mean(0)
             passes = (before[1] < self.pillars[:, 1]) & (after[1] >= self.pillars[:, 1])
-            self.sides = np.where(passes, np.where(after[0] < self.pillars[:, 0], -1, 1), self.sides)
+            self.sides = np.where(
+                passes, np.where(after[0] < self.pillars[:, 0], -1, 1), self.sides
+            )
         along = self.bar[1] - self.bar[0]
         share = np.clip((self.pillars - self.bar[0]) @ along / (along @ along), 0, 1)
         to_bar = self.bar[0] + share[:, None] * along - self.pillars
         to_grippers = self.grippers[:, None] - self.pillars
         touches = np.hypot(to_bar[:, 0], to_bar[:, 1]).min() < self.pillar_radius + BAR_RADIUS
-        touches |= np.hypot(to_grippers[..., 0], to_grippers[..., 1]).min() < self.pillar_radius + GRIPPER_RADIUS
+        touches |= (
+            np.hypot(to_grippers[..., 0], to_grippers[..., 1]).min()
+            < self.pillar_radius + GRIPPER_RADIUS
+        )
         return "pillar" if touches else None
 
     def mode(self):
@@ -245,15 +276,23 @@ class Tabletop(gymnasium.Env):
         radius = np.array([0.018, 0.018, BAR_RADIUS, 0.016, 0.016, *[0.006] * 4])
         height = np.array([0.03, 0.03, 0.015, 0.03, 0.03, *[0.035] * 4])
         outlines = capsules(np.concatenate(starts), np.concatenate(ends), radius, height)
-        to_metres = np.array([[1 / TEXTURE, 0, -self.table[0]], [0, 1 / TEXTURE, -self.table[1]], [0, 0, 1]])
+        to_metres = np.array(
+            [[1 / TEXTURE, 0, -self.table[0]], [0, 1 / TEXTURE, -self.table[1]], [0, 0, 1]]
+        )
         pictures = {}
         for name, projection in self.cameras().items():
             projection = projection * np.array([[2], [2], [1]])  # drawn at twice the size
-            back = np.linalg.inv(projection[:, [0, 1, 3]] @ to_metres)  # finite: no camera sees the horizon
+            back = np.linalg.inv(
+                projection[:, [0, 1, 3]] @ to_metres
+            )  # finite: no camera sees the horizon
             back = (back / back[2, 2]).ravel()[:8].tolist()
-            image = self.table_top.transform(size, Image.Transform.PERSPECTIVE, back, fillcolor=BACKGROUND)
+            image = self.table_top.transform(
+                size, Image.Transform.PERSPECTIVE, back, fillcolor=BACKGROUND
+            )
             draw = ImageDraw.Draw(image)
-            for points, colour in zip(outlines @ projection[:, :3].T + projection[:, 3], colours, strict=True):
+            for points, colour in zip(
+                outlines @ projection[:, :3].T + projection[:, 3], colours, strict=True
+            ):
                 points = points if points[:, 2].min() > 0.02 else clip_near(points)
                 if len(points):
                     draw.polygon((points[:, :2] / points[:, 2:]).ravel().tolist(), fill=colour)
@@ -286,7 +325,9 @@ class Expert:
         while env.grips.min() < 1:
             yield *ends[0], 1, *ends[1], 1
         poses = self._poses()
-        travel = np.hypot(*np.diff(poses[:, :2], axis=0).T) + env.bar_length / 2 * np.abs(np.diff(poses[:, 2]))
+        travel = np.hypot(*np.diff(poses[:, :2], axis=0).T) + env.bar_length / 2 * np.abs(
+            np.diff(poses[:, 2])
+        )
         for x, y, angle in self._path(poses, travel, speed):
             ends = env.ends((x, y), angle)
             yield *ends[0], 1, *ends[1], 1
@@ -298,7 +339,10 @@ class Expert:
         env, noise = self.env, self.rng.normal
         side = 1 if self.mode == "right" else -1
         along = env.bar[1] - env.bar[0]
-        beside, upright = env.pillars[0, 0] + side * (0.2 + noise(0, 0.008)), side * (1.4 + noise(0, 0.05))
+        beside, upright = (
+            env.pillars[0, 0] + side * (0.2 + noise(0, 0.008)),
+            side * (1.4 + noise(0, 0.05)),
+        )
         knots = [
             (*env.bar.mean(0), np.arctan2(along[1], along[0])),
             (beside, env.pillars[0, 1] - 0.12 + noise(0, 0.008), upright),
@@ -313,7 +357,9 @@ class Expert:
         reach = self.smooth // 2
         at = np.clip(np.arange(-reach, np.ceil(time[-1]) + 2 * reach + 1), 0, time[-1])
         kernel = np.full(self.smooth, 1 / self.smooth)
-        return np.stack([np.convolve(np.interp(at, time, column), kernel, "valid") for column in knots.T], 1)
+        return np.stack(
+            [np.convolve(np.interp(at, time, column), kernel, "valid") for column in knots.T], 1
+        )
 
 
 def demonstrate(seed, world, image_size, actions=None, look=True):
@@ -324,16 +370,30 @@ def demonstrate(seed, world, image_size, actions=None, look=True):
     env = world(image_size)
     env.look = look
     observation, info = env.reset(seed=seed)
-    expert, rows, done = env.expert(world.demonstrated(seed), np.random.default_rng([seed, 1])), [], False
+    expert, rows, done = (
+        env.expert(world.demonstrated(seed), np.random.default_rng([seed, 1])),
+        [],
+        False,
+    )
     while not done:
         action = expert() if actions is None else actions[min(len(rows), len(actions) - 1)]
         rows.append(observation | {"action": action})
         observation, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if info["success"] else None
+    return (
+        {key: np.stack([row[key] for row in rows]) for key in rows[0]} if info["success"] else None
+    )
 
 
-def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop, demonstrate=demonstrate, more=None):
+def generate(
+    root,
+    episodes=300,
+    seed=0,
+    image_size=(96, 96),
+    world=Tabletop,
+    demonstrate=demonstrate,
+    more=None,
+):
     """Write `episodes` successful expert episodes of `world` to `root` as a LeRobot v3.0 dataset.
 
     demonstrate: what makes an episode of a seed; more: features that it adds.
@@ -341,7 +401,9 @@ def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop, de
     Reset seeds count up from seed * 100000; the result does not depend on the number of processes. Evaluation resets
     with 50000 and up.
     """
-    from common.data.writer import DatasetWriter  # here: acting in the environment needs neither pyarrow nor av
+    from common.data.writer import (
+        DatasetWriter,
+    )  # here: acting in the environment needs neither pyarrow nor av
 
     def vector(names):
         return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
@@ -351,12 +413,22 @@ def generate(root, episodes=300, seed=0, image_size=(96, 96), world=Tabletop, de
     if world.ENVIRONMENT_NAMES:
         features["observation.environment_state"] = vector(world.ENVIRONMENT_NAMES)
     features |= {f"observation.images.{name}": picture for name in CAMERAS}
-    writer = DatasetWriter(root, world.fps, features | {"action": vector(world.STATE_NAMES)} | (more or {}), world.name)
-    run, reset_seed = partial(demonstrate, world=world, image_size=tuple(image_size)), seed * 100_000
+    writer = DatasetWriter(
+        root, world.fps, features | {"action": vector(world.STATE_NAMES)} | (more or {}), world.name
+    )
+    run, reset_seed = (
+        partial(demonstrate, world=world, image_size=tuple(image_size)),
+        seed * 100_000,
+    )
     workers = min(os.cpu_count(), 16, episodes)
-    with get_context("spawn").Pool(workers) as pool, tqdm(total=episodes, desc="demonstrations") as bar:
+    with (
+        get_context("spawn").Pool(workers) as pool,
+        tqdm(total=episodes, desc="demonstrations") as bar,
+    ):
         while bar.n < episodes:
-            wave = min(episodes - bar.n, 32)  # bounds the episodes that wait for the writer in memory
+            wave = min(
+                episodes - bar.n, 32
+            )  # bounds the episodes that wait for the writer in memory
             for episode in pool.imap(run, range(reset_seed, reset_seed + wave)):
                 if episode is not None:
                     writer.add_episode(episode, task=world.task)

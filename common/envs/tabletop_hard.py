@@ -26,7 +26,10 @@ class TabletopHard(tabletop.Tabletop):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
-    name, task = "tabletop-hard", "Carry the bar past three rows of pillars and set it down in the green strip."
+    name, task = (
+        "tabletop-hard",
+        "Carry the bar past three rows of pillars and set it down in the green strip.",
+    )
     MODES, MODE_SHARES = tuple(map("".join, product("LR", repeat=3))), (1 / 8,) * 8
     ENVIRONMENT_NAMES = ("bar_x", "bar_y", "bar_angle", "shift_1", "shift_2", "shift_3", "goal_y")
     fps, ticks = 10, 2
@@ -53,11 +56,17 @@ class TabletopHard(tabletop.Tabletop):
     def layout(self):
         """Draw from np_random: grippers and bar, the shifts of the rows (3,), the goal strip's y, table tint (3,)."""
         random = self.np_random
-        self.grippers = np.array([[-0.14, -0.42], [0.14, -0.42]]) + random.uniform(-0.03, 0.03, (2, 2))
-        self.bar = self.ends(random.uniform([-0.03, -0.39], [0.03, -0.37]), random.uniform(-0.35, 0.35))
+        self.grippers = np.array([[-0.14, -0.42], [0.14, -0.42]]) + random.uniform(
+            -0.03, 0.03, (2, 2)
+        )
+        self.bar = self.ends(
+            random.uniform([-0.03, -0.39], [0.03, -0.37]), random.uniform(-0.35, 0.35)
+        )
         self.shifts = random.uniform(-0.01, 0.01, 3)
         rows = zip(range(1, 4), self.shifts, ROWS, strict=True)
-        self.pillars = np.array([(shift + SPACING * (k - (n - 1) / 2), y) for n, shift, y in rows for k in range(n)])
+        self.pillars = np.array(
+            [(shift + SPACING * (k - (n - 1) / 2), y) for n, shift, y in rows for k in range(n)]
+        )
         self.goal = np.array([0.0, random.uniform(0.42, 0.44)])
         self.tint = random.uniform(0.85, 1.1) * random.uniform(0.94, 1.06, 3)
 
@@ -76,7 +85,9 @@ class TabletopHard(tabletop.Tabletop):
         """The observation of this moment, with or without pictures."""
         along = self.bar[1] - self.bar[0]
         everything = [*self.bar.mean(0), np.arctan2(along[1], along[0]), *self.shifts, self.goal[1]]
-        return super().observe(look) | {"observation.environment_state": np.array(everything, np.float32)}
+        return super().observe(look) | {
+            "observation.environment_state": np.array(everything, np.float32)
+        }
 
 
 class Expert(tabletop.Expert):
@@ -102,4 +113,6 @@ def generate(root, episodes=1000, seed=0, image_size=(64, 64)):
     tabletop.generate(root, episodes, seed, image_size, TabletopHard)
 
 
-gymnasium.register("TabletopHard-v0", "common.envs.tabletop_hard:TabletopHard", disable_env_checker=True)
+gymnasium.register(
+    "TabletopHard-v0", "common.envs.tabletop_hard:TabletopHard", disable_env_checker=True
+)
