@@ -22,10 +22,10 @@ from tqdm import tqdm
 from common import metrics, plots, run
 from common.checkpoint import newest, open_policy, read_meta
 from common.config import UserError, nearest
-from common.data.frames import resize
-from common.data.loader import IMAGE, Data, locate, to_device
+from common.data.images import IMAGE, resize
+from common.data.loader import Data, locate, to_device
 from common.flow import Execution
-from common.losses import RowNoise
+from common.noise import RowNoise
 
 ENVIRONMENTS = {  # a module that registers it, and its id: so does gymnasium name any other
     "tabletop": "common.envs.tabletop:Tabletop-v0",

@@ -15,17 +15,10 @@ import torch
 from torch import nn
 
 from common import config, flow, optim, run, schema
-from common.blocks.latent import Codes, check, nearest
 from common.config import ConfigError, key
-from common.losses import (
-    Noise,
-    camera_drop,
-    given_prefix,
-    kot,
-    linear_path,
-    masked_mse,
-    sample_time,
-)
+from common.distributions import Codes, check, nearest
+from common.losses import camera_drop, given_prefix, kot, linear_path, masked_mse, sample_time
+from common.noise import Noise
 from common.parts import Memory, first_camera
 
 

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from common import config, information, optim, plots, run, schema
 from common.checkpoint import open_policy
 from common.config import UserError, key
-from common.data.loader import IMAGE, Data, to_device
+from common.data import scores
+from common.data.images import IMAGE
+from common.data.loader import Data, to_device
 from common.losses import masked_mse, ramp, unit_kl
 
 
@@ -185,7 +187,7 @@ def score(folder, device, now=None, root=None):
         cfg.scoring,
         out / "scores.parquet",
     )
-    if file.exists() and information.key_of(file) != data.dataset.values_key:
+    if file.exists() and scores.key_of(file) != data.dataset.values_key:
         raise UserError(
             f"{file} is of another dataset than {data.dataset.root}: move it away to score this one"
         )
@@ -211,7 +213,7 @@ def score(folder, device, now=None, root=None):
         state, action, *information.places(windows), scoring, cfg.seed
     )
     table = information.rank(values, windows.episode_index[windows.episode], data.episodes)
-    information.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
+    scores.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
     print(

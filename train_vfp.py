@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from common import config, flow, losses, optim, run, schema
-from common.blocks.latent import Codes, Gaussian, check, nearest
 from common.blocks.moe import check_mixture, choose
 from common.config import key
-from common.losses import Noise
+from common.distributions import Codes, Gaussian, check, nearest
+from common.noise import Noise
 from common.parts import Memory, first_camera
 
 

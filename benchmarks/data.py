@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.data.frames import FrameCache
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import TrainingSet, Windows, to_device
+from common.data.loader import TrainingSet, to_device
+from common.data.windows import Windows
 from common.data.writer import DatasetWriter
 from common.schema import Augment, Data
 

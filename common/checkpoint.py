@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from common.blocks.weights import read_tensors
 from common.build import import_plugins
 from common.config import UserError, Yaml, from_dict
-from common.data.loader import Normalizer
+from common.data.normalizer import Normalizer
 from common.parts import build_parts, load_component
 from common.schema import Optim, Part
 

@@ -1,56 +1,10 @@
 """The mathematics of the objectives as pure functions. Time runs from t = 0 (noise x0) to t = 1 (data x1)."""
 
-import hashlib
-
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-
-class Noise:
-    """Random tensors of one micro-step, drawn for the whole batch of all processes; each process takes its rows.
-
-    So one process and N processes train the same run, and a resumed run needs no saved generator state. Without a key
-    the numbers follow torch's global generator.
-    """
-
-    def __init__(self, *key, rank=0, world=1, device="cpu"):
-        self.rank, self.world = rank, world
-        key = key or (torch.randint(2**62, ()).item(),)
-        self.generator = torch.Generator(device).manual_seed(seed_of(*key))
-
-    def normal(self, *shape: int) -> Tensor:
-        return self._rows(torch.randn, shape)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return self._rows(torch.rand, shape)
-
-    def _rows(self, draw, shape):
-        drawn = draw(
-            shape[0] * self.world,
-            *shape[1:],
-            generator=self.generator,
-            device=self.generator.device,
-        )
-        return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
-
-
-class RowNoise:
-    """Noise whose row i depends on keys[i] alone: a batch of episodes gets what each would get by itself."""
-
-    def __init__(self, keys, device="cpu"):
-        self.rows = [Noise(*key, device=device) for key in keys]
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.cat([row.normal(1, *shape[1:]) for row in self.rows])
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.cat([row.uniform(1, *shape[1:]) for row in self.rows])
-
-
-def seed_of(*key) -> int:
-    """A 63-bit seed from any printable key, the same in every process and Python version."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+from common.noise import Noise
 
 
 def sample_time(u: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.data.loader import to_device
-from common.losses import RowNoise
+from common.noise import RowNoise
 
 
 def wilson(successes: int, n: int, z=1.959963984540054) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.blocks.weights import read_tensors, require
 from common.build import build
 from common.config import ConfigError
-from common.data.loader import IMAGE
+from common.data.images import IMAGE
 from common.schema import Part
 
 

@@ -24,8 +24,9 @@ from common import checkpoint
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.features import jobs
-from common.data.loader import Data, Normalizer, to_device
-from common.losses import Noise, seed_of
+from common.data.loader import Data, to_device
+from common.data.normalizer import Normalizer
+from common.noise import Noise, seed_of
 from common.parts import Parts, build_parts
 from common.plots import draw_curves
 

@@ -23,7 +23,7 @@ from common.blocks.transformer import (
 from common.blocks.vision import TimmBackbone, TinyCNN
 from common.build import FACTS, build
 from common.config import UserError
-from common.losses import Noise
+from common.noise import Noise
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,13 +13,13 @@ from test_latent import NoAverage
 import evaluate
 import train_cfg_vqvae
 from common import flow, optim
-from common.blocks.latent import Codes, latent_head
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.transformer import ActionDecoder
 from common.blocks.vq import Codebook
 from common.config import ConfigError
 from common.data.loader import to_device
-from common.losses import Noise
+from common.distributions import Codes, latent_head
+from common.noise import Noise
 
 torch.set_num_threads(1)
 B, T, A, D = 3, 5, 2, 4

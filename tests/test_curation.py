@@ -12,6 +12,7 @@ import yaml
 
 import train_flow_matching
 from common import config, information, run
+from common.data import scores
 from common.data.lerobot import LeRobotDataset, cache_folder
 from common.data.loader import Data
 from common.envs import mixed
@@ -45,7 +46,7 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
             knows = information.rank(
                 -1.0 * (np.array(made) > 0) - 0.01 * np.arange(9), np.arange(9)
             )
-            information.save(knows, folder / "scores.parquet", dataset)
+            scores.save(knows, folder / "scores.parquet", dataset)
         else:
             trained.append(yaml.safe_load(argv["data.episodes"]))
             assert train_flow_matching.main(command[1:]) == 0

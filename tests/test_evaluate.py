@@ -18,7 +18,8 @@ from torch import nn
 import evaluate
 from common import config, metrics, plots, schema
 from common.config import UserError
-from common.data.loader import IMAGE, Normalizer
+from common.data.images import IMAGE
+from common.data.normalizer import Normalizer
 
 torch.set_num_threads(1)
 TOLD = defaultdict(list)  # reset seed -> actions that its robot was told

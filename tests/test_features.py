@@ -31,7 +31,7 @@ from common.data import features
 from common.data.features import FeatureCache
 from common.data.lerobot import cache_folder
 from common.data.loader import to_device
-from common.losses import Noise
+from common.noise import Noise
 from common.parts import IMAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

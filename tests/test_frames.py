@@ -30,7 +30,8 @@ from test_lerobot import (
 
 from common.config import DataError
 from common.data import frames as frames_module
-from common.data.frames import FrameCache, Video, VideoFrames, resize
+from common.data.frames import FrameCache, Video, VideoFrames
+from common.data.images import resize
 from common.data.lerobot import LeRobotDataset, check
 
 NAMES = {"head": CAMERAS[0], "left": CAMERAS[1]}

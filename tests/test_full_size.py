@@ -23,7 +23,8 @@ import train_vfp
 from common import checkpoint, config, run
 from common.build import block
 from common.config import UserError, Yaml
-from common.data.loader import Normalizer, to_device
+from common.data.loader import to_device
+from common.data.normalizer import Normalizer
 from common.parts import Parts, build_parts
 from common.schema import Model, Part
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common import information
 from common.config import DataError, UserError
+from common.data import scores
 from common.data.lerobot import LeRobotDataset
 from common.metrics import auc
 
@@ -205,7 +206,7 @@ def scored(demos, tmp_path):
     dataset, best = LeRobotDataset(demos), [3, 0, 4, 1, 5, 2]
     values = np.linspace(1, -1, 6)
     table = pa.table({"episode": best, "transitions": [9] * 6, "score": values, "quantile": values})
-    information.save(table, tmp_path / "scores.parquet", dataset)
+    scores.save(table, tmp_path / "scores.parquet", dataset)
     return dataset, tmp_path / "scores.parquet"
 
 
@@ -220,25 +221,25 @@ def scored(demos, tmp_path):
 )
 def test_the_best_are_kept(scored, share, episodes, kept, tmp_path, capsys):
     dataset, file = scored
-    assert information.keep(file, share, dataset, episodes) == kept
+    assert scores.keep(file, share, dataset, episodes) == kept
     assert f"keeps {len(kept)} of {len(episodes)} training episodes" in capsys.readouterr().out
     shutil.copytree(dataset.root, tmp_path / "elsewhere")
-    assert information.keep(file, share, LeRobotDataset(tmp_path / "elsewhere"), episodes) == kept
+    assert scores.keep(file, share, LeRobotDataset(tmp_path / "elsewhere"), episodes) == kept
 
 
 def test_of_equals_the_first_is_kept(scored):
     dataset, file = scored
     table = pq.read_table(file)
     table = table.set_column(table.column_names.index("score"), "score", pa.array(np.zeros(6)))
-    information.save(table, file, dataset)
-    assert information.keep(file, 0.5, dataset, [5, 4, 3, 2, 1, 0]) == [0, 1, 2]
+    scores.save(table, file, dataset)
+    assert scores.keep(file, 0.5, dataset, [5, 4, 3, 2, 1, 0]) == [0, 1, 2]
 
 
 def test_no_task_is_lost(scored, capsys):
     dataset, file = scored
     for episode in dataset.episodes:
         episode.tasks = ["pull"] if episode.index in (2, 5) else ["push"]
-    assert information.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
+    assert scores.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
     assert (
         "keeps 3 of 6 training episodes, 1 of them only because a task" in capsys.readouterr().out
     )
@@ -247,22 +248,22 @@ def test_no_task_is_lost(scored, capsys):
 def test_scores_that_do_not_fit(scored, tmp_path):
     dataset, file = scored
     with pytest.raises(UserError, match=r"data.scores: .*gone.parquet: no such file"):
-        information.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
+        scores.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
     with pytest.raises(UserError, match=r"is a folder, give its scores.parquet"):
-        information.keep(tmp_path, 0.5, dataset, range(6))
+        scores.keep(tmp_path, 0.5, dataset, range(6))
     other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
     with pytest.raises(
         DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"
     ):
-        information.keep(file, 0.5, other, range(6))
-    information.save(pq.read_table(file)[:4], file, dataset)
+        scores.keep(file, 0.5, other, range(6))
+    scores.save(pq.read_table(file)[:4], file, dataset)
     with pytest.raises(
         DataError, match=r"no score for 2 training episodes, the first of them \[2, 5\]"
     ):
-        information.keep(file, 0.5, dataset, range(6))
-    information.save(pq.read_table(file).drop("score"), file, dataset)
+        scores.keep(file, 0.5, dataset, range(6))
+    scores.save(pq.read_table(file).drop("score"), file, dataset)
     with pytest.raises(DataError, match="no column 'score'"):
-        information.keep(file, 0.5, dataset, range(6))
+        scores.keep(file, 0.5, dataset, range(6))
     file.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="cannot be read"):
-        information.keep(file, 0.5, dataset, range(6))
+        scores.keep(file, 0.5, dataset, range(6))

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from common import optim
-from common.blocks.latent import Codes, Gaussian, LatentFlow, Point, check, latent_head
 from common.blocks.vq import Codebook
-from common.losses import Noise, RowNoise, nsvq
+from common.distributions import Codes, Gaussian, LatentFlow, Point, check, latent_head
+from common.losses import nsvq
+from common.noise import Noise, RowNoise
 
 torch.set_num_threads(1)
 B, N, D, DIM, K = 5, 3, 4, 8, 6

@@ -7,8 +7,11 @@ from conftest import CAMERAS, LENGTHS
 
 from common.config import ConfigError, DataError
 from common.data.frames import VideoFrames
+from common.data.images import augmented
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import Data, Normalizer, Order, augmented, similar, statistics, to_device
+from common.data.loader import Data, to_device
+from common.data.normalizer import Normalizer, statistics
+from common.data.order import Order, similar
 from common.schema import Augment
 from common.schema import Data as Settings
 

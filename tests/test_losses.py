@@ -10,8 +10,6 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from common.losses import (
-    Noise,
-    RowNoise,
     camera_drop,
     gaussian_kl,
     given_prefix,
@@ -21,9 +19,9 @@ from common.losses import (
     mean_squares,
     ramp,
     sample_time,
-    seed_of,
     transport_plan,
 )
+from common.noise import Noise, RowNoise, seed_of
 
 torch.set_num_threads(1)
 

@@ -19,15 +19,17 @@ from torch.distributions import Independent, Normal, kl_divergence
 import evaluate
 import train_mi
 from common import checkpoint, information, plots, run
-from common.blocks.latent import Gaussian
 from common.blocks.vae import ChunkDecoder, ChunkEncoder, StateDecoder, StateEncoder
 from common.build import build
 from common.config import ConfigError, DataError, UserError, Yaml
 from common.data import loader
+from common.data.images import IMAGE
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import IMAGE, to_device
+from common.data.loader import to_device
+from common.distributions import Gaussian
 from common.envs import tabletop
-from common.losses import Noise, unit_kl
+from common.losses import unit_kl
+from common.noise import Noise
 from common.schema import Data
 
 CONFIGS = Path(train_mi.__file__).parent / "configs/mutual_information_estimator"

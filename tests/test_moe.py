@@ -28,7 +28,8 @@ from common.blocks.moe import (
 from common.blocks.transformer import ActionDecoder
 from common.config import ConfigError, UserError
 from common.data.loader import to_device
-from common.losses import Noise, load_balance, masked_mse, mixture_mse, router_z
+from common.losses import load_balance, masked_mse, mixture_mse, router_z
+from common.noise import Noise
 
 torch.set_num_threads(1)
 ROOT = Path(train_vfp.__file__).parent

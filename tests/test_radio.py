@@ -250,7 +250,10 @@ def test_a_file_of_another_size_is_refused(tmp_path):
         UserError, match=r"prefix 8, LayerScale\); the file has .*prefix 8, no LayerScale"
     ):
         loaded(tmp_path, without)
-    missing = r"missing radio_model.model.blocks.0 to radio_model.model.blocks.2: ls1.grandma\n    missing .*: ls2.grandma$"
+    missing = (
+        r"missing radio_model.model.blocks.0 to radio_model.model.blocks.2: ls1.grandma\n"
+        r"    missing .*: ls2.grandma$"
+    )
     with pytest.raises(UserError, match=missing):
         loaded(tmp_path, without)
     with pytest.raises(

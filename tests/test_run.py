@@ -22,7 +22,7 @@ import train_vfp
 from common import checkpoint, run
 from common.config import UserError
 from common.data.loader import to_device
-from common.losses import Noise
+from common.noise import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 TIMING = ("data_s", "updt_s", "samples_per_s")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks.embed import known_prefix, sincos
-from common.blocks.latent import latent_head
 from common.build import block
+from common.distributions import latent_head
 
 
 class Sum(nn.Module):

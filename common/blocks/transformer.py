@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common.blocks.embed import known_prefix, sincos, with_positions
-from common.blocks.latent import latent_head
 from common.build import block
+from common.distributions import latent_head
 
 
 def projector(size: int, dim: int) -> nn.Sequential:

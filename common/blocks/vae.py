@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.blocks.latent import Gaussian, GaussianHead
 from common.build import block
+from common.distributions import Gaussian, GaussianHead
 
 GRID = 4  # cells on a side that a picture becomes before it is flattened
 

@@ -7,8 +7,8 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 
 from common import optim
-from common.blocks.latent import nearest
 from common.build import block
+from common.distributions import nearest
 from common.losses import nsvq
 
 

@@ -21,18 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.config import DataError
+from common.data.images import resize
 from common.data.lerobot import LeRobotDataset, reading
 
 RESIZE = "bilinear"  # part of the cache's key
 OPEN_FILES = 32
 BLACK = 16  # of 255; a camera that never gets brighter in an episode was covered or unplugged
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (h, w, 3) -> (*size, 3), antialiased; the cache and inference both use it. The aspect ratio may change."""
-    if image.shape[:2] == tuple(size):
-        return image
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 class Video:

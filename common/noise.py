@@ -1,0 +1,65 @@
+"""Random tensors keyed by (seed, step, row): the same for any number of processes, and after a resume."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """Random tensors of one micro-step, drawn for the whole batch of all processes; each process takes its rows.
+
+    So one process and N processes train the same run, and a resumed run needs no saved generator state. Without a key
+    the numbers follow torch's global generator.
+    """
+
+    def __init__(self, *key, rank=0, world=1, device="cpu"):
+        self.rank, self.world = rank, world
+        key = key or (torch.randint(2**62, ()).item(),)
+        self.generator = torch.Generator(device).manual_seed(seed_of(*key))
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._rows(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._rows(torch.rand, shape)
+
+    def _rows(self, draw, shape):
+        drawn = draw(
+            shape[0] * self.world,
+            *shape[1:],
+            generator=self.generator,
+            device=self.generator.device,
+        )
+        return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
+
+
+class RowNoise:
+    """Noise whose row i depends on keys[i] alone: a batch of episodes gets what each would get by itself."""
+
+    def __init__(self, keys, device="cpu"):
+        self.rows = [Noise(*key, device=device) for key in keys]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.cat([row.normal(1, *shape[1:]) for row in self.rows])
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.cat([row.uniform(1, *shape[1:]) for row in self.rows])
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed from any printable key, the same in every process and Python version."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
+def hashed_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
+    """(len(index), count) numbers in [0, 1), each a function of (seed, index, column) alone: splitmix64."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) + (
+            index.astype(np.uint64)[:, None] * np.uint64(count)
+            + np.arange(1, count + 1, dtype=np.uint64)
+        ) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
