@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from common import config, flow, optim, run, schema
 from common.config import ConfigError, key
@@ -20,6 +19,7 @@ from common.distributions import Codes, check, nearest
 from common.losses import camera_drop, given_prefix, kot, linear_path, masked_mse, sample_time
 from common.noise import Noise
 from common.parts import Memory, first_camera
+from common.policy import ActionPolicy
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Config:
     seed: int = key(0, "weights, order, noise")
 
 
-class Policy(nn.Module):
+class Policy(ActionPolicy):
     """Components: backbone(s), info_encoder or proprio_projector, action_decoder, vqvae_posterior, vqvae_codebook (with
     null tokens) and vqvae_prior."""
 
@@ -149,7 +149,7 @@ class Policy(nn.Module):
         check(posterior, prior, self.codebook.codes)
         if self.codebook.null_tokens != posterior.size[0]:
             found = f"null_tokens: {self.codebook.null_tokens}"
-            raise ValueError(
+            raise ConfigError(
                 f"vqvae_codebook has {found}, the posterior has {posterior.size[0]} tokens: make them equal"
             )
         code = self.codebook(posterior.tokens, noise if self.training else None)
@@ -215,7 +215,7 @@ class Policy(nn.Module):
 
     def after_step(self, job):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
-        optim.follow(
+        optim.update_slow_copy(
             self.slow_posterior, self.parts["vqvae_posterior"], self.loss.posterior_ema, job.step
         )
         due = (
@@ -235,12 +235,12 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
     job.resume(
         policy, optimizers, average
     )  # the newest checkpoint of train.save_dir, if there is one
@@ -249,7 +249,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from common import config, flow, optim, run, schema
 from common.config import key
 from common.losses import camera_drop, given_prefix, linear_path, masked_mse, sample_time
+from common.policy import ActionPolicy
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config:
     seed: int = key(0, "weights, order, noise")
 
 
-class Policy(nn.Module):
+class Policy(ActionPolicy):
     """Components: backbone(s), info_embedder, action_decoder."""
 
     def __init__(self, parts, stats, cfg):
@@ -101,12 +101,12 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
     job.resume(
         policy, optimizers, average
     )  # the newest checkpoint of train.save_dir, if there is one
@@ -115,7 +115,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)

@@ -141,7 +141,7 @@ class Policy(nn.Module):
 
     def after_step(self, job):
         """After each optimizer step: pictures now and then."""
-        if job.main and (job.step % self.every == 0 or job.step == job.total):
+        if job.is_main and (job.step % self.every == 0 or job.step == job.total):
             with job.average.applied():
                 self.draw(job.data, job.folder / f"reconstructions/step_{job.step}.png")
 
@@ -228,12 +228,12 @@ def main(argv=None):
         job.data.windows, cfg.scoring, cfg.seed
     )  # what cannot be scored need not be trained on
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
     job.resume(
         policy, optimizers, average
     )  # the newest checkpoint of train.save_dir, if there is one
@@ -242,7 +242,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)
@@ -259,7 +259,7 @@ def main(argv=None):
 
 def scored(job):
     """Scores with the settings as they are now, where it was trained to its end; 0."""
-    if job.main and job.step >= job.total and job.signal is None:
+    if job.is_main and job.step >= job.total and job.signal is None:
         score(job.folder, job.device, job.cfg)
     return 0
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from common import config, flow, losses, optim, run, schema
 from common.blocks.moe import check_mixture, choose
@@ -20,6 +19,7 @@ from common.config import key
 from common.distributions import Codes, Gaussian, check, nearest
 from common.noise import Noise
 from common.parts import Memory, first_camera
+from common.policy import ActionPolicy
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Config:
     seed: int = key(0, "weights, order, noise")
 
 
-class Policy(nn.Module):
+class Policy(ActionPolicy):
     """Components: backbone(s), info_embedder, what the latent is made of, and what decodes it.
 
     A continuous latent: vae_posterior and vae_prior (Gaussian, flow or point). A discrete one: vqvae_posterior,
@@ -253,7 +253,7 @@ class Policy(nn.Module):
         """After each optimizer step: the slow posterior follows; codes that are hardly used move."""
         if self.loss.posterior_ema:
             own = self.parts[f"{self.kind}_posterior"]
-            optim.follow(self.slow_posterior, own, self.loss.posterior_ema, job.step)
+            optim.update_slow_copy(self.slow_posterior, own, self.loss.posterior_ema, job.step)
         if self.kind == "vqvae":
             due = (
                 job.step % self.loss.revive_every == 0
@@ -267,12 +267,12 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
     job.resume(
         policy, optimizers, average
     )  # the newest checkpoint of train.save_dir, if there is one
@@ -281,7 +281,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)

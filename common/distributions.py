@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import flow
 from common.blocks.embed import sincos
+from common.config import ConfigError
 from common.losses import linear_path, sample_time
 
 
@@ -194,14 +195,14 @@ def check(posterior, prior, codes: Tensor | None = None):
     for role, given, kinds in zip(("posterior", "prior"), (posterior, prior), fit, strict=True):
         if type(given) not in kinds:
             heads = " or ".join(DISTRIBUTIONS[kind] for kind in kinds)
-            raise ValueError(
+            raise ConfigError(
                 f"the {role}'s head is {DISTRIBUTIONS.get(type(given))}; {beside} it must be {heads}"
             )
     tokens, dims = posterior.size
     expected = (tokens, len(codes)) if isinstance(prior, Codes) else (tokens, dims)
     if prior.size != expected:
-        raise ValueError(
+        raise ConfigError(
             f"the prior has (tokens, size) {prior.size}; posterior and codebook need {expected}"
         )
     if codes is not None and codes.shape[1] != dims:
-        raise ValueError(f"the posterior's latent_dim is {dims}, the codebook's {codes.shape[1]}")
+        raise ConfigError(f"the posterior's latent_dim is {dims}, the codebook's {codes.shape[1]}")

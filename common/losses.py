@@ -4,6 +4,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from common.config import ConfigError
 from common.noise import Noise
 
 
@@ -39,7 +40,9 @@ def given_prefix(u: Tensor, horizon: int, longest: int) -> Tensor:
     Chunks that continue given actions (Black et al. 2025, arXiv:2512.05964: training-time real-time chunking).
     """
     if longest >= horizon:
-        raise ValueError(f"loss.prefix {longest} may leave nothing of a chunk of {horizon} actions")
+        raise ConfigError(
+            f"loss.prefix {longest} may leave nothing of a chunk of {horizon} actions"
+        )
     return torch.arange(horizon, device=u.device) < (u * (longest + 1)).floor()[..., None]
 
 

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from common.config import ConfigError
+
 
 def sincos(positions: Tensor, dim: int, longest=10_000.0, shortest=2 * math.pi) -> Tensor:
     """positions (...) -> (..., dim): sines and cosines with `dim / 2` periods, geometric from shortest to longest."""
@@ -24,7 +26,7 @@ def with_positions(tokens: Tensor) -> Tensor:
 def known_prefix(built):
     """The part of a decoder that reads which actions are given; raises where it was built without."""
     if built is None:
-        raise ValueError(
+        raise ConfigError(
             "given the first actions of a chunk (loss.prefix), but built without `prefix: true`"
         )
     return built

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.blocks.embed import known_prefix, sincos
 from common.build import block
+from common.config import ConfigError
 from common.distributions import latent_head
 
 
@@ -35,7 +36,7 @@ class Sum(nn.Module):
     def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None, action=None) -> Tensor:
         if not len(cond_visual) == len(cond_semantic) == len(self.visual):
             found = f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given"
-            raise ValueError(f"{found}, built for {len(self.visual)} cameras")
+            raise ConfigError(f"{found}, built for {len(self.visual)} cameras")
         x = self.proprio(cond_proprio.flatten(1))
         for i, (project, grid, project_semantic, semantic) in enumerate(
             zip(self.visual, cond_visual, self.semantic, cond_semantic, strict=True)

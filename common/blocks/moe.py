@@ -53,7 +53,7 @@ def check_mixture(parts):
 def choose(logits: Tensor, k: int) -> tuple[dict[str, Tensor], Tensor]:
     """Logits (B, E) -> {"experts": the k best (B, k)}, as decoders take it, and weights (B, k) that sum to 1."""
     if k > logits.shape[1]:
-        raise ValueError(
+        raise ConfigError(
             f"{k} experts asked for (loss.top_k, sampling.experts), of {logits.shape[1]}"
         )
     best, experts = logits.topk(k)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.blocks.embed import known_prefix, sincos, with_positions
 from common.build import block
+from common.config import ConfigError
 from common.distributions import latent_head
 
 
@@ -99,7 +100,7 @@ class MultimodalBridge(nn.Module):
         projectors = [*self.visual, *self.semantic]
         inputs = [*cond_visual, *cond_semantic]
         if len(inputs) != len(projectors):
-            raise ValueError(
+            raise ConfigError(
                 f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given, "
                 f"built for {len(self.visual)} and {len(self.semantic)}"
             )

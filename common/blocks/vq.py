@@ -81,7 +81,7 @@ class Codebook(nn.Module):
             )
         elif first and self.codes.requires_grad:
             self.codes.copy_(centres(z_e, len(self.codes)))
-            optim.forget(optimizers, average, self.codes, slice(None))
+            optim.reset_rows(optimizers, average, self.codes, slice(None))
         elif noise is not None and self.codes.requires_grad and dead.any():
             dead = dead.nonzero()[:, 0]
             error = (z_e - self.codes[indices]).square().sum(-1) + 1e-12  # all may be 0
@@ -90,7 +90,7 @@ class Codebook(nn.Module):
             ]
             self.codes[dead] = chosen + 0.01 * noise.normal(*chosen.shape)
             self.usage[dead] = 1 / len(self.codes)
-            optim.forget(optimizers, average, self.codes, dead)
+            optim.reset_rows(optimizers, average, self.codes, dead)
         self.seen.clear()
 
 
