@@ -14,12 +14,13 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import train_cfg_vqvae
 import train_flow_matching
 import train_mi
 import train_vfp
-from common import checkpoint, run
+from common import checkpoint, legacy, run
 from common.config import UserError
 from common.data.loader import to_device
 from common.log import Log
@@ -391,6 +392,93 @@ def two_saves(experiment, capsys):
     exp.main("train.save_every_steps=3", "train.total_steps=6")
     capsys.readouterr()
     return exp
+
+
+def test_epochs_need_no_numbers(experiment):
+    """null: no limit by epochs, no checkpoint and no held-out loss at their ends."""
+    exp = experiment()
+    exp.main("train.epoch=null", "train.total_steps=11", "train.save_every=null")
+    assert list(exp.log("val/loss")) == [10]
+    assert list(checkpoint.steps(exp.save_dir).values()) == [11]
+    exp.main("train.epoch=1", "train.val_every=null", f"train.save_dir={exp.folder / 'other'}")
+    assert not exp.log("val/loss", exp.folder / "other")
+    assert exp.job.step == 10
+
+
+def make_old(folder, config=None):
+    """Write meta.json of a checkpoint as the first version would."""
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta.pop("format") == 2
+    del meta["sha256"]
+    meta["config"] |= config or {}
+    digest = checkpoint._digest(meta)
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest}))
+    return meta
+
+
+def test_a_checkpoint_without_a_format_is_opened_and_resumed(experiment):
+    exp = experiment()
+    exp.stop_at(3)
+    make_old(exp.save_dir / "step_3")
+    opened, cfg = checkpoint.open_policy(exp.save_dir)
+    assert cfg.loss == exp.job.cfg.loss
+    assert opened.parts.keys() == exp.job.policy.parts.keys()
+    exp.main("train.total_steps=4")
+    assert exp.job.step == 4
+    assert exp.meta("step_4")["format"] == 2
+
+
+def test_old_keys_and_scripts_are_translated():
+    flow = {"target": "x1", "draws": 2, "camera_dropout": 0.1, "prefix": 0}
+    codes = {"commitment": 0.5, "posterior_ema": 0.9, "revive_every": 7, "revive_until": 0.5}
+    codes |= {"sinkhorn": None}
+    latent = {"kl": 2.0, "balance": 0.7, "free_nats": 0.1}
+    experts = {"top_k": 2, "sigma": None, "load_balance": 0.1, "router_z": 0.2}
+    old_vfp = flow | codes | latent | experts | {"kl_ramp": 0.3}
+
+    def translate(script, loss, *components):
+        config = {"loss": loss, "sampling": {"experts": 2}, "seed": 3}
+        meta = {"script": script, "config": config, "components": dict.fromkeys(components)}
+        now = legacy.translated(meta)
+        assert legacy.translated({**meta, "format": 2}) == {**meta, "format": 2}
+        assert meta["config"]["loss"] is loss  # not changed in place
+        return now["script"], now["config"]
+
+    assert translate("train_flow_matching.py", flow)[1]["loss"] == flow
+    script, config = translate("train_vfp.py", old_vfp, "vae_posterior")
+    assert (script, config["seed"]) == ("train_vfp.py", 3)
+    assert config["loss"] == flow | latent | {"kl_warmup": 0.3, "sinkhorn": None}
+    assert "sampling" not in config
+    script, config = translate("train_vfp.py", old_vfp, "vqvae_posterior", "gate")
+    fixed = {"kmeans_start": False, "label_smoothing": 0.0, "prior": 1.0}
+    assert script == "train_vfp_moe.py"
+    assert config["loss"] == flow | codes | experts | fixed
+    assert config["sampling"] == {"experts": 2}
+    with pytest.raises(UserError, match="train again with configs/cfg_vqvae_flow_matching"):
+        translate("train_vfp.py", old_vfp, "vqvae_posterior")
+    old = flow | codes | {"null": 0.2, "null_from": 0.1, "prior": 2.0, "smoothing": 0.3}
+    new = {"cond_drop_prob": 0.2, "cond_drop_from": 0.1, "label_smoothing": 0.3, "prior": 2.0}
+    script, config = translate("train_cfg_vqvae.py", old, "vqvae_posterior")
+    assert config["loss"] == flow | codes | new | {"kmeans_start": True}
+    assert translate("/home/me/train_mine.py", old_vfp, "gate")[1]["loss"] == old_vfp
+    assert translate("train_mi.py", {"picture": 1.0})[1]["loss"] == {"picture": 1.0}
+
+
+def test_a_state_that_the_policy_has_no_place_for_is_not_dropped(experiment, monkeypatch):
+    exp = experiment("train_cfg_vqvae")
+    exp.stop_at(3)
+    init = train_cfg_vqvae.Policy.__init__
+
+    def renamed(policy, *args):
+        init(policy, *args)
+        monkeypatch.setattr(policy, "after_step", lambda job: None)
+        policy.__class__ = type("Policy", (train_cfg_vqvae.Policy,), {"train": nn.Module.train})
+        policy.other_posterior = policy._modules.pop("slow_posterior")
+
+    monkeypatch.setattr(train_cfg_vqvae.Policy, "__init__", renamed)
+    monkeypatch.setattr(run.Run, "preflight", lambda job, policy: None)
+    with pytest.raises(UserError, match=r"other.safetensors holds slow_posterior.*start a new run"):
+        exp.main()
 
 
 @pytest.mark.parametrize(
