@@ -26,7 +26,7 @@ from common.config import UserError, key
 from common.data import scores
 from common.data.images import IMAGE
 from common.data.loader import Data, to_device
-from common.losses import masked_mse, ramp, unit_kl
+from common.losses import masked_mse, unit_kl, warmup
 
 
 @dataclass
@@ -98,9 +98,9 @@ class Policy(nn.Module):
         state_kl, action_kl = unit_kl(state), unit_kl(action)
         terms = {
             "proprio": F.mse_loss(seen, proprio),
-            "action": masked_mse(chunk[:, None], x1[:, None], batch["action_is_pad"]),
+            "action": masked_mse(chunk, x1, batch["action_is_pad"]),
         }
-        warm = ramp(batch["progress"], self.loss.warmup)
+        warm = warmup(batch["progress"], self.loss.warmup)
         loss = sum(terms.values()) + warm * self.loss.state_beta / seen[0].numel() * state_kl
         loss = loss + warm * self.loss.action_beta / chunk[0].numel() * action_kl
         if self.cameras:
@@ -228,7 +228,7 @@ def main(argv=None):
         job.data.windows, cfg.scoring, cfg.seed
     )  # what cannot be scored need not be trained on
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
@@ -242,7 +242,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)

@@ -207,3 +207,17 @@ class Sinkhorn:
     blur: float = key(0.05, "entropic regularisation as a share of the median cost")
     iterations: int = key(100, "of the annealed Sinkhorn solver")
     solver: Literal["sinkhorn", "exact"] = key("sinkhorn", "exact: optimal assignment on the host")
+
+
+@dataclass
+class FlowLoss:
+    """Keys of `loss` that all flow-matching policies share."""
+
+    target: Literal["velocity", "x1"] = key(
+        "velocity", "what the decoder predicts; it is converted when sampling"
+    )
+    draws: int = key(1, "noise and time draws per observation, which is encoded once", low=1)
+    camera_dropout: float = key(0.15, "probability that a sample loses a camera", low=0, high=1)
+    prefix: int = key(
+        0, "longest given prefix of a chunk in training, for real-time chunking; 0: none", low=0
+    )
