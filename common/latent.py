@@ -62,7 +62,7 @@ class CodePolicy(ActionPolicy):
         parts.require("vqvae_posterior", "vqvae_codebook", "vqvae_prior")
         self.slow_posterior = None
         if self.weights.posterior_ema is not None:
-            self.slow_posterior = optim.slow_copy(parts["vqvae_posterior"])
+            self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")
 
     def train(self, mode: bool = True) -> "CodePolicy":
         super().train(mode)
