@@ -22,17 +22,13 @@ from tqdm import tqdm
 from common import metrics, plots, run
 from common.checkpoint import newest, open_policy, read_meta
 from common.config import UserError, nearest
+from common.data.generated import locate
 from common.data.images import IMAGE, resize
-from common.data.loader import Data, locate, to_device
+from common.data.loader import Data, to_device
+from common.envs.registry import ENVIRONMENTS
 from common.flow import Execution
 from common.noise import RowNoise
 
-ENVIRONMENTS = {  # a module that registers it, and its id: so does gymnasium name any other
-    "tabletop": "common.envs.tabletop:Tabletop-v0",
-    "tabletop-hard": "common.envs.tabletop_hard:TabletopHard-v0",
-    "avoid": "common.envs.avoid:Avoid-v0",
-    "avoid-skewed": "common.envs.avoid:AvoidSkewed-v0",
-}
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 
 
@@ -226,7 +222,7 @@ def rollout(policy, cfg, args, make, seeds, nfe, film, timed, bar):
         actions = robots.next(active)
         look = bool(cfg.data.cameras) and -robots.tick % args.execute < cfg.data.obs_images_history
         for i, action in zip(list(active), actions, strict=True):
-            envs[i].unwrapped.look = look
+            envs[i].unwrapped.render_observations = look
             observation, _, terminated, truncated, info = envs[i].step(action)
             note(i, observation, info)
             truncated = truncated or robots.tick == args.max_steps
