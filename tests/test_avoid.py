@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 import evaluate
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data
-from common.envs import avoid
+from common.envs import avoid, registry  # noqa: F401 (gymnasium ids)
 from common.envs.avoid import (
     Avoid,
     AvoidSkewed,

@@ -91,9 +91,9 @@ def test_tabletop_s_demonstrations_succeed_and_repeat(tmp_path):
         ["expert"] * 6 + ["jittered", "paused", "detoured"]
     )
     expert = [
-        tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), look=False) for seed in range(9)
+        tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), render=False) for seed in range(9)
     ]
     for seed, (quality, state, action) in enumerate(made):
         assert np.array_equal(action, expert[seed]["action"]) == (quality == "expert")
-        again = tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), action, look=False)
+        again = tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), action, render=False)
         np.testing.assert_array_equal(again["observation.state"], state)  # None if it had failed

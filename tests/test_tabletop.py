@@ -7,17 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from gymnasium.utils.env_checker import check_env
+from helpers import carry, pinhole, still
 
-from common.envs import tabletop
+from common.envs import geometry, registry, tabletop  # noqa: F401 (gymnasium ids)
 from common.envs.tabletop import CAMERAS, Expert, Tabletop, generate
 
 OPEN, CLOSED = 0.0, 1.0
-
-
-def still(env, grip=None):
-    """The action that holds the grippers where they are, at `grip` or the present one."""
-    grips = env.grips if grip is None else np.full(2, grip)
-    return np.column_stack([env.grippers, grips]).ravel()
 
 
 def arranged(
@@ -25,7 +20,7 @@ def arranged(
 ):
     """A situation set by hand, without pictures."""
     env = Tabletop()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     env.bar, env.goal, env.pillars = np.array(bar, float), np.array(goal), np.array([pillar], float)
     env.grippers = np.array(bar if grippers is None else grippers, float)
@@ -34,30 +29,15 @@ def arranged(
     return env
 
 
-def carry(env, *centres, angle=0.0, steps=30):
-    """Move the held bar in straight lines through `centres` at a fixed angle; the last step's result."""
-    half = env.bar_length / 2 * np.array([np.cos(angle), np.sin(angle)])
-    for centre in centres:
-        start = env.grippers.mean(0)
-        for share in np.linspace(0, 1, steps + 1)[1:]:
-            middle = start + share * (np.array(centre) - start)
-            result = env.step([*(middle - half), CLOSED, *(middle + half), CLOSED])
-            if result[2] or result[3]:
-                return result
-    return result
-
-
-def play(seed, mode, look=False, size=(96, 96)):
+def play(seed, mode, render=False, size=(96, 96)):
     """(states, actions, info) of an expert's episode."""
     env = Tabletop(size)
-    env.look = look
+    env.render_observations = render
     observation, info = env.reset(seed=seed)
-    expert, states, actions, done = (
-        Expert(env, mode, np.random.default_rng([seed, 1])),
-        [],
-        [],
-        False,
-    )
+    expert = Expert(env, mode, np.random.default_rng([seed, 1]))
+    states = []
+    actions = []
+    done = False
     while not done:
         states.append(observation["observation.state"])
         actions.append(expert())
@@ -83,16 +63,17 @@ def test_seed_decides_everything():
         np.testing.assert_array_equal(a, b)
 
 
-def test_look_changes_only_what_is_returned():
+def test_rendering_changes_only_what_is_returned():
     wrapped = gymnasium.make("Tabletop-v0", image_size=(48, 48))
     env = wrapped.unwrapped
-    env.look = False
+    env.render_observations = False
     assert list(wrapped.reset(seed=0)[0]) == ["observation.state"]
     assert list(wrapped.step(still(env))[0]) == ["observation.state"]
+    env.render_observations = True
     assert env.observe() in env.observation_space
-    for a, b in zip(
-        play(2, "right")[:2], play(2, "right", look=True, size=(48, 48))[:2], strict=True
-    ):
+    blind = play(2, "right")
+    seeing = play(2, "right", render=True, size=(48, 48))
+    for a, b in zip(blind[:2], seeing[:2], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -253,16 +234,6 @@ def test_expert_succeeds_on_both_sides():
     assert 70 < drawn.count("left") < 130
 
 
-def pinhole(point, position, target, focal, size):
-    """Pixel of a world point by angles: yaw, then pitch. Written without tabletop.camera()."""
-    dx, dy, dz = np.subtract(target, position)
-    yaw, pitch = np.arctan2(dx, dy), np.arctan2(-dz, np.hypot(dx, dy))
-    x, y, z = np.subtract(point, position)
-    x, y = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
-    y, z = y * np.cos(pitch) - z * np.sin(pitch), y * np.sin(pitch) + z * np.cos(pitch)
-    return size[1] / 2 + focal * size[0] * x / y, size[0] / 2 - focal * size[0] * z / y
-
-
 @pytest.mark.parametrize("size", [(384, 384), (320, 480)])
 def test_things_have_their_colour_where_they_project(size):
     env = Tabletop(size)
@@ -372,7 +343,7 @@ def test_mirrored_world_gives_mirrored_pictures():
 def test_no_camera_sees_the_horizon():
     for size in ((96, 96), (96, 256)):
         env = Tabletop(size)
-        env.look = False
+        env.render_observations = False
         env.reset(seed=0)
         for env.grippers in (
             np.array([[-0.5, -0.4], [0.5, 0.4]]),
@@ -386,14 +357,14 @@ def test_no_camera_sees_the_horizon():
 
 def test_polygons_behind_the_camera_are_clipped():
     points = np.array([[0.0, 0, 1], [1, 0, 1], [1, 1, -1], [0, 1, -1]])
-    kept = tabletop.clip_near(points, near=0.5)
+    kept = geometry.clip_near(points, near=0.5)
     np.testing.assert_allclose(kept, [[0, 0, 1], [1, 0, 1], [1, 0.25, 0.5], [0, 0.25, 0.5]])
-    assert tabletop.clip_near(points - [0, 0, 2]).shape == (0, 3)
+    assert geometry.clip_near(points - [0, 0, 2]).shape == (0, 3)
 
 
 def test_generated_actions_replay_to_success(tmp_path):
     root = tmp_path / "demos"
-    generate(root, episodes=3, seed=0, image_size=(48, 48))
+    generate(root, episodes=3, image_size=(48, 48))
     info = json.loads((root / "meta/info.json").read_text())
     assert (info["total_episodes"], info["fps"], info["robot_type"]) == (3, 20, "tabletop")
     table = pq.read_table(next(Path(root).glob("data/**/*.parquet"))).to_pydict()
@@ -402,7 +373,7 @@ def test_generated_actions_replay_to_success(tmp_path):
     for episode in range(3):  # no seed up to here fails, so episode i is reset seed i
         rows = np.flatnonzero(episode_index == episode)
         env = Tabletop()
-        env.look = False
+        env.render_observations = False
         observation, _ = env.reset(seed=episode)
         for row in rows:
             np.testing.assert_array_equal(observation["observation.state"], states[row])
