@@ -12,7 +12,7 @@ def still(env, grip=None):
 
 
 def carry(env, *centres, angle=0.0, steps=30):
-    """Move the held bar in straight lines through `centres` at a fixed angle; the last step's result."""
+    """Move the held bar through `centres` in straight lines at one angle; the last result."""
     half = env.bar_length / 2 * np.array([np.cos(angle), np.sin(angle)])
     for centre in centres:
         start = env.grippers.mean(0)

@@ -148,12 +148,11 @@ def test_dropped_when_stretched_by_8_cm(stretch, drops):
 
 @pytest.mark.parametrize(("gap", "touches"), [(0.001, False), (-0.001, True)])
 def test_pillar_contact(gap, touches):
-    bar_reach = (
-        Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap
-    )  # the bar's side, held level below the pillar
+    # The bar's side, held level below the pillar.
+    bar_reach = Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap
     gripper_reach = Tabletop.pillar_radius + tabletop.GRIPPER_RADIUS + gap
     side_on = arranged(bar=((-0.12, -bar_reach), (0.12, -bar_reach)), held=True)
-    # An end on points at the pillar: the gripper on it is rounder than the bar, so it touches first.
+    # A bar that points at the pillar: its gripper is rounder, so it touches first.
     end_on = arranged(bar=((-gripper_reach - 0.24, 0), (-gripper_reach, 0)), held=True)
     empty = arranged(grippers=((-0.3, -0.3), (0.8 * gripper_reach, 0.6 * gripper_reach)))
     for env in (side_on, end_on, empty):
@@ -205,7 +204,7 @@ def test_mode_is_the_side_of_the_last_passage():
     assert carry(env, (-0.22, -0.2), (-0.22, -0.01))[4]["mode"] is None
     assert carry(env, (-0.22, 0.01))[4]["mode"] == "left"
     env.max_steps = 500
-    # Back down, across below the pillar and up on the other side: the passage that counts is the last one upwards.
+    # Back down, across below the pillar and up on the other side: the last passage upwards counts.
     assert carry(env, (-0.22, -0.2), (0.22, -0.2))[4]["mode"] == "left"
     info = carry(env, (0.22, 0.2))[4]
     assert (info["mode"], info["failure"]) == ("right", None)
@@ -249,10 +248,8 @@ def test_things_have_their_colour_where_they_project(size):
             heading = (at - (x, -0.62)) / np.linalg.norm(at - (x, -0.62))
             views[name] = ((*(at - 0.08 * heading), 0.2), (*(at + 0.1 * heading), 0), 0.72)
             side = np.array([heading[1], -heading[0]])
-            for sign in (
-                -1,
-                1,
-            ):  # hand to the left and right of its fingers, and the tips of the open fingers
+            # The hand to the left and right of its fingers, and the tips of the open fingers.
+            for sign in (-1, 1):
                 palm = at - 0.05 * heading + sign * 0.04 * side
                 points.append(
                     ((*palm, 0.03), tabletop.LEFT if x < 0 else tabletop.RIGHT, True, name)
@@ -280,7 +277,7 @@ def test_things_have_their_colour_where_they_project(size):
         for name, (position, target, focal) in views.items():
             for point, colour, same, owner in points:
                 u, v = pinhole(point, position, target, focal, size)
-                # A wrist camera sees the other hand from the side; its own covers the lower part of the picture.
+                # A wrist camera sees the other hand from the side; its own covers the lower part.
                 covered = name != "cam_head" and (
                     owner not in (name, None) or (owner is None and v > 0.62 * size[0])
                 )
@@ -301,13 +298,8 @@ def test_table_has_squares_of_10_cm_and_its_tint():
     env = Tabletop((192, 192))
     picture = env.reset(seed=0)[0]["observation.images.cam_head"]
     shades = np.clip(tabletop.WOOD * env.tint, 0, 255)
-    for column, row in [
-        (1, 3),
-        (2, 3),
-        (7, 3),
-        (8, 3),
-        *((column, 5) for column in range(1, 9)),
-    ]:  # bare squares
+    bare = [(1, 3), (2, 3), (7, 3), (8, 3), *((column, 5) for column in range(1, 9))]
+    for column, row in bare:
         u, v = pinhole(
             (0.1 * column - 0.45, 0.1 * row - 0.35, 0),
             (0, -0.5, 1),

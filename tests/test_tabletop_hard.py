@@ -218,9 +218,8 @@ def test_a_fast_gripper_does_not_skip_what_it_touches_between_two_steps():
         x, y = env.pillars[0]
         env.grippers = np.array([(x - 0.035, y - reach), (0.4, -0.3)])
         assert env.step(still(env))[4]["failure"] is None
-        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[
-            4
-        ]  # 5 cm from the pillar's middle only on the way
+        # 5 cm from the pillar's middle only on the way.
+        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[4]
         assert info["failure"] == ("pillar" if touches else None)
 
 
@@ -329,9 +328,8 @@ def test_dataset_is_read_back(tmp_path):
                 np.abs(sample[key][0].permute(1, 2, 0).numpy().astype(float) - first[key]).mean()
                 < 12
             )
-        actions = sample["action"][
-            0, ~sample["action_is_pad"][0]
-        ].numpy()  # one chunk is the whole episode
+        # One chunk is the whole episode.
+        actions = sample["action"][0, ~sample["action_is_pad"][0]].numpy()
         assert len(actions) == len(data.windows.rows([episode]))
         env.render_observations = False
         _, info = replay(env, actions)

@@ -215,7 +215,7 @@ class Avoid(gymnasium.Env):
 class AvoidSkewed(Avoid):
     """The same world; mode k is demonstrated with a frequency of exp(-k / 6), in whole episodes."""
 
-    ENDS = np.cumsum(np.exp(-np.arange(len(Avoid.MODES)) / 6))
+    ENDS = np.cumsum(np.exp(-np.arange(len(Avoid.MODES)) / 6))  # of the modes' shares, unscaled
     COUNTS = tuple(
         np.diff(np.round(DEMONSTRATIONS * ENDS / ENDS[-1]), prepend=0).astype(int).tolist()
     )

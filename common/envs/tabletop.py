@@ -130,9 +130,8 @@ class Tabletop(gymnasium.Env):
         self.grips = np.zeros(2)
         self.held = np.zeros(2, bool)
         self.grasped = False  # whether both grippers ever held the bar
-        self.sides = np.zeros(
-            len(self.pillars), int
-        )  # of each pillar, last passed: -1 left, 1 right
+        # The side on which the bar's middle last passed each pillar: -1 left, 1 right, 0 not yet.
+        self.sides = np.zeros(len(self.pillars), int)
         self.steps = 0
         self.success = False
         self.failure = None
@@ -177,16 +176,16 @@ class Tabletop(gymnasium.Env):
         if self.held.any():
             if self.held.all():
                 span = self.grippers[1] - self.grippers[0]
-                distance = length(span)
-                if abs(distance - self.bar_length) >= self.stretch_limit:
+                if abs(length(span) - self.bar_length) >= self.stretch_limit:
                     return "dropped"
+                bar = span / length(span) * self.bar_length
                 middle = self.grippers.mean(0)
             else:  # the free end trails behind the held one
-                first = int(self.held[1])
-                span = (self.bar[1 - first] - self.grippers[first]) * (1 - 2 * first)
-                distance = length(span)
-                middle = self.grippers[first] + span / distance * self.bar_length * (0.5 - first)
-            half = span / distance * self.bar_length / 2
+                end = int(self.held[1])
+                span = (self.bar[1 - end] - self.grippers[end]) * (1 - 2 * end)
+                bar = span / length(span) * self.bar_length
+                middle = self.grippers[end] + bar * (0.5 - end)
+            half = bar / 2
             _, before = self.bar.mean(0)
             self.bar = np.array([middle - half, middle + half])
             x, after = self.bar.mean(0)
