@@ -21,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 from common import information, metrics
 from common.checkpoint import open_policy
 from common.data import scores
+from common.data.generated import locate
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import Data, locate
+from common.data.loader import Data
+from common.envs import registry  # noqa: F401 (for locate)
 from common.envs.mixed import QUALITIES
 
 CONFIG = {"avoid": "avoid/train_closed.yaml", "tabletop": "tabletop/train.yaml"}

@@ -26,6 +26,7 @@ from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.features import jobs
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer
+from common.envs import registry  # noqa: F401 (names of data.root)
 from common.noise import Noise, seed_of
 from common.parts import Parts, build_parts
 from common.plots import draw_curves

@@ -1,51 +1,22 @@
 """Windows of a LeRobot dataset at a fixed rate: samples, their order, statistics, and a batch on the device."""
 
-import fcntl
-import importlib
 import signal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.config import DataError, suggest
+from common.config import DataError
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
+from common.data.generated import locate
 from common.data.images import DRAWS, IMAGE, augmented
-from common.data.lerobot import LeRobotDataset, cache_folder, check, fetch
+from common.data.lerobot import LeRobotDataset, cache_folder, check
 from common.data.normalizer import statistics
 from common.data.order import Order
 from common.data.scores import keep
 from common.data.windows import Windows
 from common.noise import hashed_uniform, seed_of
-
-GENERATED = {  # data.root -> what writes it on first use: module, and function of a folder
-    "tabletop": ("common.envs.tabletop", "generate"),
-    "tabletop-hard": ("common.envs.tabletop_hard", "generate"),
-    "avoid": ("common.envs.avoid", "generate"),
-    "avoid-skewed": ("common.envs.avoid", "generate_skewed"),
-    "avoid-mixed": ("common.envs.mixed", "generate_avoid"),
-    "tabletop-mixed": ("common.envs.mixed", "generate_tabletop"),
-}
-
-
-def locate(root: str):
-    """The folder of data.root: as it is, fetched from the Hub, or generated into the cache folder."""
-    if root not in GENERATED:
-        if "/" not in root:
-            raise DataError(
-                f"data.root: no folder '{root}', and no generated set of that name{suggest(root, GENERATED)}"
-            )
-        return fetch(root)
-    folder = cache_folder() / root
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{root}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            print(f"writing the demonstrations of {root} to {folder}, once")
-            module, write = GENERATED[root]
-            getattr(importlib.import_module(module), write)(folder)
-    return folder
 
 
 class TrainingSet(Dataset):
