@@ -13,6 +13,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,12 @@ class Scoring:
 
 @dataclass
 class Config:
+    components: ClassVar = (
+        "state_resnet34_encoder",
+        "state_resnet34_decoder",
+        "action_encoder",
+        "action_decoder",
+    )
     model: schema.Model = key(
         ..., "components: what they are, how they start, how they are optimised"
     )
@@ -141,7 +148,7 @@ class Policy(nn.Module):
 
     def after_step(self, job):
         """After each optimizer step: pictures now and then."""
-        if job.main and (job.step % self.every == 0 or job.step == job.total):
+        if job.is_main and (job.step % self.every == 0 or job.step == job.total):
             with job.average.applied():
                 self.draw(job.data, job.folder / f"reconstructions/step_{job.step}.png")
 
@@ -228,15 +235,13 @@ def main(argv=None):
         job.data.windows, cfg.scoring, cfg.seed
     )  # what cannot be scored need not be trained on
     policy = Policy(*job.components(), cfg)
-    job.preflight(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: mistakes show now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(
-        policy, optimizers, average
-    )  # the newest checkpoint of train.save_dir, if there is one
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
+    job.resume(policy, optimizers, average)  # from the newest checkpoint, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):
@@ -244,7 +249,7 @@ def main(argv=None):
             job.accelerator.backward(loss)
             job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
-                job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
+                job.clip()  # per component; ends the run here if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)
             for optimizer in optimizers:
                 optimizer.step()
@@ -259,7 +264,7 @@ def main(argv=None):
 
 def scored(job):
     """Scores with the settings as they are now, where it was trained to its end; 0."""
-    if job.main and job.step >= job.total and job.signal is None:
+    if job.is_main and job.step >= job.total and job.signal is None:
         score(job.folder, job.device, job.cfg)
     return 0
 

@@ -8,6 +8,7 @@ resumes. To fork an experiment, copy its config folder; to fork the policy, copy
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,7 @@ class Loss(schema.FlowLoss):
 
 @dataclass
 class Config:
+    components: ClassVar = ("info_embedder", "vae_posterior", "vae_prior", "action_decoder")
     model: schema.Model = key(..., "components: their files, their weights, their optimizers")
     data: schema.Data = key(..., "the demonstrations")
     loss: Loss = key(Loss(), "terms of the objective")
@@ -122,15 +124,13 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
-    job.preflight(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: mistakes show now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
-    job.resume(
-        policy, optimizers, average
-    )  # the newest checkpoint of train.save_dir, if there is one
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
+    job.resume(policy, optimizers, average)  # from the newest checkpoint, if there is one
     model.train()
     for batch in job.batches():
         with job.accelerator.accumulate(model):
@@ -138,7 +138,7 @@ def main(argv=None):
             job.accelerator.backward(loss)
             job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
-                job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
+                job.clip()  # per component; ends the run here if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)
             for optimizer in optimizers:
                 optimizer.step()

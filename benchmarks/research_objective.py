@@ -58,12 +58,12 @@ def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
     policy = Policy(*job.components(), cfg)
-    job.try_out(policy)  # two samples through everything: what does not fit is an error now
+    job.preflight(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:
         return job.dry_run(policy)
     optimizers = optim.build(policy.parts, cfg)
     model, *optimizers = job.accelerator.prepare(policy, *optimizers)
-    average = optim.Average(policy, optimizers, cfg.train.ema)
+    average = optim.AveragedWeights(policy, optimizers, cfg.train.ema)
     job.resume(
         policy, optimizers, average
     )  # the newest checkpoint of train.save_dir, if there is one
@@ -72,7 +72,7 @@ def main(argv=None):
         with job.accelerator.accumulate(model):
             loss, scalars = model(batch)
             job.accelerator.backward(loss)
-            job.note(**scalars)
+            job.log_scalars(**scalars)
             if job.accelerator.sync_gradients:
                 job.clip()  # per component; stops here, before the weights are touched, if anything is not finite
                 job.scalars["lr"] = optim.set_learning_rate(optimizers, job.step, job.total)

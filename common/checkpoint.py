@@ -1,5 +1,6 @@
-"""Checkpoints: one safetensors file per component, written whole or not at all, checked before they are read."""
+"""Checkpoints: one safetensors file per component, written atomically, checked when read."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from common import legacy
 from common.blocks.weights import read_tensors
 from common.build import import_plugins
 from common.config import UserError, Yaml, from_dict
@@ -25,53 +27,26 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def save(folder: Path, policy, optimizers, average, meta: dict):
-    """Write `folder`: component files with the weights to run, statistics, resume/, and meta.json last.
+    """Write `folder`: component files with averaged weights, statistics, resume/, meta.json last.
 
-    Everything goes to `<folder>.tmp` first, synced to disk, then renamed; an existing folder steps aside until then.
-    Raises UserError naming path and free space where the disk refuses; older checkpoints stay as they are.
+    Everything goes to `<folder>.tmp` first, synced to disk, then renamed; an existing folder steps
+    aside until then. Raises UserError with path and free space if the disk refuses; older
+    checkpoints stay as they are.
     """
-    tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    tmp = folder.with_name(folder.name + ".tmp")
+    old = folder.with_name(folder.name + ".old")
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         (tmp / "resume").mkdir(parents=True)
-        averaged = average.weights()
-        for name in policy.parts.trainable():
-            prefix = f"parts.{name}."
-            state = policy.parts[name].state_dict()
-            _write(
-                tmp / f"{name}.safetensors",
-                {key: averaged.get(prefix + key, state[key]) for key in state},
-            )
-        _write(tmp / "dataset_stats.safetensors", policy.stats.state_dict())
-        raw = {name: p for name, p in policy.named_parameters() if name in averaged}
-        held = ("stats.", *(f"parts.{name}." for name in policy.parts))
-        other = {
-            key: value for key, value in policy.state_dict().items() if not key.startswith(held)
+        _write_weights(tmp, policy, average)
+        meta = {
+            "format": legacy.FORMAT,
+            **meta,
+            "frozen": _record_frozen(folder.parent, policy.parts),
+            "schedules": _schedules(optimizers),
+            "optimizers": _write_optimizers(tmp, policy, optimizers),
         }
-        for file, tensors in (("raw", raw), ("other", other)):
-            if tensors:
-                _write(tmp / f"resume/{file}.safetensors", tensors)
-        names = {id(p): name for name, p in policy.named_parameters()}
-        meta = {**meta, "frozen": _record_frozen(folder.parent, policy.parts), "optimizers": []}
-        meta["schedules"] = _schedules(optimizers)
-        for i, optimizer in enumerate(optimizers):
-            state = {
-                f"{names[id(p)]}/{key}": v
-                for p, values in optimizer.state.items()
-                for key, v in values.items()
-            }
-            _write(tmp / f"resume/optimizer_{i}.safetensors", state)
-            meta["optimizers"].append([_progress(group) for group in optimizer.param_groups])
-        files = sorted(file for file in tmp.rglob("*") if file.is_file())
-        meta["files"] = {
-            str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files
-        }
-        with (tmp / "meta.json").open("w") as f:
-            json.dump({**meta, "sha256": _digest(meta)}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        for part in (tmp / "resume", tmp):
-            _sync(part)
+        _write_meta(tmp, meta)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -86,22 +61,62 @@ def save(folder: Path, policy, optimizers, average, meta: dict):
         ) from e
 
 
-def _schedules(optimizers):
-    return {
-        group["component"]: group["schedule"]
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    }
+def _write_weights(tmp, policy, average):
+    averaged = average.weights()
+    for name in policy.parts.trainable():
+        state = policy.parts[name].state_dict()
+        for key in state:
+            state[key] = averaged.get(f"parts.{name}.{key}", state[key])
+        _write(tmp / f"{name}.safetensors", state)
+    _write(tmp / "dataset_stats.safetensors", policy.stats.state_dict())
+    raw = {name: p for name, p in policy.named_parameters() if name in averaged}
+    if raw:
+        _write(tmp / "resume/raw.safetensors", raw)
+    written = ("stats.", *(f"parts.{name}." for name in policy.parts))
+    state = policy.state_dict()
+    other = {key: value for key, value in state.items() if not key.startswith(written)}
+    if other:
+        _write(tmp / "resume/other.safetensors", other)
 
 
-def _progress(group):
-    """What the optimizer itself keeps in a group (schedule-free's counters); settings come from the config."""
+def _write_optimizers(tmp, policy, optimizers):
+    """Write each optimizer's state by parameter name; the counters of its groups."""
+    names = {p: name for name, p in policy.named_parameters()}
+    counters = []
+    for i, optimizer in enumerate(optimizers):
+        tensors = {}
+        for p, state in optimizer.state.items():
+            tensors |= {f"{names[p]}/{key}": value for key, value in state.items()}
+        _write(tmp / f"resume/optimizer_{i}.safetensors", tensors)
+        counters.append([_counters(group) for group in optimizer.param_groups])
+    return counters
+
+
+def _counters(group):
+    """Numbers that the optimizer itself keeps in a group (schedule-free's), without settings."""
     settings = {f.name for f in fields(Optim)} | {"params", "component", "lr", "schedule"}
     return {k: v for k, v in group.items() if k not in settings and isinstance(v, int | float)}
 
 
+def _schedules(optimizers):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {group["component"]: group["schedule"] for group in groups}
+
+
+def _write_meta(tmp, meta):
+    files = sorted(file for file in tmp.rglob("*") if file.is_file())
+    sizes = {str(file.relative_to(tmp)): [file.stat().st_size, sha256(file)] for file in files}
+    meta = {**meta, "files": sizes}
+    with (tmp / "meta.json").open("w") as f:
+        json.dump({**meta, "sha256": _digest(meta)}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    _sync(tmp / "resume")
+    _sync(tmp)
+
+
 def _record_frozen(save_dir, parts):
-    """Frozen components by file and hash; those that no file holds are written once into frozen/."""
+    """Path and hash of each frozen component's file; frozen/ gets those that no file holds."""
     record = {}
     for name in sorted(parts.frozen):
         file = parts.sources.get(name)
@@ -111,17 +126,19 @@ def _record_frozen(save_dir, parts):
                 file.parent.mkdir(exist_ok=True)
                 _write(file.with_suffix(".tmp"), parts[name].state_dict())
                 file.with_suffix(".tmp").rename(file)
-        record[name] = {
-            "path": os.path.relpath(file, save_dir) if file.parent.parent == save_dir else str(file)
-        }
         if name not in parts.hashes:
             parts.hashes[name] = sha256(file)
-        record[name]["sha256"] = parts.hashes[name]
+        beside = file.parent.parent == save_dir
+        path = os.path.relpath(file, save_dir) if beside else str(file)
+        record[name] = {"path": path, "sha256": parts.hashes[name]}
     return record
 
 
 def _frozen_file(folder, name, record, given=None) -> Path:
-    """The file of a frozen component: as given, or as recorded. Raises UserError if it is gone or not the same."""
+    """The file of a frozen component: as given, or as recorded.
+
+    Raises UserError if it is gone or not the same.
+    """
     file = Path(given or folder.parent / record["path"]).expanduser()
     if not file.is_file():
         raise UserError(
@@ -133,10 +150,8 @@ def _frozen_file(folder, name, record, given=None) -> Path:
 
 
 def _write(file, tensors):
-    save_file(
-        {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()},
-        file,
-    )
+    tensors = {k: x.detach().to("cpu", copy=True).contiguous() for k, x in tensors.items()}
+    save_file(tensors, file)
     _sync(file)
 
 
@@ -157,17 +172,15 @@ def _digest(meta: dict) -> str:
 
 def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint. Raises UserError if it is not as it was written."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("sha256") == _digest(meta):
             return meta
-    except (OSError, ValueError, KeyError):
-        pass
     raise UserError(f"{folder}/meta.json is missing or has other content than was written")
 
 
 def steps(save_dir: Path) -> dict[Path, float]:
-    """Checkpoint folders -> their step, oldest first; inf where meta.json, which is written last, is not whole."""
+    """Checkpoint folders -> their step, oldest first; inf if meta.json is damaged or missing."""
     found = {}
     for folder in save_dir.glob("*_*"):
         kind, _, number = folder.name.partition("_")
@@ -180,7 +193,7 @@ def steps(save_dir: Path) -> dict[Path, float]:
 
 
 def damage(folder: Path) -> str | None:
-    """The first file of a checkpoint that is not as meta.json says, with what is wrong."""
+    """The first damaged file of a checkpoint and its damage; None if there is none."""
     try:
         files = read_meta(folder)["files"]
     except UserError as e:
@@ -189,39 +202,35 @@ def damage(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes, {size} were written"
+        found = file.stat().st_size
+        if found != size:
+            return f"{file} has {found} bytes, {size} were written"
         if sha256(file) != digest:
             return f"{file} has other content than was written"
     return None
 
 
 def newest(save_dir: Path) -> Path | None:
-    """The checkpoint with the largest step whose files are all as written; tells of those it passes over.
+    """The undamaged checkpoint with the largest step, or None; warns of later, damaged ones.
 
-    None where there are no checkpoints; raises UserError where all are damaged.
+    Raises UserError if all are damaged.
     """
     problems = []
     for folder in reversed(steps(save_dir)):
         problem = damage(folder)
         if problem is None:
-            print(
-                "".join(f"warning: {text}; {folder.name} is taken instead\n" for text in problems),
-                end="",
-            )
+            for text in problems:
+                print(f"warning: {text}; {folder.name} is taken instead")
             return folder
         problems.append(problem)
     if problems:
-        raise UserError(
-            "\n".join(
-                [*problems, f"{save_dir}: no checkpoint is whole; move them away to begin anew"]
-            )
-        )
+        problems.append(f"{save_dir}: no checkpoint is whole; move them away to begin anew")
+        raise UserError("\n".join(problems))
     return None
 
 
 def repair(save_dir: Path):
-    """Clear what an interrupted save left: half-written folders go, a folder set aside comes back if it is needed."""
+    """Remove folders that an interrupted save left; one that was set aside comes back if needed."""
     for left in save_dir.glob("*_*.tmp"):
         shutil.rmtree(left)
     for left in save_dir.glob("*_*.old"):
@@ -232,71 +241,83 @@ def repair(save_dir: Path):
 
 
 def prune(save_dir: Path, keep_last: int, step: int):
-    """Delete all but the newest `keep_last` checkpoints up to `step`; any later one was damaged and passed over."""
+    """Delete all but the newest `keep_last` checkpoints up to `step`.
+
+    Later ones were damaged when the run resumed: they go as well.
+    """
     found = steps(save_dir)
     kept = [folder for folder, at in found.items() if at <= step][-keep_last:]
     for folder in found.keys() - set(kept):
-        shutil.rmtree(
-            folder.rename(folder.with_name(folder.name + ".tmp"))
-        )  # half deleted, it would look damaged
+        tmp = folder.with_name(folder.name + ".tmp")  # half deleted, a folder would look damaged
+        shutil.rmtree(folder.rename(tmp))
 
 
 def load(folder: Path, policy, optimizers, average) -> dict:
     """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
-    meta, parts, problems = read_meta(folder), policy.parts, []
-    was = {
-        "components": set(meta["components"]),
-        "frozen": set(meta["frozen"]),
-        "shared": {*meta["aliases"].items()},
-    }
-    now = {
-        "components": {*parts, *parts.aliases},
-        "frozen": parts.frozen,
-        "shared": {*parts.aliases.items()},
-    }
-    was["optimizers"], now["optimizers"] = (
-        {*meta["schedules"].items()},
-        {*_schedules(optimizers).items()},
-    )
-    for what in [what for what in now if was[what] != now[what]]:
-        here, there = (sorted(x) or "none" for x in (now[what] - was[what], was[what] - now[what]))
-        problems.append(f"{what}: {there} in the checkpoint, {here} configured")
+    meta = legacy.translated(read_meta(folder))
+    parts = policy.parts
+    problems = _differences(meta, parts, optimizers)
     for name in [] if problems else parts.trainable():
         try:
             load_component(parts[name], folder / f"{name}.safetensors", name)
         except UserError as e:
             problems.append(str(e))
     if problems:
-        advice = "a run keeps its components; for a new one from these weights set train.save_dir and train.load_dir"
-        raise UserError(
-            "\n".join([f"{folder}: not of the run that is configured", *problems, f"    {advice}"])
+        problems.append(
+            "    a run keeps its components; for a new one from these weights set train.save_dir "
+            "and train.load_dir"
         )
+        raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems]))
     policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
         if name not in parts.sources:
             load_component(parts[name], file, name)
-    device = next(policy.parameters()).device
     parameters = dict(policy.named_parameters())
+    raw = folder / "resume/raw.safetensors"
     with torch.no_grad():
-        for name, shadow in average.ema.items():
-            shadow.copy_(parameters[name])
-        if (folder / "resume/raw.safetensors").exists():
-            for name, value in read_tensors(folder / "resume/raw.safetensors").items():
-                parameters[name].copy_(value)
-    if (folder / "resume/other.safetensors").exists():
-        policy.load_state_dict(read_tensors(folder / "resume/other.safetensors"), strict=False)
-    for i, (optimizer, groups) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
+        for name, value in average.ema.items():
+            value.copy_(parameters[name])
+        for name, value in (read_tensors(raw) if raw.exists() else {}).items():
+            parameters[name].copy_(value)
+    other = folder / "resume/other.safetensors"
+    if other.exists():
+        unknown = policy.load_state_dict(read_tensors(other), strict=False).unexpected_keys
+        if unknown:
+            raise UserError(
+                f"{other} holds {', '.join(unknown[:3])}, which this script's policy lacks: resume "
+                "with the version that wrote it, or start a new run with train.load_dir"
+            )
+    for i, (optimizer, counters) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
         for key, value in read_tensors(folder / f"resume/optimizer_{i}.safetensors").items():
             name, _, kind = key.rpartition("/")
-            optimizer.state[parameters[name]][kind] = value.to(device)
-        for group, progress in zip(optimizer.param_groups, groups, strict=True):
-            group.update(progress)
+            p = parameters[name]
+            optimizer.state[p][kind] = value.to(p.device)
+        for group, own in zip(optimizer.param_groups, counters, strict=True):
+            group.update(own)
     return meta
 
 
+def _differences(meta, parts, optimizers):
+    """Differences between the components of a checkpoint and those that are configured."""
+    pairs = {
+        "components": (meta["components"], [*parts, *parts.aliases]),
+        "frozen": (meta["frozen"], parts.frozen),
+        "shared": (meta["aliases"].items(), parts.aliases.items()),
+        "optimizers": (meta["schedules"].items(), _schedules(optimizers).items()),
+    }
+    problems = []
+    for kind, (saved, configured) in pairs.items():
+        only_saved = sorted(set(saved) - set(configured))
+        only_configured = sorted(set(configured) - set(saved))
+        if only_saved or only_configured:
+            there = f"{only_saved or 'none'} in the checkpoint"
+            problems.append(f"{kind}: {there}, {only_configured or 'none'} configured")
+    return problems
+
+
 def load_script(path: str):
-    """The training script of a checkpoint as a module; `path` as saved: beside common/, or absolute."""
+    """The training script of a checkpoint as a module; path: absolute, or beside common/."""
     file = ROOT / path
     if not file.is_file():
         raise UserError(f"{file}: the script that trained this checkpoint is gone")
@@ -309,41 +330,40 @@ def load_script(path: str):
     return module
 
 
-def open_policy(folder: Path, weights: dict[str, Path] | None = None):
-    """(policy, config) of a checkpoint folder, or of the newest one in a run folder, as it was trained.
+def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
+    """(policy, config) of a checkpoint folder, or of the newest one in a run folder.
 
-    weights: frozen component -> where its file is now. A missing or changed file is an error that names it.
+    weights: frozen component -> the file that holds it now. Raises UserError for a missing or
+    changed file.
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         found = newest(folder) if folder.is_dir() else None
         if found is None:
             raise UserError(
-                f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such folders)"
+                f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such "
+                "folders)"
             )
         folder = found
     elif problem := damage(folder):
         raise UserError(f"{problem}; take another checkpoint of this run")
-    meta, weights = read_meta(folder), weights or {}
-    if unknown := sorted(weights.keys() - meta["frozen"]):
-        raise UserError(
-            f"--weights: {unknown} not among the frozen components: {sorted(meta['frozen']) or 'none'}"
-        )
+    meta = legacy.translated(read_meta(folder))
+    frozen = meta["frozen"]
+    weights = weights or {}
+    if unknown := sorted(weights.keys() - frozen.keys()):
+        known = sorted(frozen) or "none"
+        raise UserError(f"--weights: {unknown} not among the frozen components: {known}")
     script = load_script(meta["script"])
     cfg = from_dict(script.Config, meta["config"])
     import_plugins(cfg.plugins)
-    files = {
-        name: _frozen_file(folder, name, record, weights.get(name))
-        for name, record in meta["frozen"].items()
-    }
-    cfg.model.component_build_args = {
-        name: Part(init=files.get(name), freeze=name in files, same_as=meta["aliases"].get(name))
-        for name in meta["components"]
-    }
-    sources = {
-        name: Yaml.parse(text, f"{folder}/meta.json:{name}")
-        for name, text in meta["components"].items()
-    }
+    sources = {}
+    cfg.model.component_build_args = {}
+    for name, text in meta["components"].items():
+        sources[name] = Yaml.parse(text, f"{folder}/meta.json:{name}")
+        part = Part(freeze=name in frozen, same_as=meta["aliases"].get(name))
+        if name in frozen:
+            part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
+        cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
     stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
     return script.Policy(parts, stats, cfg).eval(), cfg

@@ -1,4 +1,4 @@
-"""train.yaml to dataclasses: a YAML file, dotted overrides, and errors that say file, line and key."""
+"""train.yaml to dataclasses: YAML, dotted overrides, errors that name file, line and key."""
 
 import argparse
 import contextlib
@@ -29,18 +29,18 @@ class DataError(UserError, ValueError):
     """A mistake in a dataset."""
 
 
-def nearest(name, known):
-    """The text "; did you mean 'x'?" for the closest of the known names, empty where none is close."""
+def nearest(name, known) -> str:
+    """The text "; did you mean 'x'?" with the closest of the known names, or nothing."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def suggest(name, known):
-    """What nearest() says, or all known names where none is close."""
+def suggest(name, known) -> str:
+    """The text of nearest(), or all known names if none is close."""
     return nearest(name, known) or f"; known: {', '.join(map(str, known)) or 'none'}"
 
 
-def show(value):
+def show(value) -> str:
     """A value as it stands in YAML's flow style, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -50,7 +50,8 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, in which 1e-4 is a number."""
 
 
-_UNIONS, _TAG = (typing.Union, types.UnionType), "tag:yaml.org,2002:"
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = [_TAG + kind for kind in ("null", "bool", "int", "float", "str")]
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 
@@ -58,35 +59,35 @@ _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 class Yaml:
     """One parsed YAML file that knows where each key stands.
 
-    data: plain values (anchors copied), path as the user wrote it, text, and places: path of keys -> the line it
-    stands on, or the text of the command-line override that set it.
+    data: plain values (anchors copied). path: as the user wrote it. text: the file's text.
+    places: path of keys -> its line, or the text of the command-line override that set it.
     """
 
-    def __init__(self, text, path):
-        self.text, self.path, self.places = text, Path(path), {(): 1}
+    def __init__(self, text: str, path: Path | str):
+        self.text = text
+        self.path = Path(path)
+        self.places = {(): 1}
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
-            self.places[()] = (
-                mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
-            ) + 1
-            raise self.error(
-                (), f"not YAML: {getattr(e, 'problem', None) or getattr(e, 'reason', e)}"
-            ) from e
+            line = mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
+            self.places[()] = line + 1
+            problem = getattr(e, "problem", None) or getattr(e, "reason", e)
+            raise self.error((), f"not YAML: {problem}") from e
         self.data = self._value(loader, node, (), ()) if node else None
 
     @classmethod
-    def read(cls, path):
-        """The mapping in a file."""
+    def read(cls, path: Path | str) -> "Yaml":
+        """The mapping in a file. Raises ConfigError if there is none."""
         try:
             return cls.parse(Path(path).read_text(encoding="utf-8"), path)
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}: {getattr(e, 'strerror', 'not UTF-8 text')}") from e
 
     @classmethod
-    def parse(cls, text, path):
+    def parse(cls, text: str, path: Path | str) -> "Yaml":
         """The mapping in text; errors name path."""
         source = cls(text, path)
         if not isinstance(source.data, dict):
@@ -95,104 +96,127 @@ class Yaml:
         return source
 
     def _value(self, loader, node, keys, above):
-        """Plain value of a node. Duplicate keys, tags and anchors inside themselves are refused."""
+        """Plain value of a node. Tags and anchors inside themselves are refused."""
         self.places.setdefault(keys, node.start_mark.line + 1)
         if node in above:
             raise self.error(keys, "an anchor must not contain itself")
+        above = (*above, node)
         if node.tag == _TAG + "seq" and isinstance(node, yaml.SequenceNode):
-            return [
-                self._value(loader, item, (*keys, i), (*above, node))
-                for i, item in enumerate(node.value)
-            ]
+            items = enumerate(node.value)
+            return [self._value(loader, item, (*keys, i), above) for i, item in items]
         if node.tag == _TAG + "map" and isinstance(node, yaml.MappingNode):
-            data, merged, lines = {}, {}, {}
-            for key, item in node.value:
-                if key.tag == _TAG + "merge":
-                    for one in item.value if isinstance(item, yaml.SequenceNode) else [item]:
-                        value = self._value(loader, one, keys, (*above, node))
-                        if not isinstance(value, dict):
-                            raise self.error(keys, f"'<<' merges a mapping, found {show(value)}")
-                        merged = {**value, **merged}
-                    continue
-                name, line = str(key.value), key.start_mark.line + 1
-                self.places[(*keys, name)] = line
-                if name in data:
-                    raise self.error((*keys, name), f"duplicate key, already on line {lines[name]}")
-                data[name], lines[name] = (
-                    self._value(loader, item, (*keys, name), (*above, node)),
-                    line,
-                )
-            return {**merged, **data}
-        if node.tag in [_TAG + kind for kind in ("null", "bool", "int", "float", "str")]:
+            return self._mapping(loader, node, keys, above)
+        if node.tag in _SCALARS:
             with contextlib.suppress(ValueError, KeyError):
                 return loader.construct_object(node)
-        tag = node.tag.replace(_TAG, "!!")
         raise self.error(
             keys,
-            f"{tag} is refused: only mappings, lists, numbers, booleans and (quoted) text are read",
+            f"{node.tag.replace(_TAG, '!!')} is refused: only mappings, lists, numbers, booleans "
+            "and (quoted) text are read",
         )
 
-    def override(self, text):
+    def _mapping(self, loader, node, keys, above):
+        """Plain dict of a mapping node, with `<<` merged. Duplicate keys are refused."""
+        data = {}
+        merged = {}
+        for key, item in node.value:
+            if key.tag == _TAG + "merge":
+                for one in item.value if isinstance(item, yaml.SequenceNode) else [item]:
+                    value = self._value(loader, one, keys, above)
+                    if not isinstance(value, dict):
+                        raise self.error(keys, f"'<<' merges a mapping, found {show(value)}")
+                    merged = {**value, **merged}
+                continue
+            here = (*keys, str(key.value))
+            first = self.places.get(here)
+            self.places[here] = key.start_mark.line + 1
+            if here[-1] in data:
+                raise self.error(here, f"duplicate key, already on line {first}")
+            data[here[-1]] = self._value(loader, item, here, above)
+        return {**merged, **data}
+
+    def override(self, text: str):
         """Apply one `a.b=yaml` of the command line; it replaces whatever is there."""
         name, _, value = text.partition("=")
-        keys, data = tuple(name.strip().split(".")), self.data
+        keys = tuple(name.strip().split("."))
+        data = self.data
         for i, key in enumerate(keys[:-1], 1):
             if data.get(key) is None:
-                data[key], self.places[keys[:i]] = {}, text
-            if not isinstance(data[key], dict):
-                raise ConfigError(
-                    f"command line: {text}: {'.'.join(keys[:i])} is {show(data[key])}, not a mapping"
-                )
+                data[key] = {}
+                self.places[keys[:i]] = text
             data = data[key]
+            if not isinstance(data, dict):
+                parent = ".".join(keys[:i])
+                raise ConfigError(f"command line: {text}: {parent} is {show(data)}, not a mapping")
         try:
             data[keys[-1]] = Yaml(value, "value").data
         except ConfigError as e:
             raise ConfigError(f"command line: {text}: {e}") from e
-        self.places = {p: place for p, place in self.places.items() if p[: len(keys)] != keys} | {
-            keys: text
-        }
+        for place in [place for place in self.places if place[: len(keys)] == keys]:
+            del self.places[place]
+        self.places[keys] = text
 
-    def place(self, keys):
-        """(line or override text, number of leading keys it stands for) of the longest known start of keys."""
+    def place(self, keys) -> tuple[int | str, int]:
+        """(line or override text, number of its keys) of the longest known start of keys."""
         known = next(n for n in range(len(keys), -1, -1) if tuple(keys[:n]) in self.places)
         return self.places[tuple(keys[:known])], known
 
-    def error(self, keys, message):
-        """ConfigError to raise: "path/file.yaml:14: a.b.c: message", or "command line: a.b=1: message"."""
+    def error(self, keys, message: str) -> ConfigError:
+        """ConfigError "path/file.yaml:14: a.b.c: message", or "command line: a.b=1: message"."""
         place, known = self.place(keys)
         where = f"{self.path}:{place}"
         if isinstance(place, str):
-            where, keys = f"command line: {place}", keys[known:]
+            where = f"command line: {place}"
+            keys = keys[known:]
         return ConfigError(": ".join(filter(None, [where, ".".join(map(str, keys)), message])))
 
 
-def key(default, meaning, **bounds):
-    """A field of a schema. default: ... if required. meaning: what --help prints. bounds: low, high, size of a list."""
+def key(default, meaning: str, **bounds):
+    """A field of a schema.
+
+    default: ... if the key is required. meaning: for --help. bounds: low, high; size of a list.
+    """
     made = {} if default is ... else {"default_factory": lambda: copy.deepcopy(default)}
     return field(kw_only=True, metadata={"meaning": meaning, **bounds}, **made)
+
+
+RENAMED = {  # keys of earlier versions
+    "loss.null": "loss.cond_drop_prob",
+    "loss.null_from": "loss.cond_drop_from",
+    "loss.smoothing": "loss.label_smoothing",
+    "loss.kl_ramp": "loss.kl_warmup",
+}
+_UNIONS = (typing.Union, types.UnionType)
 
 
 class Reader:
     """Turns plain values into the types of a schema.
 
-    A schema class may define check(reader, keys) for what types can't say; it runs where a source is given.
+    A schema class may define check(reader, keys) for rules that types cannot express. It runs if a
+    source is given.
     """
 
-    def __init__(self, source, script):
-        self.given, self.source = source is not None, source or Yaml("", "config")
+    def __init__(self, source: Yaml | None, script: Path | str | None):
+        self.given = source is not None
+        self.source = source or Yaml("", "config")
         self.folder = Path(script).resolve().parent if script else Path.cwd()
         self.error = self.source.error
 
-    def path(self, text, keys):
-        """Absolute path: ./ and ../ start beside the YAML (an override's: here), others in the script's folder."""
+    def path(self, text: str, keys) -> Path:
+        """Absolute path of text.
+
+        ./ and ../ start beside the YAML (of an override: in the current folder), all other relative
+        paths in the script's folder.
+        """
         folder = self.folder
         if text.split("/")[0] in (".", ".."):
             folder = "" if isinstance(self.source.place(keys)[0], str) else self.source.path.parent
         return Path(os.path.abspath(os.path.join(folder, os.path.expanduser(text))))
 
     def read(self, kind, value, keys):
-        """value as the type kind; raises ConfigError with what was found and what is expected."""
-        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        """value as the type kind; raises ConfigError with the value found and the type expected."""
+        origin = typing.get_origin(kind)
+        args = typing.get_args(kind)
         if value is None and type(None) in args:
             return None
         if origin in _UNIONS:
@@ -214,120 +238,151 @@ class Reader:
             return self.path(value, keys)
         elif type(value) is kind or (kind is float and type(value) is int):
             return kind(value)
-        raise self.error(
-            keys, f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}"
-        )
+        problem = f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}"
+        raise self.error(keys, problem)
 
-    def section(self, schema, mapping, keys):
+    def section(self, schema, mapping: dict, keys):
         """The dataclass schema from a mapping."""
-        hints, known, values = (
-            typing.get_type_hints(schema),
-            {f.name: f for f in fields(schema)},
-            {},
-        )
-        for name in [n for n in mapping if n not in known]:
-            raise self.error((*keys, name), f"unknown key{suggest(name, known)}")
+        kinds = typing.get_type_hints(schema)
+        known = {entry.name: entry for entry in fields(schema)}
+        for name in mapping:
+            if name not in known:
+                raise self._unknown_key((*keys, name), known)
+        values = {}
         for name, entry in known.items():
-            here, kind, required = (
-                (*keys, name),
-                hints[name],
-                entry.default is entry.default_factory is MISSING,
-            )
-            if name not in mapping and not required:
-                continue
-            if name not in mapping and not is_dataclass(kind):
-                raise self.error(
-                    here,
-                    f"this key is required ({type_name(kind)}: {entry.metadata.get('meaning', '')})",
-                )
-            value = values[name] = self.read(kind, mapping.get(name, {}), here)
-            low, high, size = map(entry.metadata.get, ("low", "high", "size"))
-            items = value if isinstance(value, list) else [value]
-            if low is not None and any(x < low for x in items if x is not None):
-                raise self.error(here, f"expected at least {low}, found {show(value)}")
-            if high is not None and any(x > high for x in items if x is not None):
-                raise self.error(here, f"expected at most {high}, found {show(value)}")
-            if size not in (None, len(items)):
-                raise self.error(here, f"expected {size} numbers, found {show(value)}")
-        made = schema(**values)
-        if self.given and hasattr(made, "check"):
-            made.check(self, keys)
-        return made
+            here = (*keys, name)
+            if name in mapping or (entry.default_factory is MISSING and is_dataclass(kinds[name])):
+                values[name] = self.read(kinds[name], mapping.get(name, {}), here)
+                self._check_bounds(values[name], here, **entry.metadata)
+            elif entry.default_factory is MISSING:
+                what = f"{type_name(kinds[name])}: {entry.metadata['meaning']}"
+                raise self.error(here, f"this key is required ({what})")
+        section = schema(**values)
+        if self.given and hasattr(section, "check"):
+            section.check(self, keys)
+        return section
+
+    def _unknown_key(self, keys, known):
+        now = RENAMED.get(".".join(map(str, keys)), "")
+        if now.rpartition(".")[2] in known:
+            return self.error(keys, f"is called {now} now")
+        return self.error(keys, f"unknown key{suggest(keys[-1], known)}")
+
+    def _check_bounds(self, value, keys, meaning, low=None, high=None, size=None):
+        items = value if isinstance(value, list) else [value]
+        if low is not None and any(x < low for x in items if x is not None):
+            raise self.error(keys, f"expected at least {low}, found {show(value)}")
+        if high is not None and any(x > high for x in items if x is not None):
+            raise self.error(keys, f"expected at most {high}, found {show(value)}")
+        if size not in (None, len(items)):
+            raise self.error(keys, f"expected {size} numbers, found {show(value)}")
 
 
-def type_name(kind):
+def type_name(kind) -> str:
     """A type as --help and errors print it."""
     inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
     if typing.get_origin(kind) in (Literal, *_UNIONS):
         return " | ".join(inner)
-    name = (
-        "null" if kind is type(None) else "mapping" if is_dataclass(kind) else kind.__name__.lower()
-    )
+    if kind is type(None):
+        return "null"
+    name = "mapping" if is_dataclass(kind) else kind.__name__.lower()
     return f"{name}[{', '.join(inner)}]" if inner else name
 
 
-def from_dict(schema, mapping, source=None, script=None):
+def from_dict(schema, mapping: dict, source: Yaml | None = None, script: Path | str | None = None):
     """The dataclass schema, filled from a mapping; raises ConfigError.
 
-    source: the Yaml that mapping is from, for line numbers; with it, what files and names say is checked too.
+    source: the Yaml of the mapping, for line numbers. With it, files and names are checked too.
     script: the file beside which relative paths start; without it, the current folder.
     """
     return Reader(source, script).read(schema, mapping, ())
 
 
-def to_dict(cfg):
+def to_dict(cfg) -> dict:
     """Plain values, for YAML or JSON: from_dict(type(cfg), to_dict(cfg)) == cfg."""
     return json.loads(json.dumps(asdict(cfg), default=str))
 
 
-def describe(schema, prefix=""):
+def describe(schema, prefix: str = "") -> list[str]:
     """Every key of a schema with type, default and meaning, one paragraph each."""
-    lines, hints = [], typing.get_type_hints(schema)
-    for entry in sorted(fields(schema), key=lambda f: is_dataclass(hints[f.name])):
-        kind, name, meaning = (
-            hints[entry.name],
-            prefix + entry.name,
-            entry.metadata.get("meaning", ""),
-        )
-        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        given = "required" if default is MISSING else f"default {show(default)}"
-        title = f"\n{name}" if is_dataclass(kind) else f"  {name} ({type_name(kind)}; {given})"
-        lines.append(
-            textwrap.fill(
-                f"{title}: {meaning}", 110, subsequent_indent=" " * 6, replace_whitespace=False
-            )
-        )
+    kinds = typing.get_type_hints(schema)
+    lines = []
+    for entry in sorted(fields(schema), key=lambda f: is_dataclass(kinds[f.name])):
+        kind = kinds[entry.name]
+        name = prefix + entry.name
+        title = f"\n{name}"
+        if not is_dataclass(kind):
+            required = entry.default_factory is MISSING
+            default = "required" if required else f"default {show(entry.default_factory())}"
+            title = f"  {name} ({type_name(kind)}; {default})"
+        text = f"{title}: {entry.metadata['meaning']}"
+        indent = " " * 6
+        lines.append(textwrap.fill(text, 100, subsequent_indent=indent, replace_whitespace=False))
+        below = f"{name}.NAME." if typing.get_origin(kind) is dict else f"{name}."
         for inner in filter(is_dataclass, (kind, *typing.get_args(kind))):
-            lines += describe(
-                inner, f"{name}.NAME." if typing.get_origin(kind) is dict else f"{name}."
-            )
+            lines += describe(inner, below)
     return lines
 
 
-def load(schema, script, argv=None, description=""):
-    """(the schema filled, options with .config and .dry_run) from `--config FILE [--dry_run] [a.b=yaml ...]`.
+SCRIPTS = {  # script -> components that tell its configs; the first with a listed one counts
+    "train_mi.py": ("state_resnet34_encoder", "state_resnet34_decoder", "action_encoder"),
+    "train_vfp_moe.py": ("gate", "moe_action_decoder"),
+    "train_cfg_vqvae.py": ("vqvae_posterior", "vqvae_codebook", "vqvae_prior"),
+    "train_vfp.py": ("vae_posterior", "vae_prior"),
+    "train_flow_matching.py": ("action_decoder",),
+}
 
-    script: its __file__. A wrong command line exits with 2; anything wrong in the file raises ConfigError.
+
+def refuse_config_of_another_script(schema, script: Path | str, source: Yaml):
+    """Raise ConfigError if the listed components are those of another script's policy.
+
+    `components: ClassVar[tuple[str, ...]]` of a script's Config declares the components that its
+    policy may use beside backbones, hand extractors and da3. A fork adds its own: a declared
+    component is never refused, and a script that declares nothing takes all.
     """
-    usage, keys = (
-        "%(prog)s --config FILE [--dry_run] [key=value ...]",
-        "\n".join(["keys of FILE:", *describe(schema)]),
+    declared = getattr(schema, "components", None)
+    model = source.data.get("model")
+    listed = model.get("component_config_paths") if isinstance(model, dict) else None
+    if declared is None or not isinstance(listed, dict):
+        return
+    for owner, own in SCRIPTS.items():
+        theirs = [name for name in own if name in listed]
+        foreign = [repr(name) for name in theirs if name not in declared]
+        ours = [name for name in SCRIPTS.get(Path(script).name, ()) if name in declared]
+        problem = f"lists {' and '.join(foreign)}" if foreign else ""
+        if ours and not any(name in listed for name in ours):
+            problem = problem or f"lists no {' and no '.join(map(repr, ours))}"
+        if theirs and problem:
+            raise ConfigError(f"{source.path} {problem}: this is a config of {owner}")
+        if theirs:
+            return
+
+
+def load(schema, script: Path | str, argv: list[str] | None = None, description: str = ""):
+    """(the schema filled, options) from `--config FILE [--dry_run] [a.b=yaml ...]`.
+
+    script: its __file__. options: config and dry_run. A wrong command line exits with 2, a mistake
+    in the file raises ConfigError.
+    """
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name,
+        usage="%(prog)s --config FILE [--dry_run] [key=value ...]",
+        description=description,
+        epilog="\n".join(["keys of FILE:", *describe(schema)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(Path(script).name, usage, description, keys, **style)
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="build, run one batch, print what there is, and stop"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replaces a key: data.batch_size=8"
-    )
+    add = parser.add_argument
+    add("--config", type=Path, required=True, metavar="FILE", help="train.yaml of an experiment")
+    dry_run = "build everything, run one batch, print components, shapes and config, and stop"
+    add("--dry_run", action="store_true", help=dry_run)
+    override = "replaces the value of a key, for example data.batch_size=8"
+    add("overrides", nargs="*", metavar="key=value", help=override)
     options = parser.parse_intermixed_args(argv)
     source = Yaml.read(options.config)
     for text in options.overrides:
         if "=" not in text:
             parser.error(f"'{text}' is no override: write key=value, such as data.batch_size=8")
         source.override(text)
+    refuse_config_of_another_script(schema, script, source)
     return from_dict(schema, source.data, source, script), options

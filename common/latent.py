@@ -121,7 +121,7 @@ class CodePolicy(ActionPolicy):
         """The slow posterior follows; codes that are hardly used move to where they are needed."""
         if self.slow_posterior is not None:
             own = self.parts["vqvae_posterior"]
-            optim.follow(self.slow_posterior, own, self.weights.posterior_ema, job.step)
+            optim.update_slow_copy(self.slow_posterior, own, self.weights.posterior_ema, job.step)
         kmeans = (
             self.weights.kmeans_start
             and job.step == 1

@@ -434,6 +434,6 @@ def test_a_slow_copy_has_the_buffers_of_its_original():
     )
     slow = optim.slow_copy(parts, "posterior")
     parts["posterior"](torch.randn(8, 2) + 3)
-    optim.follow(slow, parts["posterior"], 0.5, 100)
+    optim.update_slow_copy(slow, parts["posterior"], 0.5, 100)
     assert torch.equal(slow[1].running_mean, parts["posterior"][1].running_mean)
     assert slow[1].num_batches_tracked == 1

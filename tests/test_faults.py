@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train_flow_matching
 import train_vfp
-from common import build, checkpoint, run
+from common import build, checkpoint, log, run
 from common.blocks.vision import TinyCNN
 from common.build import UnknownBlock
 from common.config import DataError, UserError
@@ -189,7 +189,7 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
         TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1]
     )
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
-    # Two samples tried out, then two steps of two micro-batches of 4: head and left together, right alone.
+    # Two samples in the preflight, then two steps of two micro-batches of 4: head and left together, right alone.
     assert sorted(sizes) == sorted([4, 2] + [8, 4] * 4)
     assert list(exp.job.policy.parts) == [
         "head_backbone",
@@ -646,7 +646,7 @@ def test_a_tracker_gets_the_config_and_what_is_logged(experiment, monkeypatch):
         def log(self, values, step, **kwargs):
             seen.append((step, "loss" in values))
 
-    monkeypatch.setattr(run, "filter_trackers", lambda name, folder: [Memory()])
+    monkeypatch.setattr(log, "filter_trackers", lambda name, folder: [Memory()])
     experiment().main("train.tracker=memory", "train.total_steps=2", "data.val_episodes=0.0")
     assert seen == ["tiny", (1, True), (2, True)]
 

@@ -351,7 +351,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
     assert f"going on after {done} of {3 * FRAMES}" in capsys.readouterr().out
     tried = (
         3 * 2 + 2 * 2 * size + 3 * 8
-    )  # try_out, shapes and time of two cameras, eight rows of each for the check
+    )  # preflight, shapes and time of two cameras, eight rows of each for the check
     assert seen["TinyCNN"] == 2 * FRAMES - done + tried
     assert arrays().keys() == whole.keys()
     assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())

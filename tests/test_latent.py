@@ -192,14 +192,14 @@ def test_the_codebook_takes_the_nearest_code():
 
 
 class NoAverage:
-    raw, ema = {}, {}
+    trained, ema = {}, {}
 
 
 def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
     book = Codebook(4, 2)
     book.codes.data = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0], [50.0, 50.0]])
     adam = torch.optim.AdamW(book.parameters(), lr=0.0)
-    average = optim.Average(book, [adam], 0.9)
+    average = optim.AveragedWeights(book, [adam], 0.9)
     z_e = torch.randn(64, 1, 2)
     for step in range(1, 250):
         book(z_e, Noise(step)).z.sum().backward()
@@ -272,7 +272,7 @@ def test_forget_puts_a_schedule_free_row_where_the_parameter_is():
         parameter.square().sum().backward()
         optimizer.step()
     parameter.data[1] = 7
-    optim.forget([optimizer], NoAverage, parameter, torch.tensor([1]))
+    optim.reset_rows([optimizer], NoAverage, parameter, torch.tensor([1]))
     state = optimizer.state[parameter]
     assert state["z"][1].tolist() == [7, 7]
     assert not state["exp_avg_sq"][1].any()

@@ -156,7 +156,7 @@ def test_components_override_settings_and_types():
 def test_ema_is_the_loop_written_out():
     policy = parts()
     optimizers = optim.build(policy, config())
-    average = optim.Average(policy, optimizers, 0.9)
+    average = optim.AveragedWeights(policy, optimizers, 0.9)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     by_hand, n = {name: p.detach().clone().double() for name, p in trained.items()}, 0
 
@@ -179,7 +179,7 @@ def test_ema_is_the_loop_written_out():
 def test_applied_puts_the_average_in_place_and_everything_back(kind):
     policy = parts()
     optimizers = optim.build(policy, config(type=kind))
-    average = optim.Average(policy, optimizers, 0.9)
+    average = optim.AveragedWeights(policy, optimizers, 0.9)
     train(policy, optimizers, 12, average)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     places = {name: p.data_ptr() for name, p in policy.named_parameters()}
@@ -201,7 +201,7 @@ def test_applied_puts_the_average_in_place_and_everything_back(kind):
 
 def test_without_ema_the_weights_are_the_trained_ones():
     policy = parts()
-    average = optim.Average(policy, optim.build(policy, config()), None)
+    average = optim.AveragedWeights(policy, optim.build(policy, config()), None)
     average.update(1)
     assert average.weights() == {}
     with average.applied():
@@ -212,7 +212,7 @@ def test_schedule_free_average_is_schedulefrees_own_and_disturbs_nothing():
     def run(watched):
         policy = parts()
         optimizers = optim.build(policy, config(type="schedule_free_radam", betas=[0.9, 0.99]))
-        average = optim.Average(policy, optimizers, 0.999)
+        average = optim.AveragedWeights(policy, optimizers, 0.999)
         assert all(
             torch.equal(w, dict(policy.named_parameters())[name])
             for name, w in average.weights().items()
@@ -239,7 +239,7 @@ def test_schedule_free_average_is_schedulefrees_own_and_disturbs_nothing():
 def test_mixed_types_average_each_in_its_way():
     policy = parts()
     optimizers = optim.build(policy, config({"decoder": {"type": "schedule_free_radam"}}))
-    average = optim.Average(policy, optimizers, 0.9)
+    average = optim.AveragedWeights(policy, optimizers, 0.9)
     train(policy, optimizers, 20, average)
     assert {name.split(".")[0] for name in average.ema} == {"backbone"}
     weights = average.weights()

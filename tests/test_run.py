@@ -22,6 +22,7 @@ import train_vfp
 from common import checkpoint, run
 from common.config import UserError
 from common.data.loader import to_device
+from common.log import Log
 from common.noise import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -55,14 +56,10 @@ def assert_same_run(a, b, name):
 
 def test_the_mains_are_the_same_lines():
     scripts = (train_flow_matching, train_vfp, train_cfg_vqvae, train_mi)
-    scores = re.compile(r" +information\.look_over\(.*\n| or scored\(job\)")  # train_mi's own
-    assert len({scores.sub("", inspect.getsource(script.main)) for script in scripts}) == 1
-    assert [len(scores.findall(inspect.getsource(script.main))) for script in scripts] == [
-        0,
-        0,
-        0,
-        2,
-    ]
+    sources = [inspect.getsource(script.main) for script in scripts]
+    scores = re.compile(r" +information\.look_over\((?s:.*?)\n(?= {4}\w)| or scored\(job\)")
+    assert len({scores.sub("", source) for source in sources}) == 1
+    assert [len(scores.findall(source)) for source in sources] == [0, 0, 0, 2]  # train_mi's own
 
 
 SETTINGS = {
@@ -111,7 +108,7 @@ def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypat
     exp, seeds, losses, forward = experiment(), [], [], train_flow_matching.Policy.forward
 
     def watched(policy, batch):
-        if not policy.training:  # the two samples that are tried before the first step
+        if not policy.training:  # the two samples of the preflight
             return forward(policy, batch)
         seeds.extend([batch["noise"].generator.initial_seed(), torch.initial_seed()])
         loss, scalars = forward(policy, batch)
@@ -246,7 +243,7 @@ def test_signals_save_the_current_step(experiment):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(checkpoint, "save"), (run.Run, "_validate"), (run.Run, "_log")]
+    ("owner", "name"), [(checkpoint, "save"), (run.Run, "_validate"), (Log, "write")]
 )
 def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypatch, owner, name):
     exp, function = experiment(), getattr(owner, name)
@@ -265,7 +262,7 @@ def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypa
 def test_a_second_ctrl_c_stops_at_once(experiment, monkeypatch):
     exp = experiment()
     monkeypatch.setattr(
-        run.Run, "_log", lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+        Log, "write", lambda *_, **__: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)

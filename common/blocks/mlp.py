@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.blocks.embed import sincos
 from common.blocks.transformer import NEEDS_PREFIX
 from common.build import block
+from common.config import ConfigError
 from common.distributions import latent_head
 
 
@@ -51,7 +52,7 @@ class Sum(nn.Module):
         action: Tensor | None = None,
     ) -> Tensor:
         if not len(cond_visual) == len(cond_semantic) == len(self.visual):
-            raise ValueError(
+            raise ConfigError(
                 f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given, "
                 f"built for {len(self.visual)} cameras"
             )
@@ -243,7 +244,7 @@ class MLPActionDecoder(nn.Module):
         x = self.embed(x_t.flatten(2))
         if prefix_mask is not None:
             if self.prefix is None:
-                raise ValueError(NEEDS_PREFIX)
+                raise ConfigError(NEEDS_PREFIX)
             x = x + self.prefix(prefix_mask.to(x.dtype))
         time = self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype))
         condition = nn.functional.silu(context.condition + time)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.blocks.embed import sincos, with_positions
 from common.build import block
+from common.config import ConfigError
 from common.distributions import latent_head
 
 KeysValues = tuple[Tensor, Tensor]
@@ -133,7 +134,7 @@ class MultimodalBridge(nn.Module):
         given = (len(cond_visual), len(cond_semantic))
         built = (len(self.visual), len(self.semantic))
         if given != built:
-            raise ValueError(
+            raise ConfigError(
                 f"{given[0]} visual and {given[1]} semantic inputs given, "
                 f"built for {built[0]} and {built[1]}"
             )
@@ -401,7 +402,7 @@ class ActionDecoder(nn.Module):
         x = self.embed(x_t)
         if prefix_mask is not None:
             if self.prefix is None:
-                raise ValueError(NEEDS_PREFIX)
+                raise ConfigError(NEEDS_PREFIX)
             x = x + prefix_mask[..., None] * self.prefix
         positions = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)
         x = x + sincos(positions, x.shape[-1]).to(x.dtype)

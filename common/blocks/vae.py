@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.build import block
+from common.config import ConfigError
 from common.distributions import Gaussian, GaussianHead
 
 GRID = 4  # cells on a side that a picture becomes before it is flattened
@@ -115,7 +116,7 @@ class StateEncoder(nn.Module):
 
     def forward(self, proprio: Tensor, images: list[Tensor]) -> Gaussian:
         if len(images) != self.cameras:
-            raise ValueError(f"{len(images)} pictures given, built for {self.cameras}")
+            raise ConfigError(f"{len(images)} pictures given, built for {self.cameras}")
         x = [proprio.flatten(1)]
         if images:
             x += self.eye(2 * torch.cat(images) - 1).chunk(self.cameras)

@@ -67,7 +67,7 @@ class Codebook(nn.Module):
         self,
         noise: Noise | None,
         optimizers: list[torch.optim.Optimizer],
-        average: optim.Average,
+        average: optim.AveragedWeights,
         kmeans: bool = False,
     ) -> None:
         """Count the codes that the step used; with noise, idle ones move to where the error is.
@@ -91,12 +91,12 @@ class Codebook(nn.Module):
                 )
             elif kmeans:
                 self.codes.copy_(kmeans_centres(z_e, len(self.codes)))
-                optim.forget(optimizers, average, self.codes, slice(None))
+                optim.reset_rows(optimizers, average, self.codes, slice(None))
             elif idle.any():
                 rows = idle.nonzero()[:, 0]
                 self.codes[rows] = self._replacements(z_e, indices, len(rows), noise)
                 self.usage[rows] = 1 / len(self.codes)
-                optim.forget(optimizers, average, self.codes, rows)
+                optim.reset_rows(optimizers, average, self.codes, rows)
         self.seen.clear()
 
     def _replacements(self, z_e: Tensor, indices: Tensor, count: int, noise: Noise) -> Tensor:

@@ -41,7 +41,12 @@ SAME_FEATURES = (
 
 def jobs(parts, cameras) -> list[tuple[str, str]]:
     """(component, camera) whose features are cached: of the frozen ones. Raises ConfigError if there are none."""
-    found = [job for some in parts.lookers(list(cameras)) for job in some if job[0] in parts.frozen]
+    found = [
+        job
+        for some in parts.camera_components(list(cameras))
+        for job in some
+        if job[0] in parts.frozen
+    ]
     if not found:
         raise ConfigError(
             "data.cache: features keeps what frozen backbones and da3 see, but none of them is frozen: set "
@@ -149,7 +154,7 @@ class Job(NamedTuple):
 
 def plan(frames, parts, sources, accelerator, folder: Path) -> tuple[dict[str, Path], list[Job]]:
     """The file of each key of a batch, and the jobs that make them. Equal components share files."""
-    eyes, made_by, paths, work = parts.lookers(list(frames.paths))[0], {}, {}, {}
+    eyes, made_by, paths, work = parts.camera_components(list(frames.paths))[0], {}, {}, {}
     for name, camera in jobs(parts, frames.paths):
         if name not in made_by:
             settings = [

@@ -114,7 +114,7 @@ class Data:
             return
         needed = {
             camera
-            for some in parts.lookers(cameras)
+            for some in parts.camera_components(cameras)
             for name, camera in some
             if name not in parts.frozen
         }

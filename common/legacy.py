@@ -1,0 +1,55 @@
+"""Translates meta.json of the first version, which has no `format`, to today's scripts and keys.
+
+The first version's train_vfp.py held several policies. Its runs with experts belong to
+train_vfp_moe.py now; its runs with codes and one expert cannot be translated.
+"""
+
+from common.config import RENAMED, UserError
+
+FORMAT = 2
+FLOW = ["target", "draws", "camera_dropout", "prefix"]
+CODES = ["commitment", "posterior_ema", "revive_every", "revive_until", "sinkhorn"]
+LOSS_KEYS = {  # script -> the keys of `loss` that it still has
+    "train_flow_matching.py": FLOW,
+    "train_vfp.py": [*FLOW, "kl", "kl_warmup", "balance", "free_nats", "sinkhorn"],
+    "train_vfp_moe.py": [*FLOW, *CODES, "top_k", "sigma", "load_balance", "router_z"],
+    "train_cfg_vqvae.py": [
+        *FLOW,
+        *CODES,
+        "prior",
+        "label_smoothing",
+        "cond_drop_prob",
+        "cond_drop_from",
+    ],
+}
+FIXED = {  # script -> behaviour of the first version that is a key of `loss` now
+    "train_vfp_moe.py": {"kmeans_start": False, "label_smoothing": 0.0, "prior": 1.0},
+    "train_cfg_vqvae.py": {"kmeans_start": True},
+}
+
+
+def translated(meta: dict) -> dict:
+    """meta of this version. Raises UserError for a policy that today's scripts no longer have.
+
+    Forked scripts keep their own keys: their meta is returned as it is.
+    """
+    script = meta["script"]
+    if "format" in meta or script not in LOSS_KEYS:
+        return meta
+    if script == "train_vfp.py" and "gate" in meta["components"]:
+        script = "train_vfp_moe.py"
+    elif script == "train_vfp.py" and "vqvae_posterior" in meta["components"]:
+        raise UserError(
+            "a checkpoint of the first version's train_vfp.py with codes and one expert: evaluate "
+            "it with that version, or train again with configs/cfg_vqvae_flow_matching"
+        )
+    config = dict(meta["config"])
+    if script == "train_vfp.py":
+        config.pop("sampling")  # the number of experts
+    loss = {}
+    for key, value in config["loss"].items():
+        now = RENAMED.get(f"loss.{key}", key).removeprefix("loss.")
+        if now in LOSS_KEYS[script]:
+            loss[now] = value
+    config["loss"] = loss | FIXED.get(script, {})
+    return {**meta, "script": script, "config": config}
