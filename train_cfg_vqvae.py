@@ -33,7 +33,7 @@ class Loss(CodeLoss):
     )
 
     def check(self, reader, keys):
-        if not self.cond_drop_prob and self.cond_drop_from != Loss.cond_drop_from:
+        if not self.cond_drop_prob and self.cond_drop_from != Loss().cond_drop_from:
             raise reader.error((*keys, "cond_drop_from"), "no codes are dropped: leave it out")
 
 
