@@ -187,7 +187,7 @@ def score(folder, device, now=None, root=None):
         cfg.scoring,
         out / "scores.parquet",
     )
-    if file.exists() and scores.key_of(file) != data.dataset.values_key:
+    if file.exists() and scores.scored_dataset(file) != data.dataset.values_key:
         raise UserError(
             f"{file} is of another dataset than {data.dataset.root}: move it away to score this one"
         )
@@ -197,7 +197,7 @@ def score(folder, device, now=None, root=None):
         raise UserError(
             f"{data.dataset.root} has (state, action) of {sizes} numbers, {folder} was trained on {trained}"
         )
-    information.look_over(windows, scoring, cfg.seed)
+    information.check_scorable(windows, scoring, cfg.seed)
     if cfg.data.cache != "none":
         data.cache_frames()
     parts = np.array_split(np.arange(len(windows)), -(-len(windows) // 256))
@@ -205,15 +205,15 @@ def score(folder, device, now=None, root=None):
         latents = policy.encode(to_device(windows[rows], device))
         found.append([x.flatten(1).float() for latent in latents for x in latent])
     found = [torch.cat(x) for x in zip(*found, strict=True)]
-    state = information.metric(
+    state = information.latent_points(
         *found[:2], "state", min(3, sizes[0])
     )  # two numbers may need no more than two
-    action = information.metric(*found[2:], "action", min(3, sizes[1]))
+    action = information.latent_points(*found[2:], "action", min(3, sizes[1]))
     values, nats = information.contributions(
-        state, action, *information.places(windows), scoring, cfg.seed
+        state, action, windows.episode_index, windows.time, scoring, cfg.seed
     )
-    table = information.rank(values, windows.episode_index[windows.episode], data.episodes)
-    scores.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
+    table = information.rank(values, windows.episode_index, data.episodes)
+    scores.save_scores(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
     plots.scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
     print(
@@ -224,9 +224,7 @@ def score(folder, device, now=None, root=None):
 def main(argv=None):
     cfg, options = config.load(Config, __file__, argv, __doc__)
     job = run.Run(cfg, options, __file__)
-    information.look_over(
-        job.data.windows, cfg.scoring, cfg.seed
-    )  # what cannot be scored need not be trained on
+    information.check_scorable(job.data.windows, cfg.scoring, cfg.seed)  # or training is in vain
     policy = Policy(*job.components(), cfg)
     job.try_out(policy)  # two samples through everything: what does not fit is an error now
     if options.dry_run:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
-from common.data.features import jobs
+from common.data.features import cached_components
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer
 from common.noise import Noise, seed_of
@@ -127,7 +127,7 @@ class Run:
             print(parts.table(self.cfg))
         features = self.cfg.data.cache == "features"
         if features:
-            jobs(parts, self.cfg.data.cameras)  # nothing to cache is an error now
+            cached_components(parts, self.cfg.data.cameras)  # nothing to cache is an error now
         if self.cfg.data.cache != "none":  # last: decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
