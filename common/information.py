@@ -1,7 +1,7 @@
-"""How much each transition contributes to I(S; A), from nearest neighbours in two latent spaces; a rank of episodes.
+"""The contribution of each transition to I(S; A), by nearest neighbours in two latent spaces.
 
-After Hejna et al. 2025 (arXiv:2502.08623): a demonstration is worth keeping if its actions follow from its states, and
-its states differ from those of the other demonstrations.
+After Hejna et al. 2025 (arXiv:2502.08623): a demonstration is worth keeping if its actions follow
+from its states, and its states differ from those of the other demonstrations.
 """
 
 import hashlib
@@ -18,20 +18,24 @@ from common.data.scores import COLUMNS
 from common.data.windows import Windows
 from common.noise import seed_of
 
-ACTIVE = 0.01  # variance of its mean over the data above which a latent dimension is used (arXiv:1509.00519, 5.2)
+# A latent dimension is active if its mean varies more than this (arXiv:1509.00519, 5.2).
+ACTIVE = 0.01
 SAME = 1e-5  # distance below which two points are one, of points whose total variance is 1
 
 
 def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window=0.0) -> Tensor:
-    """s (N, D), a (N, E), episode (N,), time (N,) in s -> contribution of each point to I(S; A), (N,) nats, float64.
+    """Contribution of each point to I(S; A), (N,) in nats, float64.
 
-    c_i = -mean over k of psi(n_s + 1) + psi(n_a + 1), where n_s and n_a count the points nearer than the k-th
-    neighbour in max(d_s, d_a): the first estimator of Kraskov et al. 2004 (arXiv:cond-mat/0305641, eq. 8), whose
-    I(S; A) is mean psi(k) + psi(N) + mean c_i. Unlike there, points of the same episode within `window` seconds, the
-    point itself among them, are no neighbours: consecutive transitions are alike, whatever the policy. If the k-th
-    neighbour is the same point, k is the number of points that are the same (Gao et al. 2017, arXiv:1709.06212,
-    algorithm 1): waiting is worth little if all demonstrations wait. Raises DataError if fewer than k neighbours are
-    left.
+    s (N, D), a (N, E), episode (N,), time (N,) in s.
+
+    c_i = -mean over k of psi(n_s + 1) + psi(n_a + 1), where n_s and n_a count the points nearer
+    than the k-th neighbour in max(d_s, d_a): the first estimator of Kraskov et al. 2004
+    (arXiv:cond-mat/0305641, eq. 8), whose I(S; A) is mean psi(k) + psi(N) + mean c_i. Unlike there,
+    points of the same episode within `window` seconds, the point itself among them, are no
+    neighbours: consecutive transitions are alike, whatever the policy. If the k-th neighbour is the
+    same point, k is the number of points that are the same (Gao et al. 2017, arXiv:1709.06212,
+    algorithm 1): waiting is worth little if all demonstrations wait. Raises DataError if fewer than
+    k neighbours are left.
     """
     excluded = same_moment(episode, time, max(k), window)
     d_s = distances(s, excluded)
@@ -61,20 +65,21 @@ def distances(x: Tensor, excluded: Tensor) -> Tensor:
 
 
 def same_moment(episode: Tensor, time: Tensor, k: int, window: float) -> Tensor:
-    """Pairs (N, N) of the same episode within `window` seconds. Raises DataError if fewer than k others are left."""
+    """Pairs (N, N) of one episode within `window` s. Raises DataError if k others are not left."""
     close = (time[:, None] - time).abs() <= window + 1e-6
     close &= episode[:, None] == episode
     left = int((~close).sum(1).min())
     if left < k:
         raise DataError(
-            f"too few transitions for k = {k}: among {len(time)} one has {left} neighbours that are not of its own "
-            f"episode within {window:g} s; give more episodes, or lower scoring.k or scoring.window"
+            f"too few transitions for k = {k}: among {len(time)} one has {left} neighbours that "
+            f"are not of its own episode within {window:g} s; give more episodes, or lower "
+            "scoring.k or scoring.window"
         )
     return close
 
 
 def shuffled_batches(transitions: int, scoring, seed: int) -> Iterator[Tensor]:
-    """Rows of each batch of each shuffle: scoring.batch or more, since the remainder is spread over the batches."""
+    """Rows of each batch of each shuffle: scoring.batch or more, as no remainder is dropped."""
     count = max(transitions // scoring.batch, 1)
     for shuffle in range(scoring.shuffles):
         order = np.random.default_rng(seed_of("score", seed, shuffle)).permutation(transitions)
@@ -85,10 +90,10 @@ def shuffled_batches(transitions: int, scoring, seed: int) -> Iterator[Tensor]:
 def contributions(
     s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Points s (N, D), a (N, E) of all transitions -> the contribution of each (N,), and I(S; A), in nats.
+    """Points s (N, D), a (N, E) of transitions -> contributions (N,) and I(S; A), in nats.
 
-    Neighbours are those within a shuffled batch; results are means over scoring.shuffles shuffles. The same seed gives
-    the same bits. Raises DataError if a batch has too few neighbours for k.
+    Neighbours are those within a shuffled batch; results are means over scoring.shuffles shuffles.
+    The same seed gives the same bits. Raises DataError if a batch has too few neighbours for k.
     """
     episode = torch.from_numpy(episode).to(s.device)
     time = torch.from_numpy(time).to(s.device)
@@ -106,29 +111,31 @@ def contributions(
 
 
 def latent_points(mu: Tensor, logvar: Tensor, name: str, least: int) -> Tensor:
-    """Means and log variances (N, D) of a VAE's posteriors -> points (N, D) whose distances compare transitions.
+    """Means, log variances (N, D) of posteriors -> points (N, D) to measure distances between.
 
-    Each dimension is in units of its posteriors' deviation, the resolution at which the decoder reads it: a dimension
-    that carries little information counts little, while unit variance would make all count alike. The points' total
-    variance is 1. Raises DataError if the latent has collapsed to noise: fewer dimensions are active than `least`, or
-    than there are.
+    Each dimension is in units of its posteriors' deviation, the resolution at which the decoder
+    reads it: a dimension that carries little information counts little, while unit variance would
+    make all count alike. The points' total variance is 1. Raises DataError if the latent has
+    collapsed to noise: fewer dimensions are active than `least`, or than there are.
     """
     spread = mu.var(0)
     active = int((spread > ACTIVE).sum())
     if active < min(least, mu.shape[1]):
         raise DataError(
-            f"the {name} latent has collapsed: {active} of {mu.shape[1]} dimensions are active (variance of their "
-            f"means above {ACTIVE}; the largest is {spread.max():.2g}); train longer, or lower loss.{name}_beta"
+            f"the {name} latent has collapsed: {active} of {mu.shape[1]} dimensions are active "
+            f"(variance of their means above {ACTIVE}; the largest is {spread.max():.2g}); train "
+            f"longer, or lower loss.{name}_beta"
         )
     points = mu / logvar.exp().mean(0).sqrt()
     return points / points.var(0).sum().sqrt()
 
 
 def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
-    """Contributions (N,) of transitions and the episode of each -> a row per episode, the best first.
+    """Contributions (N,) of transitions, the episode of each -> a row per episode, the best first.
 
-    Contributions are clipped to the 1st and 99th percentile and standardised; an episode's score is the mean over its
-    transitions, its quantile the share of episodes that score no more. listed: the episodes that get a row; None: all.
+    Contributions are clipped to the 1st and 99th percentile and standardised; an episode's score is
+    the mean over its transitions, its quantile the share of episodes that score no more. listed:
+    the episodes that get a row; None: all.
     """
     values = np.clip(values, *np.quantile(values, [0.01, 0.99]))
     values = (values - values.mean()) / max(values.std(), 1e-12)
@@ -146,19 +153,20 @@ def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
 
 
 def check_scorable(windows: Windows, scoring, seed: int) -> None:
-    """Raises DataError if neighbours would be meaningless: actions never change, episodes are copies, or too few."""
+    """Raises DataError if actions never change, episodes are copies, or transitions are too few."""
     action = windows.action
     noise = 1e-5 * np.abs(action).max(0)  # resampling leaves rounding errors
     if (np.ptp(action, axis=0) <= noise).all():
         raise DataError(
-            f"data.action_key: {windows.cfg.action_key} never changes in {len(windows.first)} episodes: all alike"
+            f"data.action_key: {windows.cfg.action_key} never changes in {len(windows.first)} "
+            "episodes: all alike"
         )
     copies = copied_episodes(windows)
     if copies:
         superfluous = sorted(number for numbers in copies for number in numbers[1:])
         raise DataError(
-            f"episodes {', '.join(map(str, copies))} are copies of each other, and copies score too well: leave "
-            f"{superfluous} out with data.episodes"
+            f"episodes {', '.join(map(str, copies))} are copies of each other, and copies score "
+            f"too well: leave {superfluous} out with data.episodes"
         )
     episode = torch.from_numpy(windows.episode_index)
     time = torch.from_numpy(windows.time)

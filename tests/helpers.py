@@ -27,7 +27,7 @@ def steps_of(log):
 
 
 def assert_same_run(a, b, name):
-    """The checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
+    """Checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
     metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
     assert metas[0]["files"] == metas[1]["files"]
     assert metas[0]["optimizers"] == metas[1]["optimizers"]
@@ -71,7 +71,7 @@ def spelled(image, inverted=False):
 
 
 def write_painted(root, lengths=PAINTED_LENGTHS, fps=20):
-    """Frame and row number k of the dataset carry the number k; the left camera is inverted. -> state, action."""
+    """Frame and row k carry the number k; the left camera is inverted. -> state, action."""
     vector = {"dtype": "float32", "shape": [6], "names": list("abcdef")}
     video = {
         "dtype": "video",

@@ -1,7 +1,8 @@
-"""Features of every frame from frozen components, computed once (`data.cache: features`); training never runs these.
+"""Features of every frame from frozen components, computed once (`data.cache: features`).
 
-Batches then hold `features.<component>.<camera>`: a grid, channels last, and of a backbone `....summary`. They hold
-pictures only of cameras that a trained component reads.
+Training then never runs these components. Batches hold `features.<component>.<camera>`: a grid,
+channels last, and of a backbone `....summary`. They hold pictures only of cameras that a trained
+component reads.
 """
 
 import hashlib
@@ -28,27 +29,31 @@ SAVE_PROGRESS = 10.0  # seconds between notes of how far a build is
 CHECKED = 8  # frames, spread over a file, that are compared with the component's features now
 TOLERANCE = 0.01  # relative l2 error in float32
 ROUGH = 0.05  # the same in bfloat16 or float16, where another device gives 0.01
-ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
+ADVICE = (
+    "set data.cache: frames (frozen components then run in training), or use fewer episodes or "
+    "smaller pictures"
+)
 IRRELEVANT = ("weights", "gradient_checkpointing", "tune")  # arguments; the tensors are in the key
 
 
 def cached_components(parts, cameras) -> list[tuple[str, str]]:
-    """(component, camera) whose features are cached: the frozen ones. Raises ConfigError if there are none."""
+    """Frozen (component, camera) pairs. Raises ConfigError if there are none to cache."""
     components = [pair for kind in parts.lookers(list(cameras)) for pair in kind]
     frozen = [(name, camera) for name, camera in components if name in parts.frozen]
     if not frozen:
         raise ConfigError(
-            "data.cache: features keeps what frozen backbones and da3 see, but none of them is frozen: set "
-            "model.component_build_args.<component>.freeze: true, or data.cache: frames"
+            "data.cache: features keeps what frozen backbones and da3 see, but none of them is "
+            "frozen: set model.component_build_args.<component>.freeze: true, or data.cache: "
+            "frames"
         )
     return frozen
 
 
 class FeatureCache(ArrayFiles):
-    """cache[key of a batch]: float16 (frames, h', w', C); of da3 (frames, L, h', w', C), of a summary (frames, S)."""
+    """Float16 by key: (frames, h', w', C), of da3 (frames, L, h', w', C), a summary (frames, S)."""
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """rows (B, F) -> grids (B, F h', w', C) or of da3 (B, L, F h', w', C), summaries (B, 1, S): the mean."""
+        """rows (B, F) -> grids (B, F h', w', C), da3 (B, L, F h', w', C), means (B, 1, S)."""
         batch = {}
         for key, features in self.arrays.items():
             x = features[rows]
@@ -74,10 +79,10 @@ class FeatureCache(ArrayFiles):
     ) -> "FeatureCache | None":
         """The cache in `folder`; missing files are computed now, other processes wait for them.
 
-        sources: component -> its Yaml. A file's key is made of the weights, the YAML, the pictures and the run's
-        precision. dry_run: only print the space that it takes; None. Raises DataError if it takes more than max_gb
-        (10^9 bytes) or than the disk has left, and UserError if the files hold other features than the component gives
-        now.
+        sources: component -> its Yaml. A file's key is made of the weights, the YAML, the pictures
+        and the run's precision. dry_run: only print the space that it takes; None. Raises DataError
+        if it takes more than max_gb (10^9 bytes) or than the disk has left, and UserError if the
+        files hold other features than the component gives now.
         """
         paths, extractions = plan(frames, parts, sources, accelerator, folder)
         if dry_run:
@@ -85,19 +90,7 @@ class FeatureCache(ArrayFiles):
             return None
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as locks:
-            quiet = (
-                not accelerator.is_local_main_process
-            )  # one process says that it waits, and once
-            for path in sorted(one.files[0] for one in extractions if not one.exists()):
-                lock = FileLock(path.with_suffix(".lock"))
-                try:
-                    lock.acquire(blocking=False)
-                except Timeout:
-                    if not quiet:
-                        print(f"waiting for {path}: another process computes it", flush=True)
-                    quiet = True
-                    lock.acquire()
-                locks.callback(lock.release)
+            lock_files(extractions, locks, quiet=not accelerator.is_local_main_process)
             missing = [one for one in extractions if not one.exists()]
             if missing:
                 remove_leftovers(folder, missing)
@@ -118,7 +111,7 @@ class FeatureCache(ArrayFiles):
 
 
 class Extraction(NamedTuple):
-    """The features of one camera's pictures, uint8 (frames, 3, h, w), by one component, and their files."""
+    """A component, a camera's pictures, uint8 (frames, 3, h, w), and the files of its features."""
 
     name: str
     camera: str
@@ -139,7 +132,7 @@ class Extraction(NamedTuple):
         return self.files[0].with_suffix(".rows")
 
     def frames_done(self, shapes: list[tuple]) -> int:
-        """The frames that an interrupted build of these shapes has left, 0 if it cannot go on with them."""
+        """Frames that an interrupted build of these shapes has left; 0 if none are usable."""
         with suppress(OSError, ValueError, EOFError):  # not there, or not whole
             done = int(self.progress.read_text())
             found = [np.load(path, mmap_mode="r").shape for path in self.unfinished]
@@ -159,10 +152,24 @@ class Extraction(NamedTuple):
             path.unlink(missing_ok=True)
 
 
+def lock_files(extractions: list[Extraction], locks: ExitStack, quiet: bool) -> None:
+    """Lock the missing files until `locks` is closed; say once, unless quiet, that we wait."""
+    for path in sorted(one.files[0] for one in extractions if not one.exists()):
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not quiet:
+                print(f"waiting for {path}: another process computes it", flush=True)
+            quiet = True
+            lock.acquire()
+        locks.callback(lock.release)
+
+
 def plan(
     frames: FrameCache, parts, sources: dict, accelerator, folder: Path
 ) -> tuple[dict[str, Path], list[Extraction]]:
-    """The file of each key of a batch, and the extractions that fill them. Equal components share files."""
+    """Key of a batch -> its file; the extractions that fill them. Equal components share files."""
     backbones = parts.lookers(list(frames.paths))[0]
     settings = {}
     paths = {}
@@ -236,16 +243,18 @@ def check_features(extraction: Extraction, accelerator) -> None:
         # A norm that is not a number is no match.
         if not (same_shape and np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(now)):
             raise UserError(
-                f"{path}: '{extraction.name}' gives other features now: did its code change? Delete this file"
+                f"{path}: '{extraction.name}' gives other features now: did its code change? "
+                "Delete this file"
             )
 
 
 def estimate(
     extractions: list[Extraction], accelerator, folder: Path, max_gb: float
 ) -> list[tuple[Extraction, list[tuple], int]]:
-    """Print the space and time that missing files will take; (extraction, shapes of its files, frames done) of each.
+    """Print the space and time that missing files take -> (extraction, file shapes, frames done).
 
-    Raises DataError if all files of the run are above max_gb, or the missing ones above what the disk has left.
+    Raises DataError if all files of the run are above max_gb, or the missing ones above what the
+    disk has left.
     """
     frames = len(extractions[0].pictures)
     lacking = []
@@ -281,15 +290,13 @@ def estimate(
     if lacking:
         past = sum(done for _, _, done in lacking)
         resumed = f", going on after {past} of {frames * len(lacking)}" if past else ""
-        print(
-            f"{text}: about {duration(seconds)} on {accelerator.device}{resumed}, once, into {folder}",
-            flush=True,
-        )
+        text += f": about {duration(seconds)} on {accelerator.device}{resumed}, once"
+        print(f"{text}, into {folder}", flush=True)
     return lacking
 
 
 def remove_leftovers(folder: Path, missing: list[Extraction]) -> None:
-    """Remove what interrupted builds have left, except of builds that go on, here or in another process."""
+    """Remove leftovers of interrupted builds, unless this or another process goes on with them."""
     resumed = {extraction.progress.stem for extraction in missing}
     for path in list(folder.iterdir()):
         stem = path.name.partition(".")[0]
@@ -300,7 +307,7 @@ def remove_leftovers(folder: Path, missing: list[Extraction]) -> None:
 
 
 def extract(extraction: Extraction, shapes: list[tuple], done: int, accelerator, bar) -> None:
-    """Compute the frames from `done` on, into `*.tmp`, with the frames done in `*.rows`; rename when whole."""
+    """Compute frames from `done` on into `*.tmp`, their count into `*.rows`; rename when whole."""
     size = batch_size(accelerator)
     saved = time.monotonic()
     arrays = []
@@ -315,8 +322,8 @@ def extract(extraction: Extraction, shapes: list[tuple], done: int, accelerator,
             features = compute_features(extraction, slice(done, done + size), accelerator)
             if not all(np.isfinite(x).all() for x in features):
                 raise UserError(
-                    f"'{extraction.name}' makes of camera '{extraction.camera}' from frame {done} on what float16 "
-                    "cannot hold: set data.cache: frames"
+                    f"'{extraction.name}' makes of camera '{extraction.camera}' from frame {done} "
+                    "on what float16 cannot hold: set data.cache: frames"
                 )
             for array, x in zip(arrays, features, strict=True):
                 array[done : done + size] = x

@@ -1,4 +1,4 @@
-"""Camera frames by row: decoded once into a memory map (FrameCache), or from the videos as they are (VideoFrames).
+"""Camera frames by row: decoded once into a memory map (FrameCache), or from videos (VideoFrames).
 
 Rows count frames over the chosen episodes, one episode after the other. Both give bit-equal frames.
 """
@@ -27,11 +27,14 @@ from common.data.lerobot import Episode, LeRobotDataset, reading
 RESIZE = "bilinear"  # part of the cache's key
 OPEN_FILES = 32
 BLACK = 16  # of 255; a camera that never gets brighter in an episode was covered or unplugged
-ADVICE = "set data.cache: none (decodes while training), or use fewer episodes or a smaller data.image_size"
+ADVICE = (
+    "set data.cache: none (decodes while training), or use fewer episodes or a smaller "
+    "data.image_size"
+)
 
 
 class Video:
-    """Frame k of a video file, in order of presentation; frames in order are decoded without seeking."""
+    """Frame k of a video file, in order of presentation; consecutive frames need no seeking."""
 
     def __init__(self, path: Path, threads: int = 1):
         self.path = path
@@ -82,7 +85,8 @@ class Video:
 class VideoFrames:
     """Frames decoded when asked for (`data.cache: none`). Each process keeps up to OPEN_FILES open.
 
-    cameras: name -> the dataset's key; size: (h, w); episodes: numbers, None for all; threads: for each decoder.
+    cameras: name -> the dataset's key; size: (h, w); episodes: numbers, None for all; threads: for
+    each decoder.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class VideoFrames:
 
 
 class ArrayFiles:
-    """Arrays by name, read-only memory maps of .npy files. Processes that receive a copy open the files themselves."""
+    """Arrays by name: read-only memory maps of .npy files. Pickling keeps only the paths."""
 
     def __init__(self, paths: dict[str, Path]):
         self.paths = paths
@@ -190,8 +194,8 @@ class FrameCache(ArrayFiles):
     ) -> "FrameCache | None":
         """The cache in `folder`, decoded now if it isn't there; other processes wait for it.
 
-        dry_run: only print the space that it takes; None if it isn't there. Raises DataError if it takes more than
-        max_gb (10^9 bytes) or than the disk has left.
+        dry_run: only print the space that it takes; None if it isn't there. Raises DataError if it
+        takes more than max_gb (10^9 bytes) or than the disk has left.
         """
         dataset.require_cameras(cameras.values())
         chosen = dataset.select(episodes)
@@ -221,7 +225,8 @@ class FrameCache(ArrayFiles):
                 free = shutil.disk_usage(folder).free / 1e9
                 if camera_gb * len(missing) > free:
                     raise DataError(
-                        f"{folder}: {total}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
+                        f"{folder}: {total}, but {free:.2f} GB are free; {ADVICE}, or move "
+                        "XDG_CACHE_HOME"
                     )
                 names = list(missing.values())
                 print(f"{total}: {', '.join(names)} decoded once, into {folder}", flush=True)
@@ -288,7 +293,7 @@ def build(dataset, cameras, size, numbers, paths):
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> np.memmap:
-    """A new .npy file with all of its disk space taken: a disk that fills up later would kill us by SIGBUS."""
+    """A new .npy file with its disk space taken: on a disk that is full later, SIGBUS kills us."""
     try:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with path.open("r+b") as file:

@@ -11,7 +11,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 
 def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
-    """Colour jitter, blur and shift of images (B, ..., 3, h, w) in [0, 1]; the frames of a sample are changed alike.
+    """Colour jitter, blur and shift, one draw a sample; images (B, ..., 3, h, w) in [0, 1].
 
     augment: schema.Augment; u: (B, DRAWS) uniform numbers.
     """
@@ -26,7 +26,7 @@ def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
 
 
 def jitter_colours(x: Tensor, augment, u: Tensor) -> Tensor:
-    """Pictures (N, 3, h, w) with other brightness, saturation and hue (one matrix), then contrast; u (N, 4)."""
+    """Pictures (N, 3, h, w) with other brightness, saturation, hue, then contrast; u (N, 4)."""
     spread = (2 * u - 1)[:, :, None, None]
     brightness, contrast, saturation, hue = spread.unbind(1)
     eye = torch.eye(3, device=x.device)
@@ -37,17 +37,19 @@ def jitter_colours(x: Tensor, augment, u: Tensor) -> Tensor:
     turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     rotation = cos * eye + angle.sin() * turn + (1 - cos) / 3
     share = 1 + augment.saturation * saturation
-    saturate = share * eye + (1 - share) * gray.expand(3, 3)
+    saturate = share * eye + (1 - share) * gray
     brighten = 1 + augment.brightness * brightness
-    x = torch.einsum("bij,bjhw->bihw", brighten * rotation @ saturate, x)
-    luminance = (x * gray[:, None, None]).sum(1, keepdim=True)
+    matrix = brighten * rotation @ saturate
+    x = torch.einsum("bij,bjhw->bihw", matrix, x)
+    luminance = x * gray[:, None, None]
+    luminance = luminance.sum(1, keepdim=True)
     mean = luminance.mean((-2, -1), keepdim=True)
     stretch = 1 + augment.contrast * contrast[..., None]
     return mean + stretch * (x - mean)
 
 
 def blurred(x: Tensor, probability: float, u: Tensor) -> Tensor:
-    """Some of the pictures (N, 3, h, w) blurred by a Gaussian of sigma 0.1 to 2 over three pixels; u (N, 2)."""
+    """Some pictures (N, 3, h, w) blurred by a 3-pixel Gaussian of sigma 0.1 to 2; u (N, 2)."""
     chosen, sigma = u[:, :, None, None, None].unbind(1)
     sigma = 0.1 + 1.9 * sigma
     weight = (-0.5 / sigma**2).exp()
@@ -65,7 +67,8 @@ def shifted(x: Tensor, most: int, u: Tensor) -> Tensor:
     dy, dx = move.long()[:, :, None].unbind(1)
     ys = moved(x, -2, dy)[:, :, None]
     xs = moved(x, -1, dx)[:, None, :]
-    sample = torch.arange(len(x), device=x.device)[:, None, None]
+    sample = torch.arange(len(x), device=x.device)
+    sample = sample[:, None, None]
     pixels = x.movedim(1, -1)
     return pixels[sample, ys, xs].movedim(-1, 1)
 
@@ -73,11 +76,12 @@ def shifted(x: Tensor, most: int, u: Tensor) -> Tensor:
 def moved(x: Tensor, axis: int, by) -> Tensor:
     """Indices along an axis of x, moved by so many and kept inside."""
     size = x.shape[axis]
-    return (torch.arange(size, device=x.device) + by).clamp(0, size - 1)
+    index = torch.arange(size, device=x.device) + by
+    return index.clamp(0, size - 1)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (h, w, 3) -> (*size, 3), antialiased; the cache and inference use it. The aspect ratio may change."""
+    """uint8 (h, w, 3) -> (*size, 3), antialiased. The aspect ratio may change."""
     if image.shape[:2] == tuple(size):
         return image
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)

@@ -1,6 +1,7 @@
-"""Reads LeRobot datasets v2.0, v2.1 and v3.0: one episode table for all, numbers from parquet, a check of every file.
+"""LeRobot datasets v2.0, v2.1 and v3.0: the episode table, numbers from parquet, a check of files.
 
-Frames are decoded in frames.py. Nothing in info.json is trusted but names, shapes, fps and path templates.
+Frames are decoded in frames.py. Nothing in info.json is trusted but names, shapes, fps and path
+templates.
 """
 
 import contextlib
@@ -31,13 +32,14 @@ def cache_folder() -> Path:
 
 
 def fetch(root: str) -> Path:
-    """A dataset's folder: `root` itself, or a Hub id `org/name` downloaded (or found in the Hub's cache)."""
+    """The folder `root`, or that of a Hub id `org/name`, downloaded or found in the Hub's cache."""
     folder = Path(root).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(root)):
         raise DataError(
-            f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like 'org/name'"
+            f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like "
+            "'org/name'"
         )
     import huggingface_hub
 
@@ -45,8 +47,9 @@ def fetch(root: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id=str(root), repo_type="dataset"))
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise DataError(
-            f"data.root: {root!r} is no folder here, and the Hub gave no such dataset. Check the name and the network "
-            f"(private data: `hf auth login`), or give a folder\n    ({type(error).__name__}: {error})"
+            f"data.root: {root!r} is no folder here, and the Hub gave no such dataset. Check the "
+            "name and the network (private data: `hf auth login`), or give a folder\n    "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -71,7 +74,7 @@ def reading(path: Path, place: str = "") -> Iterator[None]:
 
 @dataclass
 class Episode:
-    """One row of the episode table. Its row k of the parquet file and its frame k belong to the time k / fps."""
+    """A row of the episode table. Row k of its data and its frame k belong to the time k / fps."""
 
     index: int  # the dataset's own number; need not start at 0 or be dense
     length: int  # frames
@@ -84,11 +87,12 @@ class Episode:
 
 
 class LeRobotDataset:
-    """The metadata of one folder: root, version, fps (Hz), robot_type, features (info.json's), and more:
+    """Metadata of a folder: root, version, fps (Hz), robot_type, features (info.json's), and more:
 
-    episodes: those that have files; absent: numbers of those without any (a partial download); cameras: keys of video
-    and image features with files; content_key: hash of info.json and all files' names, sizes and times; values_key:
-    hash of info.json and of the data files' content, the same for a copy.
+    episodes: those that have files; absent: numbers of those without any (a partial download);
+    cameras: keys of video and image features with files; content_key: hash of info.json and all
+    files' names, sizes and times; values_key: hash of info.json and of the data files' content, the
+    same for a copy.
     """
 
     def __init__(self, root: str | Path):
@@ -104,7 +108,8 @@ class LeRobotDataset:
         self.absent = [e.index for e in listed if not existing & e.files()]
         if not self.episodes:
             raise DataError(
-                f"{self.root}: no episodes ({len(self.absent)} without files); download or record some"
+                f"{self.root}: no episodes ({len(self.absent)} without files); download or record "
+                "some"
             )
         first = next((e for e in self.episodes if e.data_path.is_file()), self.episodes[0])
         with reading(first.data_path, f" (episode {first.index})"):
@@ -119,15 +124,17 @@ class LeRobotDataset:
     def _read_info(self, path: Path) -> None:
         if not path.is_file():
             raise DataError(
-                f"{path}: not found; data.root must be the top folder of a LeRobot dataset, with meta/, data/ and "
-                f"mostly videos/ in it, but has {sorted(p.name for p in self.root.glob('*'))[:8] or 'nothing'}"
+                f"{path}: not found; data.root must be the top folder of a LeRobot dataset, with "
+                "meta/, data/ and mostly videos/ in it, but has "
+                f"{sorted(p.name for p in self.root.glob('*'))[:8] or 'nothing'}"
             )
         with reading(path):
             info = json.loads(path.read_text(encoding="utf-8"))
         self.version = info.get("codebase_version")
         if self.version not in VERSIONS:
             raise DataError(
-                f"{path}: codebase_version is {self.version!r}, not one of {VERSIONS}; convert it with lerobot"
+                f"{path}: codebase_version is {self.version!r}, not one of {VERSIONS}; convert it "
+                "with lerobot"
             )
         try:
             self.fps = float(info["fps"])
@@ -185,7 +192,8 @@ class LeRobotDataset:
         for row in rows:
             if not all(isinstance(row.get(key), int) for key in ("episode_index", "length")):
                 raise DataError(
-                    f"{path}: every episode needs an integer 'episode_index' and 'length', found {row}"
+                    f"{path}: every episode needs an integer 'episode_index' and 'length', found "
+                    f"{row}"
                 )
         return rows
 
@@ -230,7 +238,7 @@ class LeRobotDataset:
         return path
 
     def select(self, episodes: list[int] | None) -> list[Episode]:
-        """The episodes of these numbers in this order; None: all. Raises DataError for an unknown number."""
+        """Episodes by number, in this order; None: all. Raises DataError for an unknown number."""
         if episodes is None:
             return self.episodes
         known = {episode.index: episode for episode in self.episodes}
@@ -255,18 +263,18 @@ class LeRobotDataset:
                 example = f"data.cameras='{{head: {self.cameras[0]}}}'"
                 available = f"{', '.join(self.cameras)}; for example {example}"
             raise DataError(
-                f"{self.root}: data.cameras: {key!r} {found}{nearest(key, self.cameras)}\n"
-                f"    available: {available}"
+                f"{self.root}: data.cameras: {key!r} {found}{nearest(key, self.cameras)}\n    "
+                f"available: {available}"
             )
 
     def require_columns(self, keys: Iterable[str]) -> None:
-        """Raises DataError, with the names to choose from, if a key is no numeric column of the parquet files."""
+        """Raises DataError, with the names to choose from, if a key is no numeric column."""
         numeric = [field.name for field in self.schema if is_numeric(field.type)]
         for key in keys:
             if key not in numeric:
                 raise DataError(
-                    f"{self.root}: no numeric column {key!r}{nearest(key, numeric)}\n"
-                    f"    available: {', '.join(numeric)}"
+                    f"{self.root}: no numeric column {key!r}{nearest(key, numeric)}\n    "
+                    f"available: {', '.join(numeric)}"
                 )
 
     def columns(self, keys: list[str], episodes: list[int] | None = None) -> dict[str, np.ndarray]:
@@ -282,7 +290,7 @@ class LeRobotDataset:
     def read(
         self, keys: list[str], group: list[Episode]
     ) -> Iterator[tuple[Episode, dict[str, np.ndarray]]]:
-        """(episode, {key: float32 (length, dim)}) for episodes that share a parquet file. Raises DataError."""
+        """(episode, {key: float32 (length, dim)}) of episodes in one file. Raises DataError."""
         path = group[0].data_path
         if self.version == "v3.0":
             table = self._load(group[0], [*keys, "episode_index"])
@@ -297,13 +305,14 @@ class LeRobotDataset:
             start, end = np.searchsorted(owner, bounds, sorter=order)
             if end - start != episode.length:
                 raise DataError(
-                    f"{path}: episode {episode.index} has {end - start} rows, declared are {episode.length}"
+                    f"{path}: episode {episode.index} has {end - start} rows, declared are "
+                    f"{episode.length}"
                 )
             rows = order[start:end]
             yield episode, {key: array[rows] for key, array in arrays.items()}
 
     def pictures(self, episode: Episode, key: str) -> list[bytes]:
-        """The encoded pictures (PNG, mostly) of an image-dtype camera, one a frame. Raises DataError."""
+        """Encoded pictures (mostly PNG) of an image-dtype camera, one a frame. Raises DataError."""
         filters = None
         if self.version == "v3.0":
             filters = [("episode_index", "=", episode.index)]
@@ -312,8 +321,8 @@ class LeRobotDataset:
         found = sum(isinstance(cell, bytes) for cell in cells)
         if not found == len(cells) == episode.length:
             raise DataError(
-                f"{episode.data_path}: episode {episode.index} has {found} pictures in {len(cells)} rows of {key}, "
-                f"declared are {episode.length}"
+                f"{episode.data_path}: episode {episode.index} has {found} pictures in "
+                f"{len(cells)} rows of {key}, declared are {episode.length}"
             )
         return cells
 
@@ -324,7 +333,8 @@ class LeRobotDataset:
             missing = [key for key in keys if key not in names]
             if missing:
                 raise DataError(
-                    f"{path}: episode {episode.index}: no column {missing[0]!r}; found {', '.join(names)}"
+                    f"{path}: episode {episode.index}: no column {missing[0]!r}; found "
+                    f"{', '.join(names)}"
                 )
             columns = list(dict.fromkeys(keys))
             return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
@@ -335,8 +345,9 @@ def check_files(
 ) -> list[str]:
     """Check every file of the chosen episodes without decoding videos; -> warnings.
 
-    Raises one DataError that lists all problems, each with its file and episode: files missing or cut short, row or
-    frame counts unlike the episode table, widths unlike info.json, non-finite numbers, gaps in frame_index.
+    Raises one DataError that lists all problems, each with its file and episode: files missing or
+    cut short, row or frame counts unlike the episode table, widths unlike info.json, non-finite
+    numbers, gaps in frame_index.
     """
     dataset.require_cameras(cameras)
     dataset.require_columns(low_dim_keys)
@@ -387,7 +398,8 @@ def check_rows(
     drift, number = max(drifts)
     if drift > 0.6:
         warnings.append(
-            f"{dataset.root}: timestamps are up to {drift:.1f} frames off k / fps (episode {number}); k / fps is used"
+            f"{dataset.root}: timestamps are up to {drift:.1f} frames off k / fps (episode "
+            f"{number}); k / fps is used"
         )
     return problems
 
@@ -418,7 +430,7 @@ def check_frame_index(place: str, frame_index: np.ndarray, steps: np.ndarray) ->
 def check_videos(
     dataset: LeRobotDataset, cameras: list[str], chosen: list[Episode], warnings: list[str]
 ) -> list[str]:
-    """Problems of the videos of episodes; adds a warning for each v2 file with more frames than rows."""
+    """Problems of the videos of episodes; adds a warning if a v2 file has more frames than rows."""
     problems = []
     needed: dict[Path, list[tuple[int, int]]] = {}  # mp4 -> (frames it must hold, episode)
     for episode in chosen:
@@ -479,7 +491,7 @@ def is_numeric(kind: pa.DataType) -> bool:
 
 
 def dense(column: pa.ChunkedArray, place: str) -> np.ndarray:
-    """A scalar or list column of any nesting -> float32 (rows, dim). Raises DataError if rows differ in width."""
+    """A scalar or nested list column -> float32 (rows, dim). Raises DataError if widths differ."""
     rows = len(column)
     while isinstance(column.type, LISTS):
         widths = pc.unique(pc.list_value_length(column))

@@ -1,4 +1,4 @@
-"""The dataset of one run: its windows, the training batches and held-out batches, and a batch on the device."""
+"""The dataset of one run: windows, training and held-out batches, and a batch on the device."""
 
 import fcntl
 import importlib
@@ -35,7 +35,8 @@ def locate(root: str):
     if root not in GENERATED:
         if "/" not in root:
             raise DataError(
-                f"data.root: no folder '{root}', and no generated set of that name{suggest(root, GENERATED)}"
+                f"data.root: no folder '{root}', and no generated set of that "
+                f"name{suggest(root, GENERATED)}"
             )
         return fetch(root)
     folder = cache_folder() / root
@@ -50,7 +51,7 @@ def locate(root: str):
 
 
 class TrainingSet(Dataset):
-    """Windows asked for as Order yields them; adds the position and the augmentation's random numbers per sample."""
+    """Windows indexed by items of Order; adds the position and random numbers for augmentation."""
 
     def __init__(self, windows: Windows, seed: int):
         self.windows = windows
@@ -71,8 +72,9 @@ class TrainingSet(Dataset):
 class Data:
     """The dataset of one run.
 
-    windows: all samples; train_rows, val_rows: the rows of windows to train on and to hold out; episodes,
-    val_episodes: their episodes; stats: of the training episodes; facts: sizes that components need.
+    windows: all samples; train_rows, val_rows: the rows of windows to train on and to hold out;
+    episodes, val_episodes: their episodes; stats: of the training episodes; facts: sizes that
+    components need.
     """
 
     def __init__(self, cfg):
@@ -84,7 +86,8 @@ class Data:
         self.episodes = sorted(set(episodes) - held_out)
         if not self.episodes:
             raise DataError(
-                f"{dataset.root}: {len(episodes)} episodes, all held out by data.val_episodes; none to train on"
+                f"{dataset.root}: {len(episodes)} episodes, all held out by data.val_episodes; "
+                "none to train on"
             )
         keys = [*cfg.state_keys, cfg.action_key]
         for warning in check_files(dataset, list(cfg.cameras.values()), keys, cfg.episodes):
@@ -108,7 +111,7 @@ class Data:
         }
 
     def cache_frames(self, dry_run: bool = False) -> None:
-        """From now on, pictures are read from the frame cache, which is filled first, in place of the videos.
+        """Fill the frame cache; from now on, pictures are read from it in place of the videos.
 
         dry_run: only print the space that it takes.
         """
@@ -126,7 +129,9 @@ class Data:
             self.windows.frames = cache
 
     def cache_features(self, parts, sources, accelerator, dry_run: bool = False) -> None:
-        """From now on, batches hold the features of frozen components, and pictures only where others need them.
+        """Fill the feature cache; from now on, batches hold features in place of most pictures.
+
+        Pictures come only of cameras that a trained component reads.
 
         dry_run: only print the space that the cache takes.
         """
@@ -156,7 +161,7 @@ class Data:
         epoch: int = 0,
         offset: int = 0,
     ) -> DataLoader:
-        """Micro-batches of this process, from a position on, without end; not yet on a device (see to_device)."""
+        """Micro-batches of this process from a position on, without end; see to_device()."""
         cfg = self.cfg
         groups = None
         if cfg.neighbours > 1:
@@ -185,7 +190,7 @@ class Data:
         )
 
     def held_out(self, rank: int, world: int, device, size: int) -> Iterator[dict]:
-        """Batches of this process's share of the held-out rows: equal shares, the rest of the division is left out."""
+        """Batches of this process's equal share of the held-out rows; a remainder is left out."""
         share = len(self.val_rows) // world
         rows = self.val_rows[rank * share : (rank + 1) * share]
         for i in range(0, share, size):
@@ -193,7 +198,7 @@ class Data:
 
 
 def held_out_episodes(episodes: list[int], val: float | list[int]) -> set[int]:
-    """Of these episodes those of the list, or a share taken from the end: one or more, unless there is only one."""
+    """The listed episodes, or a share from the end: at least one, unless there is only one."""
     if isinstance(val, list):
         unknown = sorted(set(val) - set(episodes))
         if unknown:
@@ -206,13 +211,13 @@ def held_out_episodes(episodes: list[int], val: float | list[int]) -> set[int]:
 
 
 def _ignore_signals(worker):
-    """A stop signal often reaches the whole process group: the main process saves first, then ends its workers."""
+    """A signal reaches the whole process group; the main process saves first, then ends workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict, device, augment=None) -> dict:
-    """Tensors moved, pictures as float in [0, 1], augmented where asked for; the position as a tuple."""
+    """Tensors moved, pictures as float in [0, 1] and augmented, the position as a tuple."""
     position = batch.pop("position", None)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     draws = batch.pop("augment", None)

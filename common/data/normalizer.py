@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def statistics(state: np.ndarray, action: np.ndarray) -> dict[str, Tensor]:
-    """state_mean, state_std, ..., action_q99: (dim,) over rows (N, dim); warns of constant dimensions."""
+    """state_mean, ..., action_q99: (dim,) over rows (N, dim); warns of constant dimensions."""
     stats = {}
     for name, x in (("state", state), ("action", action)):
         x = x.astype(np.float64)
@@ -59,7 +59,7 @@ class Normalizer(nn.Module):
         return (x - offset) / scale
 
     def denormalize(self, name: str, x: Tensor) -> Tensor:
-        """The inverse, after a clip to +-5 or, where that is wider, to the range of the training data."""
+        """The inverse, after a clip to +-5 or, if wider, to the range of the training data."""
         low = self.normalize(name, getattr(self, f"{name}_min"))
         high = self.normalize(name, getattr(self, f"{name}_max"))
         clipped = torch.clamp(x, low.clamp(max=-5), high.clamp(min=5))

@@ -1,4 +1,4 @@
-"""The order of training samples: a function of (seed, epoch), shared out over micro-steps and processes."""
+"""The order of training samples: a function of (seed, epoch), shared out over processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from common.noise import seed_of
 class Order:
     """Yields (epoch, offset after the step, rows) for each micro-batch of one process, without end.
 
-    Epoch e is a permutation of `rows` drawn from (seed, e). Every `batch_size` rows of it are one optimizer step; an
-    incomplete rest is dropped. Micro-steps, and within them processes, take equal consecutive shares of a step.
-    Iteration begins at row `offset` of `epoch`. Raises ConfigError if the sizes do not fit.
+    Epoch e is a permutation of `rows` drawn from (seed, e). Every `batch_size` rows of it are one
+    optimizer step; an incomplete rest is dropped. Micro-steps, and within them processes, take
+    equal consecutive shares of a step. Iteration begins at row `offset` of `epoch`. Raises
+    ConfigError if the sizes do not fit.
     """
 
     rows: np.ndarray
@@ -27,7 +28,7 @@ class Order:
     seed: int
     epoch: int
     offset: int
-    # State (rows of the dataset, D) and group size: groups of rows with similar states are permuted in place of rows.
+    # State (rows of the dataset, D) and group size: groups of similar rows are permuted.
     groups: tuple[np.ndarray, int] | None = None
 
     def __post_init__(self):
@@ -40,11 +41,13 @@ class Order:
             )
         if len(self.rows) < self.batch_size:
             raise ConfigError(
-                f"data.batch_size {self.batch_size} is more than the {len(self.rows)} training samples"
+                f"data.batch_size {self.batch_size} is more than the {len(self.rows)} training "
+                "samples"
             )
         if self.groups and self.share % self.groups[1]:
             raise ConfigError(
-                f"data.neighbours {self.groups[1]}: micro-batches of {self.share} are not whole groups of it"
+                f"data.neighbours {self.groups[1]}: micro-batches of {self.share} are not whole "
+                "groups of it"
             )
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -68,10 +71,10 @@ class Order:
 
 
 def group_similar(x: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Permutation of the rows of x (N, D) in which each `size` consecutive rows are close to each other.
+    """Permutation of the rows of x (N, D) in which each `size` consecutive rows are similar.
 
-    Rows are halved again and again along the axis of largest (randomly scaled) spread; the groups are then shuffled.
-    Each draw differs.
+    Rows are halved again and again along the axis of largest (randomly scaled) spread; the groups
+    are then shuffled. Each draw differs.
     """
     order = rng.permutation(len(x))
     rest, whole = np.split(order, [len(x) % size])

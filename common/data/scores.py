@@ -1,4 +1,4 @@
-"""scores.parquet: the score of each episode of a dataset, written by train_mi.py, read by the loader."""
+"""scores.parquet: the score of each episode, written by train_mi.py, read by the loader."""
 
 import os
 from pathlib import Path
@@ -38,9 +38,9 @@ def best_episodes(file: Path, share: float, dataset: LeRobotDataset, episodes) -
     unscored = sorted(set(episodes) - set(score))
     if unscored:
         raise DataError(
-            f"data.scores: {file} has no score for {len(unscored)} training episodes, the first of them "
-            f"{unscored[:8]}: hold out what train_mi.py held out (data.val_episodes), or run it with "
-            "data.val_episodes=0.0"
+            f"data.scores: {file} has no score for {len(unscored)} training episodes, the first of "
+            f"them {unscored[:8]}: hold out what train_mi.py held out (data.val_episodes), or run "
+            "it with data.val_episodes=0.0"
         )
     ranked = sorted(episodes, key=lambda number: (-score[number], number))
     kept = set(ranked[: round(share * len(ranked))])
@@ -70,7 +70,7 @@ def read_scores(file: Path, dataset: LeRobotDataset) -> dict[int, float]:
     found = scored_dataset(file)
     if found != dataset.values_key:
         raise DataError(
-            f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed since (values key "
-            f"{found}, here {dataset.values_key}): {again}"
+            f"data.scores: {file} is of another dataset than {dataset.root}, or that has changed "
+            f"since (values key {found}, here {dataset.values_key}): {again}"
         )
     return dict(zip(table["episode"].to_pylist(), table["score"].to_pylist(), strict=True))

@@ -12,15 +12,17 @@ from common.data.lerobot import LeRobotDataset
 class Windows(Dataset):
     """Every time step of the chosen episodes as a sample, gathered a batch at a time.
 
-    An item is asked for by an array of rows and is a dict: observation.state (B, P, S) oldest first,
-    observation.images.<name> (B, 3, h, w) uint8 (or (B, F, 3, h, w) with an image history), action (B, T, A),
-    action_is_pad (B, T), episode_index and frame_index (B,). Steps before the first repeat it; steps after the last
-    repeat it with action_is_pad true. With HZ other than the dataset's fps, each episode gets a time grid k / HZ:
-    low-dimensional values are interpolated (hold_keys: nearest), frames are the nearest. With `features`, its entries
-    (see FeatureCache) come too, and pictures only of the cameras in `pictures`.
+    An item is asked for by an array of rows and is a dict: observation.state (B, P, S) oldest
+    first, observation.images.<name> (B, 3, h, w) uint8 (or (B, F, 3, h, w) with an image history),
+    action (B, T, A), action_is_pad (B, T), episode_index and frame_index (B,). Steps before the
+    first repeat it; steps after the last repeat it with action_is_pad true. With HZ other than the
+    dataset's fps, each episode gets a time grid k / HZ: low-dimensional values are interpolated
+    (hold_keys: nearest), frames are the nearest. With `features`, its entries (see FeatureCache)
+    come too, and pictures only of the cameras in `pictures`.
 
-    Per row: state and action, episode_index (the dataset's), step (in its episode), source_row (nearest frame), and
-    episode (its place in first and last, which are rows of each episode's ends).
+    Per row: state and action, episode_index (the dataset's), step (in its episode), source_row
+    (nearest frame), and episode (its place in first and last, which are rows of each episode's
+    ends).
     """
 
     def __init__(self, cfg, dataset: LeRobotDataset, episodes: list[int], frames):
@@ -60,7 +62,7 @@ class Windows(Dataset):
         return self.step / self.cfg.HZ
 
     def rows(self, episodes, first_frames: int | None = None) -> np.ndarray:
-        """The rows of some episodes, by their index in the dataset; of each only the first so many."""
+        """Rows of some episodes, by their index in the dataset; of each only the first so many."""
         chosen = np.isin(self.episode_index, list(episodes))
         if first_frames:
             chosen &= self.step < first_frames

@@ -1,7 +1,10 @@
 """Writes LeRobot v3.0 datasets that this project's reader and `lerobot` itself can open.
 
-writer = DatasetWriter(root, fps=20, features={"action": {"dtype": "float32", "shape": [6], "names": None},
-    "observation.images.cam": {"dtype": "video", "shape": [96, 96, 3], "names": ["height", "width", "channels"]}})
+features = {
+    "action": {"dtype": "float32", "shape": [6], "names": None},
+    "observation.images.cam": {"dtype": "video", "shape": [96, 96, 3], "names": ["h", "w", "c"]},
+}
+writer = DatasetWriter(root, fps=20, features=features)
 writer.add_episode({"action": actions, "observation.images.cam": frames}, task="lift the bar")
 writer.finish()
 """
@@ -30,11 +33,12 @@ SAMPLED_FRAMES = 16  # of an episode and camera, for the image statistics
 
 
 class DatasetWriter:
-    """One dataset, written to `<root>.tmp` and renamed to `root` by finish(), so nobody ever sees half of it.
+    """One dataset, written to `<root>.tmp` and renamed to `root` by finish().
 
-    features: info.json's entries of the user's keys. "video" entries are RGB (h, w, 3) uint8 with even sides; the
-    others are vectors (shape [n]). All episodes of a camera share one mp4 and all rows one parquet file: files are not
-    split by size. An old `<root>.tmp` is deleted. Raises DataError if `root` has files in it.
+    features: info.json's entries of the user's keys. "video" entries are RGB (h, w, 3) uint8 with
+    even sides; the others are vectors (shape [n]). All episodes of a camera share one mp4 and all
+    rows one parquet file: files are not split by size. An old `<root>.tmp` is deleted. Raises
+    DataError if `root` has files in it.
     """
 
     def __init__(self, root: str | Path, fps: float, features: dict, robot_type: str = "unknown"):
@@ -74,7 +78,7 @@ class DatasetWriter:
         )
 
     def add_episode(self, arrays: dict, task: str) -> None:
-        """Append one episode: arrays[key] is (n, ...) with the declared shape, for every declared key."""
+        """Append an episode: arrays[key] is (n, ...) of the declared shape, for every key."""
         number = len(self.episodes)
         length = self._check_episode(arrays, f"{self.root}: episode {number}")
         index = np.arange(length)
@@ -168,7 +172,8 @@ class DatasetWriter:
             expected = (length, *self.features[key]["shape"])
             if np.shape(array) != expected or length == 0:
                 raise DataError(
-                    f"{place}: {key}: shape {np.shape(array)}, expected {expected}, one frame or more"
+                    f"{place}: {key}: shape {np.shape(array)}, expected {expected}, one frame or "
+                    "more"
                 )
         return length
 
@@ -176,7 +181,7 @@ class DatasetWriter:
         cells = []
         for key, column in columns.items():
             array = pa.array(column.reshape(-1))
-            size = self._size(key)
+            size = self.features[key]["shape"][0]
             cells.append(array if size == 1 else pa.FixedSizeListArray.from_arrays(array, size))
         table = pa.Table.from_arrays(cells, schema=self.parquet.schema)
         self.parquet.write_table(table, row_group_size=len(table))
@@ -192,12 +197,9 @@ class DatasetWriter:
                 frame.pict_type = av.video.frame.PictureType.I
             container.mux(stream.encode(frame))
 
-    def _size(self, key: str) -> int:
-        return self.features[key]["shape"][0]
-
     def _arrow_type(self, key: str) -> pa.DataType:
         kind = pa.from_numpy_dtype(np.dtype(self.columns[key]))
-        size = self._size(key)
+        size = self.features[key]["shape"][0]
         return (
             kind if size == 1 else pa.list_(kind, size)
         )  # lerobot stores single numbers as scalars
@@ -206,7 +208,7 @@ class DatasetWriter:
         path = self.tmp / f"videos/{key}/chunk-000/file-000.mp4"
         path.parent.mkdir(parents=True)
         container = av.open(path, "w")
-        # A keyframe every second frame and no B-frames: random access costs at most two decoded frames.
+        # A keyframe every second frame, no B-frames: random access decodes at most two frames.
         options = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=self.rate, options=options)
         stream.height, stream.width, _ = self.features[key]["shape"]
@@ -249,7 +251,7 @@ def column_statistics(values: np.ndarray) -> dict:
 
 
 def image_statistics(histogram: np.ndarray, count: int) -> dict:
-    """Histograms of 8-bit values per channel (3, 256) -> the same statistics in 0..1 with shape (3, 1, 1)."""
+    """Histograms of 8-bit values (3, 256) -> the same statistics in [0, 1] of shape (3, 1, 1)."""
     levels = np.arange(256) / 255
     share = histogram / histogram.sum(axis=1, keepdims=True)
     cumulative = np.cumsum(share, axis=1)
@@ -267,23 +269,19 @@ def image_statistics(histogram: np.ndarray, count: int) -> dict:
     return result | {"count": [count]}
 
 
-def pandas_column(name: str, pandas_type: str, numpy_type: str) -> dict:
-    return {
-        "name": name,
-        "field_name": name,
-        "pandas_type": pandas_type,
-        "numpy_type": numpy_type,
-        "metadata": None,
-    }
-
-
-# With this metadata, pandas takes the text column of tasks.parquet as the index, as lerobot expects.
+# By this, pandas takes the text column of tasks.parquet as the index, as lerobot expects.
 TASK_INDEX = {
     "index_columns": ["task"],
     "column_indexes": [],
     "columns": [
-        pandas_column("task_index", "int64", "int64"),
-        pandas_column("task", "unicode", "object"),
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": kind,
+            "numpy_type": numpy,
+            "metadata": None,
+        }
+        for name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
     ],
     "pandas_version": "2.2.0",
 }
