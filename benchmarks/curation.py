@@ -21,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 from common import information, metrics
 from common.checkpoint import open_policy
 from common.data import scores
+from common.data.generated import locate
 from common.data.lerobot import LeRobotDataset
-from common.data.loader import Data, locate
+from common.data.loader import Data
+from common.envs import registry  # noqa: F401 (for locate)
 from common.envs.mixed import QUALITIES
 
 CONFIG = {"avoid": "avoid/train_closed.yaml", "tabletop": "tabletop/train.yaml"}
@@ -69,13 +71,13 @@ def ranked(env, seed, out, core):
     numbers = np.array([episode.index for episode in dataset.episodes])
     if not (folder / "random.parquet").exists():
         chance = information.rank(np.random.default_rng(seed).random(len(numbers)), numbers)
-        scores.save(chance, folder / "random.parquet", dataset)
+        scores.save_scores(chance, folder / "random.parquet", dataset)
     if not (folder / "loss.parquet").exists():
         losses = np.concatenate(
             [half_losses(env, seed, numbers, half, folder, core) for half in (0, 1)]
         )
         order = np.concatenate([numbers[1::2], numbers[0::2]])
-        scores.save(information.rank(-losses, order), folder / "loss.parquet", dataset)
+        scores.save_scores(information.rank(-losses, order), folder / "loss.parquet", dataset)
 
 
 def half_losses(env, seed, numbers, half, folder, core):

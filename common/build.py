@@ -1,27 +1,28 @@
-"""Component YAML to GraphModel: named blocks, run in file order, checked before any weight is allocated."""
+"""Component YAML to GraphModel: named blocks, run in file order, checked before anything is allocated.
 
+python -m common.build --list       # every block that YAML may name, with its arguments
+"""
+
+import argparse
 import copy
 import functools
 import importlib
 import inspect
 import os
 import pkgutil
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
 
 from common.config import ConfigError, Yaml, nearest, show, suggest
 
-FACTS = (
-    "action_dim",
-    "state_dim",
-    "num_cameras",
-    "action_horizon",
-    "proprio_history",
-)  # what `null` takes from the dataset
-_BLOCKS = {}
+# Numbers of the dataset, which a component YAML takes by writing `null`.
+FACTS = ("action_dim", "state_dim", "num_cameras", "action_horizon", "proprio_history")
+_BLOCKS: dict[str, Callable] = {}
 
 
 class UnknownBlock(ConfigError, KeyError):  # noqa: N818 (the name is an interface)
@@ -30,26 +31,23 @@ class UnknownBlock(ConfigError, KeyError):  # noqa: N818 (the name is an interfa
     __str__ = Exception.__str__  # KeyError would put the message in quotes
 
 
-def block(name):
-    """Decorator: makes an nn.Module class, or a function of tensors with keyword arguments, known to YAML as name."""
+def block(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: YAML may name this nn.Module class, or function of tensors with keyword arguments."""
 
     def register(made):
+        here = f"{made.__module__}.{made.__qualname__}"
         if name in _BLOCKS:
             first = f"{_BLOCKS[name].__module__}.{_BLOCKS[name].__qualname__}"
-            raise ConfigError(
-                f"block '{name}' of {made.__module__}.{made.__qualname__} is already {first}: rename one"
-            )
+            raise ConfigError(f"block '{name}' of {here} is already {first}: rename one")
         if isinstance(made, type) and not issubclass(made, nn.Module):
-            raise ConfigError(
-                f"block '{name}': {made.__qualname__} is no nn.Module and no function"
-            )
+            raise ConfigError(f"block '{name}': {here} is no nn.Module and no function")
         _BLOCKS[name] = made
         return made
 
     return register
 
 
-def import_plugins(names, source=None):
+def import_plugins(names: Iterable[str], source: Yaml | None = None) -> None:
     """Import the modules that `plugins:` of train.yaml names, so that they register their blocks."""
     for i, name in enumerate(names):
         try:
@@ -60,13 +58,16 @@ def import_plugins(names, source=None):
 
 
 @functools.cache
-def _import_own_blocks():
+def _import_own_blocks() -> None:
     for module in pkgutil.iter_modules([str(Path(__file__).parent / "blocks")]):
         importlib.import_module(f"common.blocks.{module.name}")
 
 
 class Step(NamedTuple):
-    """One block's call. inputs: list (positional) or dict of names, nested as wanted; out: names of a tuple's items."""
+    """A block's call: inputs by position (list) or by name (dict), nested as wanted.
+
+    out: names of the items of a result that is a tuple; where: place in the YAML, for errors.
+    """
 
     name: str
     inputs: list | dict
@@ -74,7 +75,7 @@ class Step(NamedTuple):
     where: str
 
 
-def _fill(template, find):
+def _fill(template: Any, find: Callable[[Any], Any]) -> Any:
     """template with each text x in its lists and dicts replaced by find(x)."""
     if isinstance(template, dict):
         return {key: _fill(value, find) for key, value in template.items()}
@@ -83,153 +84,116 @@ def _fill(template, find):
     return find(template)
 
 
-def _names(template):
-    """Every text in the lists and dicts of template."""
-    names = []
-    _fill(template, names.append)
-    return names
-
-
 class GraphModel(nn.Module):
-    """Blocks run in order. Modules are attributes under their names; functions are too, outside of the state_dict.
+    """Blocks run in order. Modules are attributes under their names, and so are functions.
 
-    inputs: names, or None for the short form: one block called `block`, which gets whatever the graph gets.
+    inputs: names, or None for the short form: a single block called `block`, which gets whatever the
+    graph gets.
     """
 
-    def __init__(self, inputs, steps, result):
+    def __init__(self, inputs: list[str] | None, steps: list[Step], result: Any):
         super().__init__()
-        self._inputs, self._steps, self._result = inputs, steps, result
+        self._inputs = inputs
+        self._steps = steps
+        self._result = result
 
-    def forward(self, *args, **inputs):
-        """The component's result: a value, a tuple or a dict, as `return:` says."""
+    def forward(self, *args, **inputs) -> Any:
+        """The component's result: a value, a tuple or a dict, as `return:` says.
+
+        In the long form inputs go by name. A context that only passes inputs through is opened, and
+        an input of None that the graph does not declare is left out.
+        """
         if self._inputs is None:
             return self.block(*args, **inputs)
         if args:
             raise TypeError(f"inputs go by name: {', '.join(self._inputs)}")
-        self._expect(inputs, self._inputs)
-        return self._run([(step, getattr(self, step.name)) for step in self._steps], inputs)
-
-    def bind(self, **inputs):
-        """Run once what depends on these inputs only; returns callable(**the other inputs) -> the result of forward.
-
-        A block with a bind(**known) -> callable(**rest) of its own is bound where all that its bind requires is known.
-        """
-        if self._inputs is None:
-            return (
-                self.block.bind(**inputs)
-                if hasattr(self.block, "bind")
-                else Bound(self, None, inputs)
-            )
-        self._expect(inputs, [name for name in self._inputs if name in inputs])
-        values, later = dict(inputs), []
+        if "context" not in self._inputs:
+            inputs |= inputs.pop("context", {})
+        values = {k: v for k, v in inputs.items() if v is not None or k in self._inputs}
+        if values.keys() != set(self._inputs):
+            expected = ", ".join(self._inputs) or "none"
+            raise TypeError(f"expected the inputs {expected}; found {', '.join(values) or 'none'}")
         for step in self._steps:
-            function = getattr(self, step.name)
-            if values.keys() >= set(_names(step.inputs)):
-                self._call(step, function, values)
-                continue
-            takes = inspect.signature(function.bind).parameters if hasattr(function, "bind") else {}
-            known = {
-                k
-                for k in takes
-                if k in step.inputs and values.keys() >= set(_names(step.inputs[k]))
-            }
-            if known and all(k in known or p.default is not p.empty for k, p in takes.items()):
-                function = function.bind(
-                    **{k: _fill(step.inputs[k], values.__getitem__) for k in known}
-                )
-                step = step._replace(
-                    inputs={k: t for k, t in step.inputs.items() if k not in known}
-                )
-            later.append((step, function))
-        return Bound(self, later, values)
+            self._call(step, values)
+        result = _fill(self._result, values.__getitem__)
+        return tuple(result) if isinstance(result, list) else result
 
-    def _expect(self, given, names):
-        if given.keys() != set(names):
-            raise TypeError(
-                f"expected the inputs {', '.join(names) or 'none'}; found {', '.join(given) or 'none'}"
-            )
+    def context(self, **inputs) -> Any:
+        """All that does not depend on t: the context of the block that has one, else the inputs.
 
-    def _call(self, step, function, values):
+        A decoder in the long form either declares `context` among its inputs, for the one block that
+        computes it, or the inputs themselves (memory, z), which it gets at each call.
+        """
+        owner = self._context_owner()
+        if owner is not None:
+            return owner.context(**inputs)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        rows = max(len(value) for value in given.values())
+        # Several latents of each observation: all observations with the first, then with the next.
+        return {k: v.repeat(rows // len(v), *[1] * (v.ndim - 1)) for k, v in given.items()}
+
+    def with_latent(self, context: Any, **latent) -> Any:
+        """Add a latent, z=..., to a context that was computed without."""
+        owner = self._context_owner()
+        if owner is not None:
+            return owner.with_latent(context, **latent)
+        return self.context(**context, **latent)
+
+    def _context_owner(self) -> nn.Module | None:
+        return next((made for made in self.children() if hasattr(made, "context")), None)
+
+    def _call(self, step: Step, values: dict[str, Any]) -> None:
+        function = getattr(self, step.name)
         inputs = _fill(step.inputs, values.__getitem__)
         result = function(**inputs) if isinstance(inputs, dict) else function(*inputs)
         if step.out is None:
             values[step.name] = result
             return
-        if not isinstance(result, tuple | list) or len(result) != len(step.out):
-            found = (
-                f"{len(result)} results"
-                if isinstance(result, tuple | list)
-                else f"one {type(result).__name__}"
-            )
+        several = isinstance(result, tuple | list)
+        if not several or len(result) != len(step.out):
+            found = f"{len(result)} results" if several else f"one {type(result).__name__}"
             raise ConfigError(
                 f"{step.where}: `out` names {len(step.out)} results, the block returned {found}"
             )
         values.update(zip(step.out, result, strict=True))
 
-    def _run(self, calls, values):
-        for step, function in calls:
-            self._call(step, function, values)
-        result = _fill(self._result, values.__getitem__)
-        return tuple(result) if isinstance(result, list) else result
-
-
-class Bound:
-    """A GraphModel with some inputs given: the calls that are left (None: its forward) and the values known so far."""
-
-    def __init__(self, model, calls, values):
-        self.model, self.calls, self.values = model, calls, values
-
-    def __call__(self, **rest):
-        if self.calls is None:
-            return self.model(**self.values, **rest)
-        self.model._expect(rest, [name for name in self.model._inputs if name not in self.values])
-        return self.model._run(self.calls, {**self.values, **rest})
-
-    def detach(self):
-        """The same without gradient to anything that is known; a block's own bound callable brings its detach()."""
-
-        def cut(value):
-            return value.detach() if hasattr(value, "detach") else value
-
-        calls = self.calls and [(step, cut(function)) for step, function in self.calls]
-        return Bound(self.model, calls, _fill(self.values, cut))
-
 
 class _Checked:
-    """One component YAML, checked: its blocks, names, references and arguments. Allocates nothing."""
+    """One component YAML, checked: its blocks, names, references and arguments. Allocates nothing.
 
-    def __init__(self, source, facts):
-        self.source, self.facts, self.error = source, facts or {}, source.error
-        self.inputs, self.steps, self.result = None, [], None
-        self.makers, self.results = (
-            {},
-            {},
-        )  # block name -> (class or function, arguments, place); names of results
-        self.params, self.names, self.values, self.used = (
-            {},
-            [],
-            [],
-            set(),
-        )  # values: what $ may name so far
-        data = source.data
+    makers: block name -> (class or function, arguments, place); results: block name -> names of its
+    results; values: names that $ may name so far; used: those that something names.
+    """
+
+    def __init__(self, source: Yaml, facts: dict[str, int] | None):
+        self.source = source
+        self.facts = facts or {}
+        self.error = source.error
+        self.inputs: list[str] | None = None
+        self.steps: list[Step] = []
+        self.result: Any = None
+        self.makers: dict[str, tuple] = {}
+        self.results: dict[str, list] = {}
+        self.params: dict[str, Any] = {}
+        self.names: list[str] = []
+        self.values: list[str] = []
+        self.used: set[str] = set()
+        data: dict[str, Any] = source.data
         if "block" in data:
             self.mapping(data, (), ("block", "args"))
             args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))
             self.add("block", {**data, "args": args}, ())
         else:
-            self.mapping(
-                data, (), ("inputs", "params", "blocks", "return"), ("inputs", "blocks", "return")
-            )
+            required = ("inputs", "blocks", "return")
+            self.mapping(data, (), (*required, "params"), required)
             self.graph(data["inputs"], data.get("params") or {}, data["blocks"])
 
     def graph(self, inputs, params, blocks):
         """The long form."""
         if not isinstance(inputs, list):
             raise self.error(("inputs",), f"expected a list of names, found {show(inputs)}")
-        self.inputs, self.params = (
-            inputs,
-            self.filled(self.mapping(params, ("params",)), ("params",)),
-        )
+        self.inputs = inputs
+        self.params = self.filled(self.mapping(params, ("params",)), ("params",))
         for name in inputs:
             self.claim(name, ("inputs",))
         self.values = list(inputs)
@@ -242,21 +206,22 @@ class _Checked:
                 )
         for name, entry in blocks.items():
             here = ("blocks", name)
-            template = self.references(entry["in"], (*here, "in"))
-            self.add(
-                name, entry, here, template if isinstance(template, list | dict) else [template]
-            )
+            inputs = self.references(entry["in"], (*here, "in"))
+            if not isinstance(inputs, list | dict):
+                inputs = [inputs]
+            self.add(name, entry, here, inputs)
         self.result = self.references(self.source.data["return"], ("return",))
         for step in self.steps:
             if not self.used.intersection(self.results[step.name]):
                 raise self.error(
                     ("blocks", step.name), "nothing uses its result: drop the block, or return it"
                 )
-        for name in inputs + list(params):
+        for name in self.inputs:
             if name not in self.used:
-                raise self.error(
-                    ("params", name) if name in params else ("inputs",), f"nothing uses '{name}'"
-                )
+                raise self.error(("inputs",), f"nothing uses '{name}'")
+        for name in params:
+            if name not in self.used:
+                raise self.error(("params", name), f"nothing uses '{name}'")
 
     def add(self, name, entry, here, inputs=None):
         """Check one block against its signatures, and note how to make and to call it."""
@@ -268,8 +233,6 @@ class _Checked:
             self.fit(title, parameters, (*here, "args"), {}, args)
             forward = list(inspect.signature(maker.forward).parameters.values())[1:]
             self.fit(title, forward, (*here, "in"), inputs, {})
-            if hasattr(maker, "bind") and isinstance(inputs, list):
-                inputs = dict(zip([p.name for p in forward], inputs, strict=False))
         else:
             self.fit(title, parameters, (*here, "args"), inputs, args)
         self.makers[name] = maker, args, (*here, "block")
@@ -283,17 +246,24 @@ class _Checked:
         self.steps.append(Step(name, inputs, entry.get("out"), str(self.error((*here, "out"), ""))))
 
     def fit(self, title, parameters, here, inputs, args):
-        """Check inputs (list: positional, dict: by name, None: unknown) and args against a signature's parameters."""
+        """Check a call against a signature's parameters.
+
+        inputs: list by position, dict by name, None not known yet.
+        """
         known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = inputs if isinstance(inputs, dict) else {}
-        for where in [*(("in", name) for name in by_name), *(("args", name) for name in args)]:
-            if where[1] not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                hint = f"{nearest(where[1], known)}\n    known: {', '.join(known) or 'none'}"
-                raise self.error((*here[:-1], *where), f"{title} takes no '{where[1]}'{hint}")
+        for section, names in (("in", by_name), ("args", args)):
+            for name in names:
+                if name not in known and not takes_any:
+                    hint = f"{nearest(name, known)}\n    known: {', '.join(known) or 'none'}"
+                    where = (*here[:-1], section, name)
+                    raise self.error(where, f"{title} takes no '{name}'{hint}")
         signature = inspect.Signature(parameters)
+        by_position = inputs if isinstance(inputs, list) else ()
         try:
             fits = signature.bind if inputs is not None else signature.bind_partial
-            fits(*(inputs if isinstance(inputs, list) else ()), **by_name, **args)
+            fits(*by_position, **by_name, **args)
         except TypeError as e:
             raise self.error(here, f"{title}: {e}") from e
 
@@ -318,34 +288,34 @@ class _Checked:
 
     def filled(self, values, here):
         """params (or the short form's args) with null replaced by the dataset's fact of that name."""
-        for name in [n for n in FACTS if n in values]:
-            value, fact = values[name], self.facts.get(name)
+        filled = dict(values)
+        for name in FACTS:
+            if name not in values:
+                continue
+            value = values[name]
+            fact = self.facts.get(name)
             if value is None and fact is None:
-                raise self.error(
-                    (*here, name),
-                    "null is filled from a dataset, and none gives it: write the number",
-                )
-            if None not in (value, fact) and value != fact:
-                raise self.error(
-                    (*here, name), f"{value} here, but the dataset has {fact}: write null"
-                )
-        return {
-            name: self.facts[name] if v is None and name in FACTS else v
-            for name, v in values.items()
-        }
+                message = "null is filled from a dataset, and none gives it: write the number"
+                raise self.error((*here, name), message)
+            if fact is not None and value not in (None, fact):
+                message = f"{value} here, but the dataset has {fact}: write null"
+                raise self.error((*here, name), message)
+            filled[name] = fact if value is None else value
+        return filled
 
     def resolve(self, name, here):
         """The class or function of a `block:`."""
         _import_own_blocks()
-        modules = {
-            f"nn.{k}": v
-            for k, v in vars(nn).items()
-            if isinstance(v, type) and issubclass(v, nn.Module)
-        }
-        known = modules | _BLOCKS
+        known = dict(_BLOCKS)
+        for kind, made in vars(nn).items():
+            if isinstance(made, type) and issubclass(made, nn.Module):
+                known[f"nn.{kind}"] = made
         if not isinstance(name, str) or name not in known:
             near = nearest(name, known) or f"; known: {', '.join(sorted(_BLOCKS))}, nn.*"
-            message = f"no block '{name}'{near}\n    `plugins` in train.yaml names the modules of blocks of your own"
+            message = (
+                f"no block '{name}'{near}\n    `python -m common.build --list` describes all; "
+            )
+            message += "`plugins` in train.yaml names the modules of blocks of your own"
             raise UnknownBlock(str(self.error(here, message)))
         return known[name]
 
@@ -393,8 +363,8 @@ class _Checked:
         return _fill(template, find)
 
 
-def build(source, facts=None):
-    """GraphModel of a component YAML (a path, or a Yaml). facts: the dataset's numbers, of FACTS, for `null` params.
+def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> GraphModel:
+    """GraphModel of a component YAML. facts: the dataset's numbers, of FACTS, for `null` params.
 
     Everything is checked before anything is allocated; raises ConfigError with file, line and key.
     """
@@ -410,17 +380,57 @@ def build(source, facts=None):
 
 
 def completed(source: Yaml, model: GraphModel) -> Yaml:
-    """A component YAML with the `sizes` that its blocks took from a weights file, which it no longer needs."""
+    """A component YAML with the `sizes` that its blocks took from a weights file filled in."""
     data = copy.deepcopy(source.data)
     for name, made in model.named_children():
-        entry, sizes = data if "block" in data else data["blocks"][name], getattr(made, "sizes", {})
-        args = entry.get("args") or {}
+        sizes = getattr(made, "sizes", {})
         if sizes:
-            entry["args"] = args | {
-                key: value for key, value in sizes.items() if args.get(key) is None
-            }
-    return (
-        source
-        if data == source.data
-        else Yaml.parse(yaml.safe_dump(data, sort_keys=False), source.path)
+            entry = data if "block" in data else data["blocks"][name]
+            args = entry.get("args") or {}
+            missing = {key: value for key, value in sizes.items() if args.get(key) is None}
+            entry["args"] = {**args, **missing}
+    if data == source.data:
+        return source
+    return Yaml.parse(yaml.safe_dump(data, sort_keys=False), source.path)
+
+
+def argument_meanings(made: Callable) -> dict[str, str]:
+    """Argument -> meaning, from the `Args:` section of a block's docstring, or of its base class's."""
+    for owner in getattr(made, "__mro__", (made,)):
+        _, found, section = inspect.cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
+        if found:
+            entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, flags=re.M)
+            return {name: re.sub(r"\s+", " ", meaning) for name, meaning in entries}
+    return {}
+
+
+def describe_blocks() -> str:
+    """Every registered block: its first sentence, and its arguments with default and meaning."""
+    _import_own_blocks()
+    lines = []
+    for name in sorted(_BLOCKS):
+        made = _BLOCKS[name]
+        lines += ["", name, f"  {inspect.cleandoc(made.__doc__ or '').splitlines()[0]}"]
+        meanings = argument_meanings(made)
+        for parameter in inspect.signature(made).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            default = ""
+            if parameter.default is not parameter.empty:
+                default = f" ({show(parameter.default)})"
+            lines.append(f"    {parameter.name}{default}: {meanings.get(parameter.name, '')}")
+    return "\n".join(lines[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Describe the blocks that a component YAML may name."
     )
+    parser.add_argument("--list", action="store_true", required=True, help="print every block")
+    parser.parse_args(argv)
+    print(describe_blocks())
+
+
+if __name__ == "__main__":
+    # Blocks register with common.build as it is imported, not with this run of the file.
+    importlib.import_module("common.build").main()

@@ -330,13 +330,12 @@ def load_script(path: str):
     return module
 
 
-def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
-    """(policy, config) of a checkpoint folder, or of the newest one in a run folder.
+def find_checkpoint(folder: Path | str) -> Path:
+    """A checkpoint folder itself, or the newest one of a run folder, with all files as written.
 
-    weights: frozen component -> the file that holds it now. Raises UserError for a missing or
-    changed file.
+    Raises UserError where there is none, or where it is damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "meta.json").is_file():
         found = newest(folder) if folder.is_dir() else None
         if found is None:
@@ -344,9 +343,20 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
                 f"{folder}: no checkpoint here (a folder with meta.json, or a run folder of such "
                 "folders)"
             )
-        folder = found
-    elif problem := damage(folder):
+        return found
+    problem = damage(folder)
+    if problem:
         raise UserError(f"{problem}; take another checkpoint of this run")
+    return folder
+
+
+def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
+    """(policy, config) of a checkpoint folder, or of the newest one in a run folder.
+
+    weights: frozen component -> the file that holds it now. Raises UserError for a missing or
+    changed file.
+    """
+    folder = find_checkpoint(folder)
     meta = legacy.translated(read_meta(folder))
     frozen = meta["frozen"]
     weights = weights or {}

@@ -1,50 +1,127 @@
-"""From noise to an action chunk: integrating the flow, and executing the chunks it gives."""
+"""Flow matching: noisy chunks to learn from, and the velocity that leads from noise to an action chunk.
 
-from functools import partial
+Time runs from t = 0 (noise x0) to t = 1 (data x1).
+"""
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor
 
+from common.noise import Noise
 
-def velocity(decode, target: str, x: Tensor, t: float, fixed: Tensor | None = None) -> Tensor:
-    """What a decoder bound to its observations says of chunks x (B, T, A) at time t, as a velocity.
 
-    target: what it was trained to predict, `velocity` or the data `x1` (then the velocity is (x1 - x) / (1 - t)).
-    fixed (T,): true for actions that are given: they do not move.
+def sample_time(u: Tensor) -> Tensor:
+    """Uniform u -> t ~ Beta(1, 1.5), at most 0.999: the density is proportional to (1 - t)^0.5.
+
+    More weight near the noise. The mirror image of pi0's schedule (Black et al. 2024,
+    arXiv:2410.24164, appendix B), which runs from data to noise.
     """
-    known = {} if fixed is None else {"fixed": fixed.expand(len(x), 1, -1)}
-    predicted = decode(x_t=x[:, None], t=x.new_full((len(x), 1), t), **known)[:, 0]
-    predicted = predicted if target == "velocity" else (predicted - x) / (1 - t)
-    return predicted if fixed is None else predicted.masked_fill(fixed[:, None], 0)
+    return (1 - u.pow(2 / 3)).clamp(max=0.999)
 
 
-def guided(decode, w: float):
-    """A decoder bound to [z; null] -> what it says of chunks x, null + w (z - null), in one call.
+def linear_path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x0, x1 (..., T, A), t (...) -> x_t and its velocity (..., T, A).
 
-    Ho & Salimans 2022 (arXiv:2207.12598) eq. 6, whose w is ours less one. As the velocity is affine in x1, this holds
-    of either target.
+    Lipman et al. 2023 (arXiv:2210.02747) eq. 22, with sigma_min = 0.
+    """
+    t = t[..., None, None]
+    return (1 - t) * x0 + t * x1, x1 - x0
+
+
+def random_prefix(u: Tensor, horizon: int, longest: int) -> Tensor:
+    """Uniform u (B, R) -> mask (B, R, T), true for the first d actions; d is uniform in 0 .. longest.
+
+    Training on given prefixes lets a chunk continue the running one (Black et al. 2025,
+    arXiv:2512.05964: training-time real-time chunking).
+    """
+    length = (u * (longest + 1)).floor()
+    return torch.arange(horizon, device=u.device) < length[..., None]
+
+
+class NoisyChunks(NamedTuple):
+    """R noisy versions of each chunk: x0, x1, x_t and the decoder's target (B, R, T, A), t (B, R).
+
+    ignored (B, R, T) marks actions without loss: padding, and the given prefix. prefix_mask
+    (B, R, T) marks the actions of x_t that are given and clean; None where none ever are.
     """
 
-    def both(x_t, t, **known):
-        known = {name: torch.cat([value, value]) for name, value in known.items()}
-        conditional, null = decode(x_t=torch.cat([x_t, x_t]), t=torch.cat([t, t]), **known).chunk(2)
+    x0: Tensor
+    x1: Tensor
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    ignored: Tensor
+    prefix_mask: Tensor | None
+
+
+def noisy_chunks(
+    x1: Tensor,
+    is_pad: Tensor,
+    noise: Noise,
+    draws: int = 1,
+    target: str = "velocity",
+    longest_prefix: int = 0,
+) -> NoisyChunks:
+    """Normalised chunks x1 (B, T, A), is_pad (B, T) -> `draws` noisy versions of each, and targets.
+
+    target: `velocity`, or `x1` to predict the data.
+    """
+    x1 = x1[:, None].expand(-1, draws, -1, -1)
+    x0 = noise.normal(*x1.shape)
+    t = sample_time(noise.uniform(*x1.shape[:2]))
+    x_t, velocity = linear_path(x0, x1, t)
+    ignored = is_pad[:, None].expand(x1.shape[:3])
+    prefix_mask = None
+    if longest_prefix:
+        prefix_mask = random_prefix(noise.uniform(*t.shape), x1.shape[2], longest_prefix)
+        x_t = torch.where(prefix_mask[..., None], x1, x_t)
+        ignored = ignored | prefix_mask
+    return NoisyChunks(x0, x1, x_t, t, x1 if target == "x1" else velocity, ignored, prefix_mask)
+
+
+def decoder_velocity(
+    decoder: Callable[..., Tensor],
+    context: Any,
+    x: Tensor,
+    t: float,
+    target: str,
+    prefix_mask: Tensor | None = None,
+) -> Tensor:
+    """Velocity (B, T, A) of noisy chunks x (B, T, A) at time t, whatever the decoder predicts.
+
+    target: what the decoder was trained to predict. From x1 the velocity is (x1 - x) / (1 - t).
+    Actions marked by prefix_mask (T,) are given: they do not move.
+    """
+    mask = None if prefix_mask is None else prefix_mask.expand(len(x), 1, -1)
+    times = x.new_full((len(x), 1), t)
+    predicted = decoder(x_t=x[:, None], t=times, context=context, prefix_mask=mask)[:, 0]
+    velocity = (predicted - x) / (1 - t) if target == "x1" else predicted
+    return velocity if prefix_mask is None else velocity.masked_fill(prefix_mask[:, None], 0)
+
+
+def one_step(decoder: Callable[..., Tensor], context: Any, x0: Tensor, target: str) -> Tensor:
+    """Noise x0 (B, R, T, A) -> chunks (B, R, T, A) by a single Euler step, with gradient."""
+    predicted = decoder(x_t=x0, t=x0.new_zeros(x0.shape[:2]), context=context)
+    return predicted if target == "x1" else x0 + predicted
+
+
+def guided(velocity: Callable[..., Tensor], w: float) -> Callable[..., Tensor]:
+    """velocity of twice the chunks, conditional ones before null ones -> null + w (conditional - null).
+
+    Ho & Salimans 2022 (arXiv:2207.12598) eq. 6, whose w is ours less one. Both halves are one call.
+    """
+
+    def both(x, t, prefix_mask=None):
+        conditional, null = velocity(torch.cat([x, x]), t, prefix_mask=prefix_mask).chunk(2)
         return null + w * (conditional - null)
 
     return both
 
 
-def weighted(decode, weights: Tensor):
-    """A decoder bound to k experts of each observation -> the mean of what they say, under weights (B, k)."""
-
-    def mean(x_t, t, **known):
-        said = decode(x_t=x_t, t=t, **known).unflatten(1, (weights.shape[1], -1))
-        return torch.einsum("bk, bkrta -> brta", weights.to(said.dtype), said)
-
-    return mean
-
-
-def euler(velocity, x0: Tensor, steps: int) -> Tensor:
+def euler(velocity: Callable[..., Tensor], x0: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; `steps` evaluations (NFE)."""
     x = x0
     for k in range(steps):
@@ -52,84 +129,6 @@ def euler(velocity, x0: Tensor, steps: int) -> Tensor:
     return x
 
 
-def heun(velocity, x0: Tensor, steps: int) -> Tensor:
-    """As `euler`, second order: two evaluations a step, but one in the last, where a field built from x1 is 0/0."""
-    x = x0
-    for k in range(steps):
-        v = velocity(x, k / steps)
-        guess = x + v / steps
-        x = guess if k == steps - 1 else x + (v + velocity(guess, (k + 1) / steps)) / (2 * steps)
-    return x
-
-
-def generate(
-    decode, target: str, x0: Tensor, steps: int, solver=euler, prefix: Tensor | None = None
-) -> Tensor:
-    """Noise x0 (B, T, A) -> x1. With `prefix` (B, d, A) the first d actions are these, and the rest continues them."""
-    fixed = None
-    if prefix is not None:
-        fixed = torch.arange(x0.shape[1], device=x0.device) < prefix.shape[1]
-        x0 = torch.cat([prefix, x0[:, prefix.shape[1] :]], 1)
-    return solver(partial(velocity, decode, target, fixed=fixed), x0, steps)
-
-
-class Execution:
-    """Which action each of n robots carries out: chunks, replanned every `execute` ticks, on time or late.
-
-    Action j of a chunk planned at tick k is meant for tick k + j. With a delay d a chunk acts from k + d on and its
-    first d actions are left out; but the first of an episode acts at once, as the robot waits for it. Of several chunks
-    the newest acts; with `ensemble` m, the mean of all that act at this tick, with weights exp(-m i) and i = 0 the
-    oldest: Zhao et al. 2023 (arXiv:2304.13705) algorithm 2, there without delay. A chunk needs execute + delay actions.
-    """
-
-    def __init__(self, n: int, execute: int, ensemble: float | None = None, delay: int = 0):
-        self.n, self.execute, self.ensemble, self.delay = n, execute, ensemble, delay
-        self.tick, self.chunks = (
-            0,
-            {},
-        )  # tick at which it was planned -> (n, T, A); NaN for robots that have stopped
-
-    def due(self) -> bool:
-        """Whether the policy is to look at this tick."""
-        return self.tick % self.execute == 0
-
-    def prefix(self, rows) -> np.ndarray | None:
-        """(B, delay, A): what the robots `rows` do from this tick until its chunk acts; None before the first."""
-        if not self.delay or not self.chunks:
-            return None
-        return np.stack([self._at(self.tick + j, rows) for j in range(self.delay)], 1)
-
-    def add(self, rows, chunks: np.ndarray):
-        """Chunks (B, T, A) planned for the robots `rows` from what they see at this tick."""
-        if chunks.shape[1] < self.execute + self.delay:
-            raise ValueError(
-                f"chunks of {chunks.shape[1]} for execute {self.execute} and delay {self.delay}"
-            )
-        self.chunks[self.tick] = np.full((self.n, *chunks.shape[1:]), np.nan, chunks.dtype)
-        self.chunks[self.tick][rows] = chunks
-
-    def next(self, rows) -> np.ndarray:
-        """Actions (B, A) of this tick; the clock advances."""
-        actions = self._at(self.tick, rows)
-        self.tick += 1
-        self.chunks = {
-            start: chunk
-            for start, chunk in self.chunks.items()
-            if start + chunk.shape[1] > self.tick
-        }
-        return actions
-
-    def _at(self, tick, rows):
-        acting = [
-            chunk[rows, tick - start]
-            for start, chunk in self.chunks.items()
-            if start + (self.delay if start else 0) <= tick < start + chunk.shape[1]
-        ]
-        if self.ensemble is None:
-            return acting[-1]
-        weights = np.exp(-self.ensemble * np.arange(len(acting)))
-        # Added one by one: the order, and with it the last bit, must not depend on how many robots there are.
-        mean = sum(
-            weight * action for weight, action in zip(weights / weights.sum(), acting, strict=True)
-        )
-        return mean.astype(acting[0].dtype)
+def detached(context: Any) -> Any:
+    """The same context without gradient to any of its tensors."""
+    return recursively_apply(torch.detach, context)

@@ -1,70 +1,83 @@
-"""What an evaluation measures. `counts`: successes per mode, of every mode, zeros included."""
+"""Measures of an evaluation. `counts` are successes per mode, of every mode, zeros included."""
 
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from common.data.loader import to_device
+from common.data.loader import Data, to_device
 from common.noise import RowNoise
+from common.policy import ActionPolicy, Memory
 
 
-def wilson(successes: int, n: int, z=1.959963984540054) -> tuple[float, float]:
+def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
-    p, spread = successes / n, z * z / n
+    p = successes / n
+    spread = z * z / n
     half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max((p + spread / 2 - half) / (1 + spread), 0.0), min(
-        (p + spread / 2 + half) / (1 + spread), 1.0
-    )
+    low = (p + spread / 2 - half) / (1 + spread)
+    high = (p + spread / 2 + half) / (1 + spread)
+    return max(low, 0.0), min(high, 1.0)
 
 
-def entropy(counts) -> float | None:
-    """Entropy of the modes as a share of its maximum, log of the number of modes; None without a success."""
+def entropy(counts: Sequence[int]) -> float | None:
+    """Entropy of the modes as a share of its maximum, log of their number; None without a success."""
     p = np.array(counts) / max(sum(counts), 1)
-    return (
-        abs(float((p[p > 0] * np.log(p[p > 0])).sum()) / math.log(len(p)))
-        if p.any() and len(p) > 1
-        else None
-    )
+    if not p.any() or len(p) < 2:
+        return None
+    taken = p[p > 0]
+    return abs(float((taken * np.log(taken)).sum()) / math.log(len(p)))
 
 
-def coverage(counts) -> float:
+def coverage(counts: Sequence[int]) -> float:
     """Share of the modes that were taken at least once."""
     return float(np.mean(np.array(counts) > 0))
 
 
-def kl(counts, shares) -> float | None:
-    """KL(modes of the successes || shares of the demonstrations) in nats; None without a success, or where it has no
-    end because the demonstrations lack a mode."""
-    p, q = np.array(counts) / max(sum(counts), 1), np.array(shares, float)
-    if not p.any() or (q[p > 0] == 0).any():
+def kl(counts: Sequence[int], shares: Sequence[float]) -> float | None:
+    """KL(modes of the successes || shares of the demonstrations) in nats.
+
+    None without a success, or where a mode is taken that the demonstrations lack.
+    """
+    p = np.array(counts) / max(sum(counts), 1)
+    q = np.array(shares, float)
+    taken = p > 0
+    if not p.any() or (q[taken] == 0).any():
         return None
-    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+    return float((p[taken] * np.log(p[taken] / q[taken])).sum())
 
 
-def information(table) -> float | None:
-    """Mutual information of rows and columns of a table of counts, as a share of its maximum, log of the shorter side;
-    None without counts."""
+def information(table: Any) -> float | None:
+    """Mutual information of rows and columns of a table of counts, as a share of its maximum.
+
+    The maximum is the log of the shorter side. None without counts.
+    """
     joint = np.array(table, float) / max(np.sum(table), 1e-12)
-    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     some = joint > 0
+    if not some.any() or min(joint.shape) < 2:
+        return None
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     nats = float((joint[some] * np.log(joint[some] / expected[some])).sum())
-    return (
-        max(nats, 0.0) / math.log(min(joint.shape)) if some.any() and min(joint.shape) > 1 else None
-    )
+    return max(nats, 0.0) / math.log(min(joint.shape))
 
 
-def experts(episodes, names, count) -> dict:
-    """Which of `count` experts drove which mode, for a row of results.json: "experts", {mode: what each expert drove of
-    its successes}; "expert_information" of the two; "least_load", the least used expert's share in even shares."""
+def experts(episodes: Sequence[Any], names: Sequence[str], count: int) -> dict[str, Any]:
+    """Which of `count` experts drove which mode, for a row of results.json.
+
+    experts: mode -> successes that each expert drove; expert_information: mutual information of
+    mode and expert; least_load: share of the least used expert, in even shares.
+    """
     table = {name: np.zeros(count) for name in names}
     for episode in episodes:
         if episode.success and episode.mode in table:  # one that changes its expert counts in parts
-            table[episode.mode] += np.bincount(episode.experts, minlength=count) / len(
-                episode.experts
-            )
+            drove = np.bincount(episode.experts, minlength=count)
+            table[episode.mode] += drove / len(episode.experts)
     drove = np.array([*table.values()])
     return {
         "experts": {mode: row.round(6).tolist() for mode, row in table.items()},
@@ -73,21 +86,30 @@ def experts(episodes, names, count) -> dict:
     }
 
 
-def auc(good, poor) -> float:
-    """Share of the pairs (a good one, a poor one) in which the good one scores higher; ties count half."""
+def auc(good: Sequence[float], poor: Sequence[float]) -> float:
+    """Share of the pairs (a good one, a poor one) in which the good one scores higher; ties half."""
     ahead = np.asarray(good)[:, None] - np.asarray(poor)
     return float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
 
 
-def summary(episodes, names, shares, times) -> dict:
+def summary(
+    episodes: Sequence[Any],
+    names: Sequence[str] | None,
+    shares: Sequence[float] | None,
+    times: Sequence[float],
+) -> dict[str, Any]:
     """One row of results.json: of episodes at one NFE and times (s) of single chunks.
 
-    Entropy, coverage and KL are of the successes whose mode is among `names`, the environment's, and None unless those
-    (for KL, their `shares`, too) are known.
+    Entropy, coverage and KL are of the successes whose mode is among `names`, the environment's, and
+    None unless those (for KL, their `shares`, too) are known.
     """
     successes = [episode for episode in episodes if episode.success]
     taken = Counter(episode.mode for episode in successes if episode.mode is not None)
+    failures = Counter(episode.failure for episode in episodes if not episode.success)
     counts = [taken[name] for name in names or ()]
+    modes = dict(sorted(taken.items(), key=str))
+    if names:
+        modes = dict(zip(names, counts, strict=True))
     return {
         "episodes": len(episodes),
         "success": len(successes) / len(episodes),
@@ -95,42 +117,44 @@ def summary(episodes, names, shares, times) -> dict:
         "entropy": entropy(counts) if names else None,
         "coverage": coverage(counts) if names else None,
         "kl": kl(counts, shares) if names and shares is not None else None,
-        "modes": dict(zip(names, counts, strict=True))
-        if names
-        else dict(sorted(taken.items(), key=str)),
-        "failures": dict(
-            sorted(Counter(episode.failure for episode in episodes if not episode.success).items())
-        ),
+        "modes": modes,
+        "failures": dict(sorted(failures.items())),
         "ms_per_chunk": 1000 * float(np.median(times)),
         "ms_p95": 1000 * float(np.quantile(times, 0.95)),
     }
 
 
-def table(rows, names) -> str:
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str:
     """Rows of results.json as Markdown."""
-    lines = [
-        "| NFE | success | 95 % interval | entropy | KL | modes of successes | failures | ms per chunk (p95) |"
-    ]
-    lines.append("|" + "---|" * 8)
+    titles = ["NFE", "success", "95 % interval", "entropy", "KL", "modes of successes", "failures"]
+    titles.append("ms per chunk (p95)")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in rows:
         low, high = row["interval"]
         numbers = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("entropy", "kl")]
         taken = {name: n for name, n in row["modes"].items() if n}
-        lists = [
-            ", ".join(f"{k} {v}" for k, v in some.items()) or "-"
-            for some in (taken, row["failures"])
+        modes = _counts(taken) if len(taken) <= 8 else f"{len(taken)} of {len(names or taken)}"
+        cells = [
+            str(row["nfe"]),
+            f"{row['success']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            *numbers,
+            modes,
+            _counts(row["failures"]),
+            f"{row['ms_per_chunk']:.1f} ({row['ms_p95']:.1f})",
         ]
-        if len(taken) > 8:
-            lists[0] = f"{len(taken)} of {len(names or taken)}"
-        ms = f"{row['ms_per_chunk']:.1f} ({row['ms_p95']:.1f})"
-        cells = [row["nfe"], f"{row['success']:.3f}", f"{low:.3f}-{high:.3f}", *numbers, *lists, ms]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def times(chunk, calls=50, seconds=5.0) -> list[float]:
-    """Times (s) of up to `calls` single chunks as a robot has them: one after the other, warm, for about `seconds`."""
-    spent, began = [], time.perf_counter()
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "-"
+
+
+def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> list[float]:
+    """Times (s) of up to `calls` single chunks, one after the other and warm, for about `seconds`."""
+    spent: list[float] = []
+    began = time.perf_counter()
     while len(spent) < 4 or (len(spent) <= calls and time.perf_counter() - began < seconds):
         started = time.perf_counter()
         chunk()
@@ -138,44 +162,53 @@ def times(chunk, calls=50, seconds=5.0) -> list[float]:
     return spent[1:]
 
 
-def velocity_loss(policy, data, seed, bins=10) -> dict[str, list[float]]:
-    """Flow-matching loss on held-out windows, mean squared error of the normalised velocity, at the middle of each bin.
+@torch.no_grad()
+def velocity_loss(
+    policy: ActionPolicy, data: Data, seed: int, bins: int = 10
+) -> dict[str, list[float]]:
+    """Mean squared error of the normalised velocity on held-out windows, at the middle of bins of t.
 
-    {"t": [...], "posterior": [...], "prior": [...]}, by where the latent is from (posterior: policies with infer()),
-    or {"t", "none"} of a policy without; all with the same noise, without guidance. The gap is what z settles.
+    {"t": [...], "posterior": [...], "prior": [...]}, by the source of the latent, or {"t", "none"}
+    of a policy without one; all with the same noise, without guidance. Their gap is what z settles.
     """
-    t, sums, entries = [(k + 0.5) / bins for k in range(bins)], {}, 0
-    unguided = {"w": 1.0} if hasattr(getattr(policy, "sampling", None), "guidance") else {}
+    t = [(k + 0.5) / bins for k in range(bins)]
+    sums: dict[str, np.ndarray] = {}
+    entries = 0
     device = next(policy.parameters()).device
-    for rows in tqdm(
-        np.array_split(data.val_rows, -(-len(data.val_rows) // 64)),
-        desc="velocity loss",
-        leave=None,
-    ):
+    batches = np.array_split(data.val_rows, -(-len(data.val_rows) // 64))
+    for rows in tqdm(batches, desc="velocity loss", leave=None):
         batch = to_device(data.windows[rows], device)
-        memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
-        keys = list(zip(["velocity"] * len(rows), [seed] * len(rows), rows.tolist(), strict=True))
+        memory = policy.encode(batch)
+        x1 = policy.stats.normalize("action", batch["action"])
+        keys = [("velocity", seed, row) for row in rows.tolist()]
         x0 = RowNoise([(*key, "x0") for key in keys], device).normal(*x1.shape)
         valid = ~batch["action_is_pad"][..., None]
         entries += valid.sum().item() * x1.shape[2]
-        latents = {"prior": policy.latent(memory, RowNoise(keys, device))}
-        if latents["prior"] is None:
-            latents = {"none": None}
-        elif hasattr(policy, "infer"):
-            latents = {"posterior": policy.infer(memory, x1, RowNoise(keys, device))[0], **latents}
-        for arm, z in latents.items():
-            probe = _probe(x1, valid, t, sums.setdefault(arm, [0.0] * bins))
-            policy.sample(memory, x0, bins, z, solver=probe, **unguided)
-    return {"t": t, **{arm: [value / entries for value in values] for arm, values in sums.items()}}
+        latents: dict[str, Tensor | None] = {"none": None}
+        if policy.has_latent:
+            latents = {
+                "posterior": policy.posterior_latent(memory, x1, RowNoise(keys, device)),
+                "prior": policy.latent(memory, RowNoise(keys, device)),
+            }
+        for source, z in latents.items():
+            errors = _velocity_errors(policy, memory, z, x0, x1, valid, t)
+            sums[source] = sums.get(source, 0.0) + errors
+    return {"t": t, **{source: (values / entries).tolist() for source, values in sums.items()}}
 
 
-def _probe(x1, valid, t, sums):
-    """In place of a solver, which a policy hands its velocity with all else bound: adds the squared errors to sums."""
-
-    def solver(velocity, x0, steps):
-        for k, now in enumerate(t):
-            error = velocity((1 - now) * x0 + now * x1, now) - (x1 - x0)
-            sums[k] += (error.double().square() * valid).sum().item()
-        return x0
-
-    return solver
+def _velocity_errors(
+    policy: ActionPolicy,
+    memory: Memory,
+    z: Tensor | None,
+    x0: Tensor,
+    x1: Tensor,
+    valid: Tensor,
+    t: Sequence[float],
+) -> np.ndarray:
+    """Sums of squared errors at each of the times t."""
+    context = policy.context(memory, z)
+    errors = []
+    for now in t:
+        error = policy.velocity((1 - now) * x0 + now * x1, now, context) - (x1 - x0)
+        errors.append((error.double().square() * valid).sum().item())
+    return np.array(errors)

@@ -1,6 +1,7 @@
-"""Random tensors keyed by (seed, step, row): the same for any number of processes, and after a resume."""
+"""Random numbers keyed by (seed, step, row): the same for any number of processes, after any resume."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,14 +9,15 @@ from torch import Tensor
 
 
 class Noise:
-    """Random tensors of one micro-step, drawn for the whole batch of all processes; each process takes its rows.
+    """Random tensors of one micro-step, drawn for the whole batch; each process takes its rows.
 
-    So one process and N processes train the same run, and a resumed run needs no saved generator state. Without a key
-    the numbers follow torch's global generator.
+    So one process and N processes train the same run, and a resumed run needs no saved generator.
+    Without a key the numbers follow torch's global generator.
     """
 
-    def __init__(self, *key, rank=0, world=1, device="cpu"):
-        self.rank, self.world = rank, world
+    def __init__(self, *key, rank: int = 0, world: int = 1, device: str | torch.device = "cpu"):
+        self.rank = rank
+        self.world = world
         key = key or (torch.randint(2**62, ()).item(),)
         self.generator = torch.Generator(device).manual_seed(seed_of(*key))
 
@@ -25,20 +27,21 @@ class Noise:
     def uniform(self, *shape: int) -> Tensor:
         return self._rows(torch.rand, shape)
 
-    def _rows(self, draw, shape):
+    def _rows(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        rows = shape[0]
         drawn = draw(
-            shape[0] * self.world,
+            rows * self.world,
             *shape[1:],
             generator=self.generator,
             device=self.generator.device,
         )
-        return drawn[self.rank * shape[0] : (self.rank + 1) * shape[0]]
+        return drawn[self.rank * rows : (self.rank + 1) * rows]
 
 
 class RowNoise:
-    """Noise whose row i depends on keys[i] alone: a batch of episodes gets what each would get by itself."""
+    """Noise whose row i depends on keys[i] alone: a batch of episodes draws what each would alone."""
 
-    def __init__(self, keys, device="cpu"):
+    def __init__(self, keys: Sequence[tuple], device: str | torch.device = "cpu"):
         self.rows = [Noise(*key, device=device) for key in keys]
 
     def normal(self, *shape: int) -> Tensor:
@@ -54,12 +57,12 @@ def seed_of(*key) -> int:
 
 
 def hashed_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
-    """(len(index), count) numbers in [0, 1), each a function of (seed, index, column) alone: splitmix64."""
+    """(len(index), count) numbers in [0, 1), each a function of (seed, index, column): splitmix64."""
+    column = np.arange(1, count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        x = np.uint64(seed) + (
-            index.astype(np.uint64)[:, None] * np.uint64(count)
-            + np.arange(1, count + 1, dtype=np.uint64)
-        ) * np.uint64(0x9E3779B97F4A7C15)
+        position = index.astype(np.uint64)[:, None] * np.uint64(count) + column
+        x = np.uint64(seed) + position * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    bits = (x ^ (x >> np.uint64(31))) >> np.uint64(40)
+    return bits.astype(np.float32) / np.float32(1 << 24)

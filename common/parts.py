@@ -1,46 +1,44 @@
-"""The components that train.yaml lists: built, loaded, frozen one by one, and together the parts of one policy."""
+"""The components that train.yaml lists: built, loaded and frozen one by one; parts of one policy."""
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.blocks.weights import read_tensors, require
-from common.build import build
-from common.config import ConfigError
+from common.build import GraphModel, build
+from common.config import ConfigError, Yaml
 from common.data.images import IMAGE
-from common.schema import Part
+from common.schema import Model, Part
 
-
-class Memory(NamedTuple):
-    """What a look gives: tokens (B, N, d) for the decoder; what a latent's posterior and prior read."""
-
-    tokens: Tensor
-    first_camera: dict
-
-
-def first_camera(proprio, visual, semantic, drop=None) -> dict[str, Tensor]:
-    """What a latent's posterior and prior read. The flow loss shapes these features; posterior and prior do not."""
-    seen = {
-        "cond_visual": [x.detach() for x in visual[:1]],
-        "cond_semantic": [x.detach() for x in semantic[:1]],
-    }
-    return {**seen, "cond_proprio": proprio, "drop": None if drop is None else drop[:, :1]}
+CAMERA_PART = re.compile(r"(.+)_(backbone|hand_extractor|da3)")
+User = tuple[str, str]  # a component, and the camera whose pictures it reads
 
 
 class Parts(nn.ModuleDict):
-    """Components under their YAML names. Frozen ones stay in eval mode; an alias is a component that shares another."""
+    """Components under their YAML names.
 
-    def __init__(self, modules, frozen=(), aliases=None, sources=None):
+    frozen: stay in eval mode and without gradient; aliases: component -> the one whose module it
+    shares; sources: frozen component -> the file that holds all of its weights; loaded: components
+    whose weights are from a file; hashes: frozen component -> sha256 of its file, once known.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        frozen: Iterable[str] = (),
+        aliases: dict[str, str] | None = None,
+        sources: dict[str, Path] | None = None,
+    ):
         super().__init__(modules)
-        self.frozen, self.aliases = set(frozen), dict(aliases or {})
-        self.sources = dict(
-            sources or {}
-        )  # frozen component -> the file that all of its weights come from
-        self.loaded = set()  # components whose weights are from a file
-        self.hashes = {}  # frozen component -> sha256 of that file, once it was needed
+        self.frozen = set(frozen)
+        self.aliases = dict(aliases or {})
+        self.sources = dict(sources or {})
+        self.loaded: set[str] = set()
+        self.hashes: dict[str, str] = {}
         for name in self.frozen:
             self[name].requires_grad_(False)
         self.train()
@@ -48,214 +46,243 @@ class Parts(nn.ModuleDict):
     def trainable(self) -> list[str]:
         return [name for name in self if name not in self.frozen]
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Parts":
         super().train(mode)
         for name in self.frozen:
             self[name].eval()
         return self
 
-    def look(self, obs: dict[str, Tensor], cameras: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """What a batch shows -> visual inputs, and per camera a summary (B, 1, S).
+    def require(self, *names: str) -> None:
+        """Raise ConfigError unless all these components are listed."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise ConfigError(
+                f"model.component_config_paths: this policy needs {', '.join(missing)}; "
+                f"listed: {', '.join(self) or 'none'}"
+            )
 
-        Visual inputs: per camera a grid (B, h', w', C); then tokens (B, n, C) of each `<camera>_hand_extractor`; then
-        what `da3` makes of the first camera, and `<camera>_da3` of its own, (B, L h', w', C): layers are stacked along
-        h', and so are several frames. Cameras that share a component go through it in one call. Where obs holds what a
-        component would say, under `features.<component>.<camera>` (channels last) and for a backbone
-        `features.<component>.<camera>.summary` (B, 1, S), it is not run, and the pictures need not be there.
+    def encode_cameras(
+        self, obs: dict[str, Tensor], cameras: Sequence[str]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Pictures of a batch -> visual inputs, and of each camera a summary (B, 1, S).
+
+        Visual inputs are: of each camera a grid (B, h', w', C); then tokens (B, n, C) of each
+        `<camera>_hand_extractor`; then depth features (B, L h', w', C) of `da3` for the first
+        camera, or of `<camera>_da3` for its own: layers are stacked along h', and so are frames.
+        Cameras that share a component go through it in one call. Features that obs holds already,
+        under `features.<component>.<camera>` (channels last) and `....summary` (B, 1, S), are not
+        computed again, and their pictures need not be there.
         """
-        eyes, hands, depth = self.lookers(cameras)
-        seen = self._seen(obs, [*eyes, *hands, *depth])
-        grids = [seen[key][0].flatten(1, -3) for key in eyes]
-        summaries = [seen[key][1].flatten(1, -2).mean(1, keepdim=True) for key in eyes]
-        tokens = [seen[key][0].flatten(1, -2) for key in hands]
-        return [
-            *grids,
-            *tokens,
-            *(seen[key][0].movedim(1, -4).flatten(1, -3) for key in depth),
-        ], summaries
+        backbones, hands, depth = self.camera_components(cameras)
+        features = self._features(obs, [*backbones, *hands, *depth])
+        grids = [features[user][0].flatten(1, -3) for user in backbones]
+        tokens = [features[user][0].flatten(1, -2) for user in hands]
+        depths = [features[user][0].movedim(1, -4).flatten(1, -3) for user in depth]
+        summaries = [features[user][1].flatten(1, -2).mean(1, keepdim=True) for user in backbones]
+        return [*grids, *tokens, *depths], summaries
 
-    def hidden(self, drop: Tensor | None, cameras: list[str]) -> Tensor | None:
-        """Which cameras are hidden (B, cameras) -> which visual inputs are: whatever is made of a hidden picture."""
-        order = [cameras.index(camera) for some in self.lookers(cameras) for _, camera in some]
-        return None if drop is None else drop[:, order]
+    def visual_mask(self, camera_mask: Tensor | None, cameras: Sequence[str]) -> Tensor | None:
+        """Hidden cameras (B, cameras) -> hidden visual inputs: all that is made of a hidden picture."""
+        if camera_mask is None:
+            return None
+        users = [user for kind in self.camera_components(cameras) for user in kind]
+        return camera_mask[:, [list(cameras).index(camera) for _, camera in users]]
 
-    def lookers(self, cameras: list[str]) -> tuple[list, list, list]:
-        """(component, camera) of what looks at pictures: backbones, hand extractors, da3 (at the first camera).
+    def camera_components(
+        self, cameras: Sequence[str]
+    ) -> tuple[list[User], list[User], list[User]]:
+        """(component, camera) of backbones, of hand extractors, and of da3.
 
-        A camera's component is its own, `<camera>_da3`, or one that this shares; or one without a camera in its name.
+        A camera's component is `<camera>_<kind>`, or the one that this shares; or one without a
+        camera in its name: `backbone` serves all cameras, `da3` the first.
         """
         found = []
-        for kind, serves in {"backbone": cameras, "hand_extractor": [], "da3": cameras[:1]}.items():
-            own = {
-                camera: self.aliases.get(f"{camera}_{kind}", f"{camera}_{kind}")
-                for camera in cameras
-            }
-            eyes = [
-                (kind if kind in self and camera in serves else name, camera)
-                for camera, name in own.items()
-            ]
-            found.append([(name, camera) for name, camera in eyes if name in self])
-        return tuple(found)
+        for kind, served in (("backbone", cameras), ("hand_extractor", []), ("da3", cameras[:1])):
+            users = []
+            for camera in cameras:
+                own = f"{camera}_{kind}"
+                name = kind if kind in self and camera in served else self.aliases.get(own, own)
+                if name in self:
+                    users.append((name, camera))
+            found.append(users)
+        backbones, hands, depth = found
+        return backbones, hands, depth
 
-    def _seen(self, obs, wanted):
-        """{(component, camera): (features, channels last[, summary])} of those wanted: (B, F, ...), or as obs has them.
-
-        One call of each component; F frames.
-        """
-        seen, asked = {}, {}
-        for name, camera in wanted:
+    def _features(self, obs: dict[str, Tensor], users: list[User]) -> dict[User, Sequence[Tensor]]:
+        """Features (B, F, ..., channels last), and of a backbone a summary (B, F, S), of F frames."""
+        features = {}
+        missing: dict[str, list[str]] = {}
+        for name, camera in users:
             key = f"features.{name}.{camera}"
             if key in obs:
-                seen[name, camera] = [obs[k].float() for k in (key, f"{key}.summary") if k in obs]
+                keys = [k for k in (key, f"{key}.summary") if k in obs]
+                features[name, camera] = [obs[k].float() for k in keys]
             else:
-                asked.setdefault(name, []).append(camera)
-        for name, cameras in asked.items():
-            batch = torch.cat([obs[IMAGE + camera] for camera in cameras])
-            frames = (len(batch), batch.shape[1] if batch.ndim == 5 else 1)
-            results = self[name](image=batch.flatten(0, -4))
-            results = (
-                (results[0].movedim(1, -1), results[1])
-                if isinstance(results, tuple)
-                else (results,)
-            )
-            shares = [result.unflatten(0, frames).chunk(len(cameras)) for result in results]
-            seen |= zip(
-                [(name, camera) for camera in cameras], zip(*shares, strict=True), strict=True
-            )
-        return seen
+                missing.setdefault(name, []).append(camera)
+        for name, cameras in missing.items():
+            pictures = torch.cat([obs[IMAGE + camera] for camera in cameras])
+            frames = pictures.shape[1] if pictures.ndim == 5 else 1
+            results = self[name](image=pictures.flatten(0, -4))
+            if isinstance(results, tuple):
+                grid, summary = results
+                results = [grid.movedim(1, -1), summary]
+            else:
+                results = [results]
+            shares = [
+                result.unflatten(0, (len(pictures), frames)).chunk(len(cameras))
+                for result in results
+            ]
+            for camera, of_camera in zip(cameras, zip(*shares, strict=True), strict=True):
+                features[name, camera] = of_camera
+        return features
 
-    def table(self, cfg) -> str:
-        """Per component its parameters, and the MiB that they take in training, all of it float32."""
+    def table(self, cfg: Any) -> str:
+        """Parameters of each component, and the MiB that they take in training, all of it float32."""
         rows = {}
         for name, part in self.items():
             count = sum(p.numel() for p in part.parameters())
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             optim = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
-            # Every optimizer keeps two tensors per parameter; of schedule-free's, one is the average.
             averaged = bool(cfg.train.ema) and optim["type"] != "schedule_free_radam"
-            rows[name] = (
-                count,
-                trained,
-                count - trained,
-                count,
-                trained,
-                2 * trained,
-                averaged * trained,
-            )
+            # Every optimizer keeps two tensors per parameter; of schedule-free's, one is the average.
+            floats = [count, trained, 2 * trained, averaged * trained]
+            rows[name] = [count, trained, count - trained, *floats]
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-        lines = [f"{'component':<20}{'parameters':>15}{'trainable':>15}{'frozen':>15}"]
-        lines[0] += f"{'weights':>11}{'gradients':>11}{'optimizer':>11}{'EMA':>11}{'MiB':>11}"
+        titles = ["parameters", "trainable", "frozen"]
+        sizes = ["weights", "gradients", "optimizer", "EMA", "MiB"]
+        lines = [
+            f"{'component':<20}"
+            + "".join(f"{title:>15}" for title in titles)
+            + "".join(f"{title:>11}" for title in sizes)
+        ]
         for name, row in rows.items():
-            sizes = [4 * n / 2**20 for n in (*row[3:], sum(row[3:]))]
-            lines.append(
-                f"{name:<20}"
-                + "".join([*(f"{n:>15,}" for n in row[:3]), *(f"{n:>11,.1f}" for n in sizes)])
-            )
+            mib = [4 * n / 2**20 for n in [*row[3:], sum(row[3:])]]
+            counts = "".join(f"{n:>15,}" for n in row[:3])
+            lines.append(f"{name:<20}" + counts + "".join(f"{n:>11,.1f}" for n in mib))
         lines[-1:-1] = [f"{name:<20}same as {owner}" for name, owner in self.aliases.items()]
-        lines.append(
-            "MiB of weights and what training adds; not estimated: activations, which come on top"
-        )
+        lines.append("MiB of weights and of what training adds to them; activations come on top")
         return "\n".join(lines)
 
 
-def build_parts(model, sources: dict, facts: dict, cameras, load_dir: Path | None = None) -> Parts:
-    """Every listed component, its weights as component_build_args and load_dir say.
+def build_parts(
+    model: Model,
+    sources: dict[str, Yaml],
+    facts: dict[str, int],
+    cameras: Sequence[str],
+    load_dir: Path | None = None,
+) -> Parts:
+    """Every listed component, initialised as component_build_args and load_dir say.
 
-    model: the config's section; sources: component -> its Yaml; facts: of the dataset. A component called
-    `<camera>_backbone` (`_hand_extractor`, `_da3`) of a camera that the dataset lacks is left out with a notice. What
-    has nothing to learn is frozen. A block with load_weights() reads published files, of `weights` or of `init`, in its
-    own way; one that nothing is loaded into starts random, with a notice.
+    model: the config's section; sources: component -> its Yaml; facts: numbers of the dataset. A
+    component of a camera that data.cameras lacks, such as `<camera>_backbone`, is left out with a
+    notice. A component without anything to learn is frozen. A block with load_weights() reads
+    published files, of `weights` or of `init`, in its own way; one that nothing is loaded into
+    starts random, with a notice.
     """
-    groups = {}  # the component that names a shared module -> those that share it
-    for name in sources:
-        of_camera = re.fullmatch(r"(.+)_(backbone|hand_extractor|da3)", name)
-        if of_camera and of_camera[1] not in cameras:
-            print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
-            continue
-        groups.setdefault(model.component_build_args.get(name, Part()).same_as or name, []).append(
-            name
-        )
-    owners = {name if name in group else group[0]: name for name, group in groups.items()}
+    owners = shared_modules(model, sources, cameras)
     aliases = {
-        name: owner for owner, shared in owners.items() for name in groups[shared] if name != owner
+        name: owner for owner, (_, names) in owners.items() for name in names if name != owner
     }
     args = {
-        owner: model.component_build_args.get(shared, Part()) for owner, shared in owners.items()
+        owner: model.component_build_args.get(named, Part()) for owner, (named, _) in owners.items()
     }
-    for camera in cameras:
-        own = f"{camera}_backbone"
-        if not {"backbone", own, "state_resnet34_encoder"} & {*owners, *aliases}:
-            raise ConfigError(
-                f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'"
-            )
-    if "da3" in owners and not cameras:
-        raise ConfigError(
-            "model.component_config_paths: 'da3' is listed, but data.cameras names no camera to look at"
-        )
+    check_cameras({*owners, *aliases}, cameras)
     modules = {name: build(sources[name], facts) for name in owners}
-    learning = [
+    frozen = [
         name
         for name, module in modules.items()
-        if any(p.requires_grad for p in module.parameters())
+        if args[name].freeze or not any(p.requires_grad for p in module.parameters())
     ]
-    frozen = [name for name in modules if args[name].freeze or name not in learning]
-    for name in [name for name in frozen if name in model.component_optims]:
-        raise ConfigError(
-            f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own"
-        )
-    files, whole = {}, []
+    for name in frozen:
+        if name in model.component_optims:
+            raise ConfigError(
+                f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own"
+            )
+    files = {}
+    whole = []
     for name, module in modules.items():
         file, holds_all = initialise(module, name, args[name].init, load_dir)
-        files |= {name: file} if file else {}
-        whole += [name] if holds_all else []
+        if file:
+            files[name] = file
+            print(f"{name}: weights from {file}")
+        if holds_all:
+            whole.append(name)
     if load_dir and not any(file.parent == load_dir for file in files.values()):
         raise ConfigError(
             f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}"
         )
-    for name, file in files.items():
-        print(f"{name}: weights from {file}")
     parts = Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
     parts.loaded = set(files)
     return parts
 
 
-def initialise(
-    module: nn.Module, name: str, init, load_dir: Path | None
-) -> tuple[Path | None, bool]:
-    """Weights of one component: the file they are from, if there is one, and whether it holds all of the component."""
-    own = {
-        prefix: inner for prefix, inner in module.named_modules() if hasattr(inner, "load_weights")
+def shared_modules(
+    model: Model, sources: dict[str, Yaml], cameras: Sequence[str]
+) -> dict[str, tuple[str, list[str]]]:
+    """Owner of a module -> (the component that `same_as` names, all components that share it)."""
+    groups: dict[str, list[str]] = {}
+    for name in sources:
+        of_camera = CAMERA_PART.fullmatch(name)
+        if of_camera and of_camera[1] not in cameras:
+            print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
+            continue
+        named = model.component_build_args.get(name, Part()).same_as or name
+        groups.setdefault(named, []).append(name)
+    # The component that same_as names may be of an absent camera: then the first user owns it.
+    return {
+        (named if named in names else names[0]): (named, names) for named, names in groups.items()
     }
-    blocks, keys = [*own.values()], module.state_dict().keys()
-    saved = load_dir and load_dir / f"{name}.safetensors"
+
+
+def check_cameras(components: set[str], cameras: Sequence[str]) -> None:
+    """Raise ConfigError where a camera has no component, or a component no camera."""
+    for camera in cameras:
+        own = f"{camera}_backbone"
+        if not {"backbone", own, "state_resnet34_encoder"} & components:
+            raise ConfigError(
+                f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'"
+            )
+    if "da3" in components and not cameras:
+        raise ConfigError(
+            "model.component_config_paths: 'da3' is listed, but data.cameras names no camera"
+        )
+
+
+def initialise(
+    module: GraphModel, name: str, init: Any, load_dir: Path | None
+) -> tuple[Path | None, bool]:
+    """Load a component's weights: their file, if there is one, and whether it holds all of them."""
+    own = {prefix: b for prefix, b in module.named_modules() if hasattr(b, "load_weights")}
+    blocks = [*own.values()]
+    keys = module.state_dict().keys()
+    saved = load_dir / f"{name}.safetensors" if load_dir else None
     if init == "scratch":
-        named = []
+        published = []
     elif init and len(own) == 1 and not keys & read_tensors(init).keys():
-        blocks[0].weights = str(init)  # the block's kind of file, moved
-        named = blocks
+        blocks[0].weights = str(init)  # the published file, given as init
+        published = blocks
     elif init or (saved and saved.is_file()):
         return load_component(module, init or saved, name), True
     else:
-        named = [inner for inner in blocks if getattr(inner, "weights", None)]
-    for inner in [inner for inner in blocks if inner not in named]:
-        usual = getattr(inner, "weights", None) or getattr(inner, "published", None)
-        print(
-            f"NOTICE: {name} starts with RANDOM weights"
-            + (f", not those of {usual}" if usual else "")
-        )
-    files = [inner.load_weights() for inner in named]
+        published = [b for b in blocks if getattr(b, "weights", None)]
+    for b in blocks:
+        if b not in published:
+            usual = getattr(b, "weights", None) or getattr(b, "published", None)
+            instead = f", not those of {usual}" if usual else ""
+            print(f"NOTICE: {name} starts with RANDOM weights{instead}")
+    files = [b.load_weights() for b in published]
+    if not files:
+        return None, False
     whole = len(files) == len(own) == 1 and all(
         key.startswith(f"{next(iter(own))}.") for key in keys
     )
-    return (files[-1] if files else None), whole
+    return files[-1], whole
 
 
 def load_component(module: nn.Module, file: Path, name: str) -> Path:
-    """Weights of one component from a safetensors file, exactly; the file. Raises UserError that lists what differs."""
-    tensors, own = (
-        read_tensors(file),
-        {key: value.shape for key, value in module.state_dict().items()},
-    )
-    require(own, tensors, f"{file}: not the weights of component '{name}' as configured")
+    """Load a component from a safetensors file, exactly; the file. UserError lists what differs."""
+    tensors = read_tensors(file)
+    shapes = {key: value.shape for key, value in module.state_dict().items()}
+    require(shapes, tensors, f"{file}: not the weights of component '{name}' as configured")
     module.load_state_dict(tensors)
     return file

@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 import evaluate
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data
-from common.envs import avoid
+from common.envs import avoid, registry  # noqa: F401 (gymnasium ids)
 from common.envs.avoid import (
     Avoid,
     AvoidSkewed,
@@ -29,7 +29,7 @@ ROUTES = {f"{a}-{b}-{c}": (a, b, c) for a, b, c in product(range(2), range(3), r
 
 
 def route(gaps, shift=0.0):
-    """Straight up through the middle of each gap (plus shift), sideways between the rows: (8, 2)."""
+    """Up through the middle of each gap (plus shift), sideways between the rows: (8, 2)."""
     points = [(0, 0)]
     for y, gap in zip(GAPS, gaps, strict=True):
         points += [(GAPS[y][gap] + shift, y - 0.1), (GAPS[y][gap] + shift, y + 0.1)]
@@ -37,7 +37,7 @@ def route(gaps, shift=0.0):
 
 
 def drive(env, points):
-    """Step towards each point until the robot is there or the episode ends; the last step's result."""
+    """Step towards each point until the robot is there or the episode ends; the last result."""
     for point in points:
         for _ in range(9):
             result = env.step(point)
@@ -100,39 +100,24 @@ def test_all_24_modes_in_the_environment():
 
 def test_mode_is_that_of_the_last_crossing():
     up = route((0, 1, 2))
-    around = [
-        (-0.2, 0.4),
-        (-0.2, 0.1),
-        (0.2, 0.1),
-        (0.2, 0.4),
-        (0, 0.4),
-    ]  # back below row 1 and up on the right
+    # Back below row 1 and up on the right.
+    around = [(-0.2, 0.4), (-0.2, 0.1), (0.2, 0.1), (0.2, 0.4), (0, 0.4)]
     twice = np.concatenate([up[:3], around, up[4:]])
     assert modes(twice[None]).tolist() == ["1-1-2"]
-    assert modes(
-        np.concatenate([up, [(0.6, 1.0), (0.6, 0.6), (-0.2, 0.6), (-0.2, 1)]])[None]
-    ).tolist() == ["0-1-1"]
+    back = np.concatenate([up, [(0.6, 1.0), (0.6, 0.6), (-0.2, 0.6), (-0.2, 1)]])
+    assert modes(back[None]).tolist() == ["0-1-1"]
 
 
 def test_crossing_is_interpolated():
-    # From (-0.3, 0.2) to (0.1, 0.4): at y = 0.25 it is a quarter of the way, x = -0.2. Neither end says so alone:
-    # to (1.1, 0.4), x is 0.05 there, right of the disc at 0.
+    # From (-0.3, 0.2) to (0.1, 0.4): at y = 0.25 it is a quarter of the way, x = -0.2. Neither end
+    # says so alone: to (1.1, 0.4), x is 0.05 there, right of the disc at 0.
     for end, gap in ((0.1, 0), (1.1, 1)):
         path = [(0, 0), (-0.3, 0.2), (end, 0.4), (0, 0.4), (0, 0.7), (0.2, 0.7), (0.2, 1)]
         assert modes(np.array([path])).tolist() == [f"{gap}-1-2"]
-    level = [
-        (0, 0),
-        (-0.2, 0.25),
-        (0.2, 0.25),
-        (0.2, 0.4),
-        (0, 0.4),
-        (0, 0.6),
-        (0.2, 0.7),
-        (0.2, 1),
-    ]
-    assert modes(np.array([level])).tolist() == [
-        "0-1-2"
-    ]  # along a row after reaching it: it was crossed on arrival
+    # Along a row after reaching it: it was crossed on arrival.
+    level = [(0, 0), (-0.2, 0.25), (0.2, 0.25), (0.2, 0.4)]
+    level += [(0, 0.4), (0, 0.6), (0.2, 0.7), (0.2, 1)]
+    assert modes(np.array([level])).tolist() == ["0-1-2"]
 
 
 def test_no_mode_before_all_rows_are_passed():
@@ -174,10 +159,8 @@ def test_collision_against_dense_sampling():
     for n, path in enumerate(paths):
         points = np.concatenate([start + share * (end - start) for start, end in pairwise(path)])
         nearest[n] = min(np.hypot(*(points - disc).T).min() for disc in DISCS)
-    clear, found = (
-        np.abs(nearest - 0.06) > 1e-6,
-        collides(paths),
-    )  # samples 0.5 mm apart are off by less than that
+    clear = np.abs(nearest - 0.06) > 1e-6  # samples 0.5 mm apart are off by less than that
+    found = collides(paths)
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(found[clear], nearest[clear] < 0.06)
     ends_clear = (
@@ -279,9 +262,8 @@ def test_seed_decides_everything():
     assert env.reset(seed=4)[0]["observation.state"][0] != first["observation.state"][0]
     assert env.reset()[0]["observation.state"][0] != env.reset()[0]["observation.state"][0]
     starts = np.array([env.reset(seed=seed)[0]["observation.state"] for seed in range(2000)])
-    assert (
-        starts[:, 1:] == np.float32([0, 0, 0.4])
-    ).all()  # at y = 0, straight ahead at the demonstrations' speed
+    # At y = 0, straight ahead at the demonstrations' speed.
+    assert (starts[:, 1:] == np.float32([0, 0, 0.4])).all()
     counts, _ = np.histogram(starts[:, 0], 10, (-0.1, 0.1))
     assert counts.sum() == 2000  # none outside
     assert 140 < counts.min() <= counts.max() < 260  # 200 +- 4.5 standard deviations
@@ -311,7 +293,7 @@ def test_expert_path_is_smoothsteps_through_noisy_gaps():
     ).astype(float)
     begin, draws, pace = np.full(n, 0.08), [], []
     for y, middle in {0.25: -0.2, 0.5: 0, 0.75: 0.2, 1.0: None}.items():
-        # Between knots, x = a + s (b - a) with s = 3 u^2 - 2 u^3: least squares over a piece's points find a and b.
+        # Between knots, x = a + s (b - a) with s = 3 u^2 - 2 u^3: least squares find a and b.
         steps = np.arange(math.ceil(25 * (y - 0.25)), math.floor(25 * y) + 1)
         u = 4 * (steps / 25 - y + 0.25)
         s = 3 * u**2 - 2 * u**3
@@ -338,9 +320,8 @@ def test_expert_draws_again_what_hits_or_is_too_fast(monkeypatch):
     assert np.hypot(*np.diff(paths, axis=1).transpose(2, 0, 1)).max() <= 0.25
     assert len(np.unique(paths[:, -1, 0])) == 480
     monkeypatch.setattr(avoid, "collides", lambda paths: np.zeros(len(paths), bool))
-    assert collides(
-        expert(starts, chosen, np.random.default_rng(0))
-    ).any()  # there was something to draw again
+    first_draws = expert(starts, chosen, np.random.default_rng(0))
+    assert collides(first_draws).any()  # there was something to draw again
 
 
 def test_demonstrations_follow_from_the_seed():
@@ -428,9 +409,8 @@ def test_loader_reads_it_without_cameras(written, cache):
         0,
     )
     paths = demonstrations(kind.COUNTS)[2]
-    sample = data.windows[
-        np.arange(0, 24_000, 25)
-    ]  # the first moment of each episode: its whole way in one chunk
+    # The first moment of each episode: its whole path in one chunk.
+    sample = data.windows[np.arange(0, 24_000, 25)]
     np.testing.assert_array_equal(sample["action"], paths[:, 1:])
     assert not sample["action_is_pad"].any()
     expected = np.concatenate([paths[:, :1], np.tile(np.float32([0, 0.4]), (960, 1, 1))], -1)

@@ -46,7 +46,7 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
             knows = information.rank(
                 -1.0 * (np.array(made) > 0) - 0.01 * np.arange(9), np.arange(9)
             )
-            scores.save(knows, folder / "scores.parquet", dataset)
+            scores.save_scores(knows, folder / "scores.parquet", dataset)
         else:
             trained.append(yaml.safe_load(argv["data.episodes"]))
             assert train_flow_matching.main(command[1:]) == 0

@@ -1,6 +1,5 @@
 """Cached features (`data.cache: features`): the same losses, no frozen forward in training, a cache that survives."""
 
-import fcntl
 import json
 import os
 import pickle
@@ -17,9 +16,9 @@ import test_radio
 import torch
 import yaml
 from conftest import CAMERAS, COMPONENTS
+from filelock import FileLock
+from helpers import TWO, assert_same_run, environment
 from safetensors.torch import load_file, save_file
-from test_launch import TWO, environment
-from test_run import assert_same_run
 
 import evaluate
 from common import run
@@ -320,7 +319,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
     exp.main()
     whole = arrays()
     shutil.rmtree(cache_files()[0].parent)
-    look, size = features.features_of, features.CPU_BATCH
+    look, size = features.compute_features, features.CPU_BATCH
 
     def fork(batches):
         def dying(*args):
@@ -331,8 +330,8 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
             return look(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(features, "MARK", 0.0)
-            patch.setattr(features, "features_of", dying)
+            patch.setattr(features, "SAVE_PROGRESS", 0.0)
+            patch.setattr(features, "compute_features", dying)
             pid = exp.fork(f"train.save_dir={exp.folder / 'killed'}")
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
@@ -359,7 +358,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
 
 def interrupt(exp, *settings):
     """A build of three cameras that is cut short after 32 frames; its note of that."""
-    look, count = features.features_of, iter(range(100))
+    look, count = features.compute_features, iter(range(100))
 
     def interrupted(*args):
         if next(count) == 2 * 3 + 4:
@@ -367,7 +366,7 @@ def interrupt(exp, *settings):
         return look(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "features_of", interrupted)
+        patch.setattr(features, "compute_features", interrupted)
         with pytest.raises(KeyboardInterrupt):
             exp.main(*settings)
     (note,) = left("rows")
@@ -402,8 +401,7 @@ def test_a_build_that_left_nonsense_begins_anew(cached, capsys, damage):
 def test_what_other_builds_left_is_removed_unless_a_process_is_at_it(cached):
     exp = cached()
     note = interrupt(exp)
-    with note.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(note.with_suffix(".lock")):
         exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'other'}")
         assert [path.stem.partition(".")[0] for path in left("rows", "tmp")] == [note.stem] * 3
     exp.main(
@@ -550,16 +548,18 @@ def test_it_says_once_that_it_waits_for_another_process(cached, capsys, monkeypa
     assert "waiting" not in capsys.readouterr().out
     for path in left("npy"):
         path.unlink()
-    flock, held = fcntl.flock, {str(path): path.open("w") for path in left("lock")}
-    for lock in held.values():
-        flock(lock, fcntl.LOCK_EX)
+    held = {}
+    for path in left("lock"):
+        held[str(path)] = FileLock(path)
+        held[str(path)].acquire()
+    acquire = FileLock.acquire
 
-    def released_when_waited_for(lock, how):
-        if how == fcntl.LOCK_EX and lock.name in held:
-            held.pop(lock.name).close()
-        flock(lock, how)
+    def released_when_waited_for(lock, blocking=True):
+        if blocking and lock.lock_file in held:
+            held.pop(lock.lock_file).release()
+        return acquire(lock, blocking=blocking)
 
-    monkeypatch.setattr(fcntl, "flock", released_when_waited_for)
+    monkeypatch.setattr(FileLock, "acquire", released_when_waited_for)
     exp.main("train.total_steps=2")
     first = min(path for path in left("npy") if "summary" not in path.name)
     assert re.findall("waiting.*", capsys.readouterr().out) == [

@@ -12,8 +12,8 @@ import test_radio
 import torch
 import yaml
 from conftest import Experiment
+from helpers import assert_same_run
 from safetensors.torch import load_file, save_file
-from test_run import assert_same_run
 from torch import nn
 
 import evaluate

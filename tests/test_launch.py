@@ -1,6 +1,5 @@
 """Real processes: the launchers' commands, and two processes that must train what one trains."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,21 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import TWO, assert_same_run, environment, steps_of
 from safetensors.torch import load_file
-from test_run import assert_same_run, steps_of, wait_for_step
+from test_run import wait_for_step
 
 from common import checkpoint, information
 
 ROOT = Path(__file__).parents[1]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def environment():
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def no_dropout(exp):

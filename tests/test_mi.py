@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAMERAS, Experiment, write_demos
+from helpers import real_dataset
 from PIL import Image
 from test_full_size import configured
-from test_lerobot import real
 from torch.distributions import Independent, Normal, kl_divergence
 
 import evaluate
@@ -221,7 +221,8 @@ def test_scores_are_those_of_the_saved_policy_s_latents(trained):
         state, action = policy.encode(to_device(windows[np.arange(len(windows))], "cpu"))
     latents = {"state": state, "action": action}
     points = [
-        information.metric(q.mu[:, 0], q.logvar[:, 0], name, 3) for name, q in latents.items()
+        information.latent_points(q.mu[:, 0], q.logvar[:, 0], name, 3)
+        for name, q in latents.items()
     ]
     episode = np.repeat(np.arange(6), LONG)
     time = np.concatenate([np.arange(n) for n in LONG]) / 10
@@ -385,7 +386,7 @@ def test_what_cannot_be_scored_is_not_trained_on(
 
 def test_equal_states_with_other_actions_are_no_copies(tmp_path):
     cfg = Data(root=str(write_demos(tmp_path / "demos", LONG, edit=start_alike)), HZ=10)
-    information.look_over(loader.Data(cfg).windows, train_mi.Scoring(), seed=0)
+    information.check_scorable(loader.Data(cfg).windows, train_mi.Scoring(), seed=0)
 
 
 def test_what_cannot_be_scored_is_said(trained, experiment, tmp_path):
@@ -433,7 +434,7 @@ def test_a_run_that_was_stopped_is_not_scored(experiment, monkeypatch):
 
 def test_a_real_dataset_end_to_end(experiment):
     """Two cameras, another fps than 20 Hz, a black picture in episode 0."""
-    exp, root = experiment("train_mi"), real("so101_bimanual_cloth_v21")
+    exp, root = experiment("train_mi"), real_dataset("so101_bimanual_cloth_v21")
     exp.config["data"] |= {
         "root": str(root),
         "HZ": 5,

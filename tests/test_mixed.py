@@ -1,4 +1,4 @@
-"""Demonstrations of mixed quality: a third of them worse, in the way that they say, and all of them successful."""
+"""Demonstrations of mixed quality: a third is worse, as `quality` says, and all are successful."""
 
 import numpy as np
 import pytest
@@ -61,9 +61,8 @@ def test_each_kind_is_what_it_says(avoided):
     assert min(map(roughness, of("jittered"))) > 2 * np.median([*map(roughness, of("expert"))])
     assert {len(action) for action in of("expert") + of("jittered")} == {25}
     assert {standing(action) for action in of("paused")} <= set(range(10, 19))
-    assert (
-        max(standing(action) for action in of("expert") + of("detoured")) <= 1
-    )  # where a detour turns
+    moving = of("expert") + of("detoured")
+    assert max(standing(action) for action in moving) <= 1  # where a detour turns
     lengths = {
         quality: np.mean([np.hypot(*np.diff(a, axis=0).T).sum() for a in of(quality)])
         for quality in mixed.QUALITIES
@@ -91,9 +90,9 @@ def test_tabletop_s_demonstrations_succeed_and_repeat(tmp_path):
         ["expert"] * 6 + ["jittered", "paused", "detoured"]
     )
     expert = [
-        tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), look=False) for seed in range(9)
+        tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), render=False) for seed in range(9)
     ]
     for seed, (quality, state, action) in enumerate(made):
         assert np.array_equal(action, expert[seed]["action"]) == (quality == "expert")
-        again = tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), action, look=False)
+        again = tabletop.demonstrate(seed, tabletop.Tabletop, (32, 32), action, render=False)
         np.testing.assert_array_equal(again["observation.state"], state)  # None if it had failed

@@ -13,6 +13,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import assert_same_run, steps_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,6 +21,7 @@ import train_cfg_vqvae
 import train_flow_matching
 import train_mi
 import train_vfp
+import train_vfp_moe
 from common import checkpoint, legacy, run
 from common.config import UserError
 from common.data.loader import to_device
@@ -27,7 +29,6 @@ from common.log import Log
 from common.noise import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-TIMING = ("data_s", "updt_s", "samples_per_s")
 
 
 @pytest.fixture(autouse=True)
@@ -41,26 +42,12 @@ def curves(monkeypatch):
     return draw
 
 
-def steps_of(log):
-    """Lines of log.jsonl without what depends on the clock."""
-    lines = map(json.loads, log.read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-
-
-def assert_same_run(a, b, name):
-    """The checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
-    metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
-    assert metas[0]["files"] == metas[1]["files"]
-    assert metas[0]["optimizers"] == metas[1]["optimizers"]
-    assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
-
-
 def test_the_mains_are_the_same_lines():
-    scripts = (train_flow_matching, train_vfp, train_cfg_vqvae, train_mi)
+    scripts = (train_flow_matching, train_vfp, train_vfp_moe, train_cfg_vqvae, train_mi)
     sources = [inspect.getsource(script.main) for script in scripts]
-    scores = re.compile(r" +information\.look_over\((?s:.*?)\n(?= {4}\w)| or scored\(job\)")
-    assert len({scores.sub("", source) for source in sources}) == 1
-    assert [len(scores.findall(source)) for source in sources] == [0, 0, 0, 2]  # train_mi's own
+    own = re.compile(r" +information\.check_scorable\(.*\n| or scored\(job\)")  # train_mi's
+    assert len({own.sub("", source) for source in sources}) == 1
+    assert [len(own.findall(source)) for source in sources] == [0, 0, 0, 0, 2]
 
 
 SETTINGS = {

@@ -7,17 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from gymnasium.utils.env_checker import check_env
+from helpers import carry, pinhole, still
 
-from common.envs import tabletop
+from common.envs import geometry, registry, tabletop  # noqa: F401 (gymnasium ids)
 from common.envs.tabletop import CAMERAS, Expert, Tabletop, generate
 
 OPEN, CLOSED = 0.0, 1.0
-
-
-def still(env, grip=None):
-    """The action that holds the grippers where they are, at `grip` or the present one."""
-    grips = env.grips if grip is None else np.full(2, grip)
-    return np.column_stack([env.grippers, grips]).ravel()
 
 
 def arranged(
@@ -25,7 +20,7 @@ def arranged(
 ):
     """A situation set by hand, without pictures."""
     env = Tabletop()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     env.bar, env.goal, env.pillars = np.array(bar, float), np.array(goal), np.array([pillar], float)
     env.grippers = np.array(bar if grippers is None else grippers, float)
@@ -34,30 +29,15 @@ def arranged(
     return env
 
 
-def carry(env, *centres, angle=0.0, steps=30):
-    """Move the held bar in straight lines through `centres` at a fixed angle; the last step's result."""
-    half = env.bar_length / 2 * np.array([np.cos(angle), np.sin(angle)])
-    for centre in centres:
-        start = env.grippers.mean(0)
-        for share in np.linspace(0, 1, steps + 1)[1:]:
-            middle = start + share * (np.array(centre) - start)
-            result = env.step([*(middle - half), CLOSED, *(middle + half), CLOSED])
-            if result[2] or result[3]:
-                return result
-    return result
-
-
-def play(seed, mode, look=False, size=(96, 96)):
+def play(seed, mode, render=False, size=(96, 96)):
     """(states, actions, info) of an expert's episode."""
     env = Tabletop(size)
-    env.look = look
+    env.render_observations = render
     observation, info = env.reset(seed=seed)
-    expert, states, actions, done = (
-        Expert(env, mode, np.random.default_rng([seed, 1])),
-        [],
-        [],
-        False,
-    )
+    expert = Expert(env, mode, np.random.default_rng([seed, 1]))
+    states = []
+    actions = []
+    done = False
     while not done:
         states.append(observation["observation.state"])
         actions.append(expert())
@@ -83,16 +63,17 @@ def test_seed_decides_everything():
         np.testing.assert_array_equal(a, b)
 
 
-def test_look_changes_only_what_is_returned():
+def test_rendering_changes_only_what_is_returned():
     wrapped = gymnasium.make("Tabletop-v0", image_size=(48, 48))
     env = wrapped.unwrapped
-    env.look = False
+    env.render_observations = False
     assert list(wrapped.reset(seed=0)[0]) == ["observation.state"]
     assert list(wrapped.step(still(env))[0]) == ["observation.state"]
+    env.render_observations = True
     assert env.observe() in env.observation_space
-    for a, b in zip(
-        play(2, "right")[:2], play(2, "right", look=True, size=(48, 48))[:2], strict=True
-    ):
+    blind = play(2, "right")
+    seeing = play(2, "right", render=True, size=(48, 48))
+    for a, b in zip(blind[:2], seeing[:2], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -167,12 +148,11 @@ def test_dropped_when_stretched_by_8_cm(stretch, drops):
 
 @pytest.mark.parametrize(("gap", "touches"), [(0.001, False), (-0.001, True)])
 def test_pillar_contact(gap, touches):
-    bar_reach = (
-        Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap
-    )  # the bar's side, held level below the pillar
+    # The bar's side, held level below the pillar.
+    bar_reach = Tabletop.pillar_radius + tabletop.BAR_RADIUS + gap
     gripper_reach = Tabletop.pillar_radius + tabletop.GRIPPER_RADIUS + gap
     side_on = arranged(bar=((-0.12, -bar_reach), (0.12, -bar_reach)), held=True)
-    # An end on points at the pillar: the gripper on it is rounder than the bar, so it touches first.
+    # A bar that points at the pillar: its gripper is rounder, so it touches first.
     end_on = arranged(bar=((-gripper_reach - 0.24, 0), (-gripper_reach, 0)), held=True)
     empty = arranged(grippers=((-0.3, -0.3), (0.8 * gripper_reach, 0.6 * gripper_reach)))
     for env in (side_on, end_on, empty):
@@ -224,7 +204,7 @@ def test_mode_is_the_side_of_the_last_passage():
     assert carry(env, (-0.22, -0.2), (-0.22, -0.01))[4]["mode"] is None
     assert carry(env, (-0.22, 0.01))[4]["mode"] == "left"
     env.max_steps = 500
-    # Back down, across below the pillar and up on the other side: the passage that counts is the last one upwards.
+    # Back down, across below the pillar and up on the other side: the last passage upwards counts.
     assert carry(env, (-0.22, -0.2), (0.22, -0.2))[4]["mode"] == "left"
     info = carry(env, (0.22, 0.2))[4]
     assert (info["mode"], info["failure"]) == ("right", None)
@@ -253,16 +233,6 @@ def test_expert_succeeds_on_both_sides():
     assert 70 < drawn.count("left") < 130
 
 
-def pinhole(point, position, target, focal, size):
-    """Pixel of a world point by angles: yaw, then pitch. Written without tabletop.camera()."""
-    dx, dy, dz = np.subtract(target, position)
-    yaw, pitch = np.arctan2(dx, dy), np.arctan2(-dz, np.hypot(dx, dy))
-    x, y, z = np.subtract(point, position)
-    x, y = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
-    y, z = y * np.cos(pitch) - z * np.sin(pitch), y * np.sin(pitch) + z * np.cos(pitch)
-    return size[1] / 2 + focal * size[0] * x / y, size[0] / 2 - focal * size[0] * z / y
-
-
 @pytest.mark.parametrize("size", [(384, 384), (320, 480)])
 def test_things_have_their_colour_where_they_project(size):
     env = Tabletop(size)
@@ -278,10 +248,8 @@ def test_things_have_their_colour_where_they_project(size):
             heading = (at - (x, -0.62)) / np.linalg.norm(at - (x, -0.62))
             views[name] = ((*(at - 0.08 * heading), 0.2), (*(at + 0.1 * heading), 0), 0.72)
             side = np.array([heading[1], -heading[0]])
-            for sign in (
-                -1,
-                1,
-            ):  # hand to the left and right of its fingers, and the tips of the open fingers
+            # The hand to the left and right of its fingers, and the tips of the open fingers.
+            for sign in (-1, 1):
                 palm = at - 0.05 * heading + sign * 0.04 * side
                 points.append(
                     ((*palm, 0.03), tabletop.LEFT if x < 0 else tabletop.RIGHT, True, name)
@@ -309,7 +277,7 @@ def test_things_have_their_colour_where_they_project(size):
         for name, (position, target, focal) in views.items():
             for point, colour, same, owner in points:
                 u, v = pinhole(point, position, target, focal, size)
-                # A wrist camera sees the other hand from the side; its own covers the lower part of the picture.
+                # A wrist camera sees the other hand from the side; its own covers the lower part.
                 covered = name != "cam_head" and (
                     owner not in (name, None) or (owner is None and v > 0.62 * size[0])
                 )
@@ -330,13 +298,8 @@ def test_table_has_squares_of_10_cm_and_its_tint():
     env = Tabletop((192, 192))
     picture = env.reset(seed=0)[0]["observation.images.cam_head"]
     shades = np.clip(tabletop.WOOD * env.tint, 0, 255)
-    for column, row in [
-        (1, 3),
-        (2, 3),
-        (7, 3),
-        (8, 3),
-        *((column, 5) for column in range(1, 9)),
-    ]:  # bare squares
+    bare = [(1, 3), (2, 3), (7, 3), (8, 3), *((column, 5) for column in range(1, 9))]
+    for column, row in bare:
         u, v = pinhole(
             (0.1 * column - 0.45, 0.1 * row - 0.35, 0),
             (0, -0.5, 1),
@@ -372,7 +335,7 @@ def test_mirrored_world_gives_mirrored_pictures():
 def test_no_camera_sees_the_horizon():
     for size in ((96, 96), (96, 256)):
         env = Tabletop(size)
-        env.look = False
+        env.render_observations = False
         env.reset(seed=0)
         for env.grippers in (
             np.array([[-0.5, -0.4], [0.5, 0.4]]),
@@ -386,14 +349,14 @@ def test_no_camera_sees_the_horizon():
 
 def test_polygons_behind_the_camera_are_clipped():
     points = np.array([[0.0, 0, 1], [1, 0, 1], [1, 1, -1], [0, 1, -1]])
-    kept = tabletop.clip_near(points, near=0.5)
+    kept = geometry.clip_near(points, near=0.5)
     np.testing.assert_allclose(kept, [[0, 0, 1], [1, 0, 1], [1, 0.25, 0.5], [0, 0.25, 0.5]])
-    assert tabletop.clip_near(points - [0, 0, 2]).shape == (0, 3)
+    assert geometry.clip_near(points - [0, 0, 2]).shape == (0, 3)
 
 
 def test_generated_actions_replay_to_success(tmp_path):
     root = tmp_path / "demos"
-    generate(root, episodes=3, seed=0, image_size=(48, 48))
+    generate(root, episodes=3, image_size=(48, 48))
     info = json.loads((root / "meta/info.json").read_text())
     assert (info["total_episodes"], info["fps"], info["robot_type"]) == (3, 20, "tabletop")
     table = pq.read_table(next(Path(root).glob("data/**/*.parquet"))).to_pydict()
@@ -402,7 +365,7 @@ def test_generated_actions_replay_to_success(tmp_path):
     for episode in range(3):  # no seed up to here fails, so episode i is reset seed i
         rows = np.flatnonzero(episode_index == episode)
         env = Tabletop()
-        env.look = False
+        env.render_observations = False
         observation, _ = env.reset(seed=episode)
         for row in rows:
             np.testing.assert_array_equal(observation["observation.state"], states[row])

@@ -5,10 +5,10 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from test_tabletop import carry, pinhole, still
+from helpers import carry, pinhole, still
 
 from common.data.loader import Data
-from common.envs import tabletop
+from common.envs import registry, tabletop  # noqa: F401 (gymnasium ids)
 from common.envs.tabletop_hard import TabletopHard, generate
 from common.schema import Data as Settings
 
@@ -28,7 +28,7 @@ GAPS = {  # x of the gaps of each mode, without the rows' shifts
 def arranged(bar, angle=1.5, held=True):
     """A bar at hand-made middle x, y in both grippers, without pictures."""
     env = TabletopHard(max_steps=1000)
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     half = 0.04 * np.array([np.cos(angle), np.sin(angle)])
     env.bar = env.grippers = np.array([bar - half, bar + half])
@@ -40,7 +40,7 @@ def arranged(bar, angle=1.5, held=True):
 def play(seed, mode=None):
     """(first observation, actions, info) of an expert's episode."""
     env = TabletopHard()
-    env.look = False
+    env.render_observations = False
     first, info = env.reset(seed=seed)
     expert, actions, done = env.expert(mode, np.random.default_rng([seed, 1])), [], False
     while not done:
@@ -67,8 +67,9 @@ def test_gymnasium_accepts_it():
     check_env(env)
     assert env.metadata["render_fps"] == 10
     assert list(env.MODES) == list(GAPS)
-    env.look = False
+    env.render_observations = False
     assert set(env.reset(seed=0)[0]) == set(env.step(still(env))[0]) == {"observation.state", SEEN}
+    env.render_observations = True
     assert env.observe() in env.observation_space
     assert env.MODE_SHARES == (0.125,) * 8
 
@@ -85,7 +86,7 @@ def test_seed_decides_everything():
 
 def test_pillars_are_a_galton_board():
     env = TabletopHard()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=8)
     at = [(0, -0.2), (-0.1, 0.04), (0.1, 0.04), (-0.2, 0.28), (0, 0.28), (0.2, 0.28)]
     off = env.pillars - at
@@ -115,7 +116,8 @@ def test_low_dimensional_observation_is_the_whole_world():
         other.shifts, other.tint, other.table_top = np.array(shifts), env.tint, None
         for key, picture in env.observe().items():
             assert np.abs(picture.astype(float) - other.observe()[key]).mean() < 0.2, key
-        env.look = other.look = False
+        env.render_observations = False
+        other.render_observations = False
         (a, info_a), (b, info_b) = replay(env, actions), replay(other, actions)
         assert info_a["success"]
         assert info["mode"] == info_a["mode"] == info_b["mode"]
@@ -175,12 +177,12 @@ def test_expert_succeeds_in_every_mode(mode):
 
 def test_drawn_modes_are_uniform_and_shuffled():
     env = TabletopHard()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     drawn = [env.expert(None, np.random.default_rng([seed, 1])).mode for seed in range(800)]
     counts = np.array([Counter(drawn)[mode] for mode in GAPS])
     assert ((counts - 100) ** 2 / 100).sum() < 24.3  # chi-square of 7 degrees, 99.9 %
-    demonstrated = [env.demonstrated(seed) for seed in range(1000)]
+    demonstrated = [env.demonstrated_mode(seed) for seed in range(1000)]
     assert Counter(demonstrated) == dict.fromkeys(GAPS, 125)
     assert len(Counter(pairwise(demonstrated))) == 64  # in no order
 
@@ -190,7 +192,7 @@ def test_actions_one_centimetre_off_still_succeed():
     for seed in range(40):
         _, actions, _ = play(seed)
         env = TabletopHard()
-        env.look = False
+        env.render_observations = False
         env.reset(seed=seed)
         x, y = rng.normal(0, 0.01, 2)
         off = actions + np.array([x, y, 0, x, y, 0])
@@ -216,9 +218,8 @@ def test_a_fast_gripper_does_not_skip_what_it_touches_between_two_steps():
         x, y = env.pillars[0]
         env.grippers = np.array([(x - 0.035, y - reach), (0.4, -0.3)])
         assert env.step(still(env))[4]["failure"] is None
-        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[
-            4
-        ]  # 5 cm from the pillar's middle only on the way
+        # 5 cm from the pillar's middle only on the way.
+        info = env.step([x + 0.035, y - reach, 0, 0.4, -0.3, 0])[4]
         assert info["failure"] == ("pillar" if touches else None)
 
 
@@ -240,7 +241,7 @@ def test_a_step_lasts_a_tenth_of_a_second():
 
 def test_an_episode_has_60_steps():
     env = TabletopHard()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     results = [env.step(still(env)) for _ in range(60)]
     assert [r[3] for r in results] == [False] * 59 + [True]
@@ -289,7 +290,7 @@ def test_everything_is_in_view():
 
 def test_no_camera_sees_the_horizon():
     env = TabletopHard()
-    env.look = False
+    env.render_observations = False
     env.reset(seed=0)
     for env.grippers in (
         np.array([[-0.5, -0.54], [0.5, 0.54]]),
@@ -327,12 +328,11 @@ def test_dataset_is_read_back(tmp_path):
                 np.abs(sample[key][0].permute(1, 2, 0).numpy().astype(float) - first[key]).mean()
                 < 12
             )
-        actions = sample["action"][
-            0, ~sample["action_is_pad"][0]
-        ].numpy()  # one chunk is the whole episode
+        # One chunk is the whole episode.
+        actions = sample["action"][0, ~sample["action_is_pad"][0]].numpy()
         assert len(actions) == len(data.windows.rows([episode]))
-        env.look = False
+        env.render_observations = False
         _, info = replay(env, actions)
         assert info["success"]
         modes.append(info["mode"])
-    assert modes == [TabletopHard.demonstrated(seed) for seed in range(4)]
+    assert modes == [TabletopHard.demonstrated_mode(seed) for seed in range(4)]

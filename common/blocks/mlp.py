@@ -1,29 +1,39 @@
 """Small components without attention, for low-dimensional tasks and for training on a CPU in minutes.
 
-They take the same inputs as those of transformer.py, and may be mixed with them where the shapes agree.
+They take the same inputs as those of transformer.py, and may be mixed with them where shapes agree.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common.blocks.embed import known_prefix, sincos
+from common.blocks.embed import sincos
+from common.blocks.transformer import NEEDS_PREFIX
 from common.build import block
 from common.config import ConfigError
 from common.distributions import latent_head
 
 
+def residual(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
 class Sum(nn.Module):
-    """Every source flattened, projected to `dim` and added up, then normed: one vector (B, dim) per observation."""
+    """Every source flattened, projected to `dim`, added up and normed: (B, dim) per observation.
+
+    visual_mask (B, cameras) bool puts a learned vector in place of a camera's features and summary.
+    """
 
     def __init__(
         self,
-        dim,
-        state_dim,
-        proprio_history,
-        num_cameras=0,
-        visual_size=0,
-        semantic_dim=0,
-        chunk_size=0,
+        dim: int,
+        state_dim: int,
+        proprio_history: int,
+        num_cameras: int = 0,
+        visual_size: int = 0,
+        semantic_dim: int = 0,
+        chunk_size: int = 0,
     ):
         super().__init__()
         self.proprio = nn.Linear(state_dim * proprio_history, dim)
@@ -33,71 +43,111 @@ class Sum(nn.Module):
         self.action = nn.Linear(chunk_size, dim) if chunk_size else None
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None, action=None) -> Tensor:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
         if not len(cond_visual) == len(cond_semantic) == len(self.visual):
-            found = f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given"
-            raise ConfigError(f"{found}, built for {len(self.visual)} cameras")
-        x = self.proprio(cond_proprio.flatten(1))
-        for i, (project, grid, project_semantic, semantic) in enumerate(
-            zip(self.visual, cond_visual, self.semantic, cond_semantic, strict=True)
-        ):
-            seen = project(grid.flatten(1)) + project_semantic(semantic.flatten(1))
-            x = x + (
-                seen
-                if drop is None
-                else torch.where(drop[:, i, None], self.mask_token[i].to(seen.dtype), seen)
+            raise ConfigError(
+                f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given, "
+                f"built for {len(self.visual)} cameras"
             )
-        return self.norm(x if self.action is None else x + self.action(action.flatten(1)))
+        x = self.proprio(cond_proprio.flatten(1))
+        for i, (grid, summary) in enumerate(zip(cond_visual, cond_semantic, strict=True)):
+            camera = self.visual[i](grid.flatten(1)) + self.semantic[i](summary.flatten(1))
+            if visual_mask is not None:
+                token = self.mask_token[i].to(camera.dtype)
+                camera = torch.where(visual_mask[:, i, None], token, camera)
+            x = x + camera
+        if self.action is not None:
+            x = x + self.action(action.flatten(1))
+        return self.norm(x)
 
 
 @block("mlp_info_encoder")
 class MLPInfoEncoder(nn.Module):
-    """Observation -> memory (B, 1, dim): the summed sources, then `layers` residual layers."""
+    """Observation -> memory (B, 1, dim): the summed sources, then residual layers.
+
+    Args:
+        dim: width.
+        layers: residual layers.
+        state_dim: numbers of a state; null: from the dataset.
+        proprio_history: states of an observation; null: from the dataset.
+        num_cameras: cameras; null: from the dataset.
+        visual_size: numbers of a camera's features, h' w' C.
+        semantic_dim: numbers of a camera's summary.
+    """
 
     def __init__(
-        self, dim, layers, state_dim, proprio_history, num_cameras=0, visual_size=0, semantic_dim=0
+        self,
+        dim: int,
+        layers: int,
+        state_dim: int,
+        proprio_history: int,
+        num_cameras: int = 0,
+        visual_size: int = 0,
+        semantic_dim: int = 0,
     ):
         super().__init__()
         self.sum = Sum(dim, state_dim, proprio_history, num_cameras, visual_size, semantic_dim)
-        self.layers = nn.ModuleList(residual(dim, dim) for _ in range(layers))
+        self.layers = nn.ModuleList(residual(dim) for _ in range(layers))
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None) -> Tensor:
-        x = self.sum(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Tensor:
+        x = self.sum(cond_proprio, cond_visual, cond_semantic, visual_mask)
         for layer in self.layers:
             x = x + layer(x)
         return x[:, None]
 
 
-def residual(dim, hidden):
-    return nn.Sequential(
-        nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)
-    )
-
-
 class MLPLatent(nn.Module):
-    """The summed sources of the first camera -> one latent token; a head of latent.py makes a distribution of it."""
+    """The summed sources of the first camera -> one latent token, as a distribution.
+
+    Args:
+        dim: width.
+        layers: residual layers.
+        state_dim: numbers of a state; null: from the dataset.
+        proprio_history: states of an observation; null: from the dataset.
+        latent_dim: numbers of the latent token; not with head codes.
+        num_codes: codes of the codebook; with head codes.
+        head: gaussian, flow, point or codes.
+        visual_size: numbers of the first camera's features, h' w' C; 0 without cameras.
+        semantic_dim: numbers of the first camera's summary.
+        action_dim: numbers of an action (a posterior reads the chunk); null: from the dataset.
+        action_horizon: actions of a chunk (likewise); null: from the dataset.
+    """
 
     def __init__(
         self,
-        dim,
-        layers,
-        state_dim,
-        proprio_history,
-        latent_dim=None,
-        num_codes=None,
-        head="gaussian",
-        visual_size=0,
-        semantic_dim=0,
-        action_dim=0,
-        action_horizon=0,
+        dim: int,
+        layers: int,
+        state_dim: int,
+        proprio_history: int,
+        latent_dim: int | None = None,
+        num_codes: int | None = None,
+        head: str = "gaussian",
+        visual_size: int = 0,
+        semantic_dim: int = 0,
+        action_dim: int = 0,
+        action_horizon: int = 0,
     ):
         super().__init__()
-        cameras, chunk = int(visual_size > 0), action_dim * action_horizon
-        self.sum = Sum(dim, state_dim, proprio_history, cameras, visual_size, semantic_dim, chunk)
-        self.layers = nn.ModuleList(residual(dim, dim) for _ in range(layers))
+        self.sum = Sum(
+            dim,
+            state_dim,
+            proprio_history,
+            int(visual_size > 0),
+            visual_size,
+            semantic_dim,
+            action_dim * action_horizon,
+        )
+        self.layers = nn.ModuleList(residual(dim) for _ in range(layers))
         self.head = latent_head(head, dim, 1, latent_dim, num_codes)
 
-    def distribution(self, *sources):
+    def distribution(self, *sources: Any) -> Any:
         x = self.sum(*sources)
         for layer in self.layers:
             x = x + layer(x)
@@ -106,34 +156,57 @@ class MLPLatent(nn.Module):
 
 @block("mlp_posterior")
 class MLPPosterior(MLPLatent):
-    """q(z | first camera, proprio, action): training only; takes action_dim and action_horizon.
+    """q(z | first camera, proprio, action): for training only.
 
-    With head `point` its token is for a codebook.
+    It needs action_dim and action_horizon. With head `point` its token is for a codebook.
     """
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None):
-        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop, action)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, action, visual_mask=None) -> Any:
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask, action)
 
 
 @block("mlp_prior")
 class MLPPrior(MLPLatent):
-    """p(z | first camera, proprio): what z, or with head `codes` which code, is drawn from when acting."""
+    """p(z | first camera, proprio): z is drawn from it when acting, or with head `codes` its code."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None):
-        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
+
+
+class MLPContext(NamedTuple):
+    """All that MLPActionDecoder needs of a batch of observations: projected memory plus z (B, 1, dim)."""
+
+    condition: Tensor
 
 
 @block("mlp_action_decoder")
 class MLPActionDecoder(nn.Module):
-    """Velocity (or x1) of R noisy chunks as flat vectors: residual layers, scaled and shifted by memory, z and time.
+    """Velocity (or x1) of R noisy chunks as flat vectors: residual layers, scaled and shifted.
 
-    x_t (B, R, T, A), t (B, R), memory (B, 1, memory_dim), z (B, n, D) with n D = latent_size. What memory and z
-    contribute to the modulation is computed once by `bind`. With `prefix`, fixed (B, R, T) marks the actions of x_t
-    that are given and clean.
+    x_t (B, R, T, A), t (B, R) and a context of memory (B, 1, memory_dim) and z (B, n, D), with
+    n D = latent_size -> (B, R, T, A). Memory, z and time give scale and shift of each layer; `context`
+    computes the share of memory and z once. prefix_mask (B, R, T) marks actions of x_t that are
+    given and clean.
+
+    Args:
+        dim: width.
+        layers: residual layers.
+        memory_dim: width of the memory.
+        action_dim: numbers of an action; null: from the dataset.
+        action_horizon: actions of a chunk; null: from the dataset.
+        latent_size: numbers of a latent, n D; 0 without a latent.
+        prefix: learn to continue given actions (loss.prefix).
     """
 
     def __init__(
-        self, dim, layers, memory_dim, action_dim, action_horizon, latent_size=0, prefix=False
+        self,
+        dim: int,
+        layers: int,
+        memory_dim: int,
+        action_dim: int,
+        action_horizon: int,
+        latent_size: int = 0,
+        prefix: bool = False,
     ):
         super().__init__()
         self.embed = nn.Linear(action_horizon * action_dim, dim)
@@ -149,42 +222,33 @@ class MLPActionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, action_horizon * action_dim)
 
-    def forward(self, x_t, t, memory, z=None, fixed=None) -> Tensor:
-        return self.bind(memory, z)(x_t, t, fixed=fixed)
+    def context(self, memory: Tensor, z: Tensor | None = None) -> MLPContext:
+        """memory (B, N, memory_dim), z (k B, n, D) -> the context of k B rows; see with_latent."""
+        context = MLPContext(self.memory(memory).mean(1, keepdim=True))
+        return context if z is None else self.with_latent(context, z)
 
-    def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z, fixed]); z may hold several latents of each observation, (k B, n, D)."""
-        return BoundMLP(self, self.memory(memory).mean(1, keepdim=True), z)
+    def with_latent(self, context: MLPContext, z: Tensor) -> MLPContext:
+        """Add latents z (k B, n, D), k of each observation, to a context (B rows) without latent."""
+        condition = context.condition.repeat(len(z) // len(context.condition), 1, 1)
+        return MLPContext(condition + self.latent(z.flatten(1))[:, None])
 
-    def run(self, x_t, t, known, fixed, *routing):
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: MLPContext,
+        prefix_mask: Tensor | None = None,
+        *routing,
+    ) -> Tensor:
+        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts in place of the layers."""
         x = self.embed(x_t.flatten(2))
-        if fixed is not None:
-            x = x + known_prefix(self.prefix)(fixed.to(x.dtype))
-        c = nn.functional.silu(
-            known + self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype))
-        )
+        if prefix_mask is not None:
+            if self.prefix is None:
+                raise ConfigError(NEEDS_PREFIX)
+            x = x + self.prefix(prefix_mask.to(x.dtype))
+        time = self.time(sincos(t, 32, longest=4.0, shortest=4e-2).to(x.dtype))
+        condition = nn.functional.silu(context.condition + time)
         for layer, modulation in zip(self.layers, self.modulation, strict=True):
-            scale, shift = modulation(c).chunk(2, -1)
+            scale, shift = modulation(condition).chunk(2, -1)
             x = x + layer(self.norm(x) * (1 + scale) + shift, *routing)
         return self.out(self.norm(x), *routing).view_as(x_t)
-
-
-class BoundMLP:
-    """An MLPActionDecoder that holds what one batch of observations contributes: the projected memory (B, 1, dim)."""
-
-    def __init__(self, decoder, memory, z=None):
-        self.decoder, self.memory, self.z = decoder, memory, z
-        self.known = memory if z is None else self._join(z)
-
-    def _join(self, z):
-        return (
-            self.memory.repeat(len(z) // len(self.memory), 1, 1)
-            + self.decoder.latent(z.flatten(1))[:, None]
-        )
-
-    def detach(self):
-        """The same without gradient to the memory and its projection."""
-        return BoundMLP(self.decoder, self.memory.detach(), self.z)
-
-    def __call__(self, x_t, t, z=None, fixed=None, *routing) -> Tensor:
-        return self.decoder.run(x_t, t, self.known if z is None else self._join(z), fixed, *routing)

@@ -1,11 +1,14 @@
-"""A mixture of experts: a gate reads the latent, and only the experts that it chooses for a sample decode it.
+"""A mixture of experts: a gate reads the latent; only the experts that it chooses decode a sample.
 
-Weights of all experts are stacked in one tensor: samples are sorted by expert and go through one grouped product, and
-an expert that nobody chose has a gradient of zero rather than none, which data-parallel training needs.
+Weights of all experts are stacked in one tensor. Samples are sorted by expert and go through one
+grouped product, and an expert that nobody chose has a gradient of zero rather than none, which
+data-parallel training needs.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,6 @@ from torch import Tensor, nn
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.transformer import ActionDecoder
 from common.build import block
-from common.config import ConfigError
 
 
 @block("gate")
@@ -22,68 +24,62 @@ class Gate(nn.Module):
     """Quantised latent zq (B, n, D), n D = latent_size -> logits of the experts (B, E).
 
     No norm on the logits: over a handful of experts it would bound what the gate can say.
+
+    Args:
+        latent_size: numbers of a latent, n D.
+        dim: width of the hidden layers.
+        experts: number of experts, as of the decoder.
     """
 
-    def __init__(self, latent_size, dim, experts):
+    def __init__(self, latent_size: int, dim: int, experts: int):
         super().__init__()
         self.experts = experts
-        hidden = nn.Linear(latent_size, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU()
-        self.layers = nn.Sequential(*hidden, nn.Linear(dim, experts))
+        self.layers = nn.Sequential(
+            nn.Linear(latent_size, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+            nn.SiLU(),
+            nn.Linear(dim, experts),
+        )
 
-    def forward(self, zq) -> Tensor:
+    def forward(self, zq: Tensor) -> Tensor:
         return self.layers(zq.flatten(1)).float()
 
 
-def check_mixture(parts):
-    """Raises ConfigError where a policy's components do not make a mixture."""
-    for name, other in (("gate", "moe_action_decoder"), ("moe_action_decoder", "gate")):
-        if name not in parts:
-            raise ConfigError(f"{other} is listed: it needs {name} as well")
-    if not any(name.startswith("vqvae_") for name in parts):
-        raise ConfigError(
-            "gate: it reads a code, so list vqvae_posterior, vqvae_codebook and vqvae_prior as well"
-        )
-    asked, there = parts["gate"].block.experts, parts["moe_action_decoder"].block.experts
-    if asked != there:
-        raise ConfigError(
-            f"gate has experts: {asked}, moe_action_decoder has experts: {there}; make them equal"
-        )
-
-
-def choose(logits: Tensor, k: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (B, E) -> {"experts": the k best (B, k)}, as decoders take it, and weights (B, k) that sum to 1."""
-    if k > logits.shape[1]:
-        raise ConfigError(
-            f"{k} experts asked for (loss.top_k, sampling.experts), of {logits.shape[1]}"
-        )
+def choose_experts(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Logits (B, E) -> the k best experts (B, k), and their weights (B, k), which sum to 1."""
     best, experts = logits.topk(k)
-    return {"experts": experts}, best.softmax(-1)
+    return experts, best.softmax(-1)
 
 
-class Routing:
-    """Which of `count` experts serves each row, experts (B, R): rows are sorted by expert, and put back."""
+class Routing(NamedTuple):
+    """Which of E experts serves each of the rows B R: sorted by expert, and put back afterwards.
 
-    def __init__(self, experts: Tensor, count: int):
+    order, back (B R): positions; chosen (B R, E): the experts of the sorted rows, one-hot.
+    """
+
+    order: Tensor
+    back: Tensor
+    chosen: Tensor
+
+    @classmethod
+    def of(cls, experts: Tensor, count: int) -> "Routing":
+        """experts (B, R), each below count."""
         flat = experts.flatten()
-        self.order = flat.argsort(stable=True)
-        self.back = self.order.argsort()
-        self.chosen = F.one_hot(flat[self.order], count).float()
-        self.of_tokens = {}  # tokens per row -> chosen of each: the same in all layers and steps
+        order = flat.argsort(stable=True)
+        return cls(order, order.argsort(), F.one_hot(flat[order], count).float())
 
-    def __call__(self, x: Tensor, network) -> Tensor:
-        """x (B, R, ..., d) through network(tokens (N, d) in order of experts, their experts one-hot (N, E))."""
+    def apply(self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """x (B, R, ..., d) through network(tokens (B R, n, d) in order of experts, chosen)."""
         rows = x.flatten(0, 1)[self.order]
-        tokens = rows.shape[1:-1].numel()
-        if tokens not in self.of_tokens:
-            self.of_tokens[tokens] = self.chosen.repeat_interleave(tokens, 0)
-        y = network(rows.flatten(0, -2), self.of_tokens[tokens])
-        return y.unflatten(0, rows.shape[:-1])[self.back].unflatten(0, x.shape[:2])
+        y = network(rows.reshape(len(rows), -1, rows.shape[-1]), self.chosen)
+        return y.reshape(*rows.shape[:-1], -1)[self.back].unflatten(0, x.shape[:2])
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer of each expert, for tokens (N, in) in order of experts."""
+    """A linear layer of each expert, for rows of tokens (N, n, in) in order of experts."""
 
-    def __init__(self, experts, size_in, size_out):
+    def __init__(self, experts: int, size_in: int, size_out: int):
         super().__init__()
         if size_in % 8:
             raise ValueError(f"experts need widths that are multiples of 8, found {size_in}")
@@ -91,172 +87,167 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, size_in, size_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(experts, size_out).uniform_(-bound, bound))
 
-    def forward(self, x, chosen) -> Tensor:
-        size, dtype, device = self.weight.shape[-1], x.dtype, x.device.type
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        size = self.weight.shape[-1]
+        dtype = x.dtype
+        device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped products
         # Rows must start at multiples of 16 bytes; a pad of nothing would copy the weights.
-        weight = (F.pad(self.weight, (0, -size % 8)) if size % 8 else self.weight).to(dtype)
-        y = F.grouped_mm(x.to(dtype), weight, offs=chosen.sum(0).cumsum(0).int())[:, :size]
-        return y + (chosen @ self.bias).to(dtype)
+        weight = F.pad(self.weight, (0, -size % 8)) if size % 8 else self.weight
+        ends = chosen.sum(0).cumsum(0).int() * x.shape[1]
+        y = F.grouped_mm(x.flatten(0, 1).to(dtype), weight.to(dtype), offs=ends)[:, :size]
+        return y.unflatten(0, x.shape[:2]) + (chosen @ self.bias).to(dtype)[:, None]
 
 
 class ExpertMLP(nn.Module):
     """Layers of `sizes` for each expert with an activation between them; `first`: also before."""
 
-    def __init__(self, experts, sizes, activation=None, first=False):
+    def __init__(
+        self,
+        experts: int,
+        sizes: Sequence[int],
+        activation: Callable[[Tensor], Tensor] | None = None,
+        first: bool = False,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(ExpertLinear(experts, *pair) for pair in pairwise(sizes))
-        self.activation, self.first = activation, first
+        self.activation = activation
+        self.first = first
 
-    def forward(self, x, routing: Routing) -> Tensor:
-        return routing(x, self._network)
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        return routing.apply(self._network, x)
 
-    def _network(self, x, chosen):
+    def _network(self, x: Tensor, chosen: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
-            x = layer(self.activation(x) if i or self.first else x, chosen)
+            if self.activation and (i or self.first):
+                x = self.activation(x)
+            x = layer(x, chosen)
         return x
 
 
-class Mixture(nn.Module):
-    """What decoders of experts share: x_t (B, R, T, A) and experts (B, k) -> (B, k R, T, A), the first expert's rows
-    before the next one's; t, memory, z and fixed as of a single decoder.
+class MixtureContext(NamedTuple):
+    """Context of the shared decoder, experts (B, k), and their routing for one chunk of each row.
+
+    Experts and routing are None as long as there is no latent to choose them.
     """
 
-    def __init__(self, experts, decoder):
+    decoder: Any
+    experts: Tensor | None
+    routing: Routing | None
+
+
+class Mixture(nn.Module):
+    """A decoder of experts: as the single one, with k answers of each chunk.
+
+    x_t (B, R, T, A), t (B, R) and a context of memory, z and experts (B, k) -> (B, k R, T, A), the
+    first expert's chunks before the next one's.
+    """
+
+    def __init__(self, experts: int, decoder: nn.Module):
         super().__init__()
-        self.experts, self.decoder = experts, decoder
+        self.experts = experts
+        self.decoder = decoder
 
-    def forward(self, x_t, t, memory, experts, z=None, fixed=None) -> Tensor:
-        return self.bind(memory, z, experts)(x_t, t, fixed=fixed)
+    def context(
+        self, memory: Tensor, z: Tensor | None = None, experts: Tensor | None = None
+    ) -> MixtureContext:
+        """memory (B, N, d), z (B, n, D), experts (B, k) -> all that does not depend on t."""
+        context = MixtureContext(self.decoder.context(memory), None, None)
+        return context if z is None else self.with_latent(context, z, experts)
 
-    def bind(self, memory, z=None, experts=None):
-        """memory, z, experts -> callable(x_t, t[, z, fixed, experts])."""
-        return BoundExperts(self.experts, self.decoder.bind(memory, z), experts)
+    def with_latent(self, context: MixtureContext, z: Tensor, experts: Tensor) -> MixtureContext:
+        """Add latents z (B, n, D) and the experts (B, k) that they choose to a context without."""
+        routing = Routing.of(experts, self.experts)
+        return MixtureContext(self.decoder.with_latent(context.decoder, z), experts, routing)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, context: MixtureContext, prefix_mask: Tensor | None = None
+    ) -> Tensor:
+        draws = x_t.shape[1]
+        k = context.experts.shape[1]
+        routing = context.routing
+        if draws > 1:
+            routing = Routing.of(context.experts.repeat_interleave(draws, 1), self.experts)
+        if k > 1:
+            x_t = x_t.repeat(1, k, 1, 1)
+            t = t.repeat(1, k)
+            prefix_mask = None if prefix_mask is None else prefix_mask.repeat(1, k, 1)
+        return self.decoder(x_t, t, context.decoder, prefix_mask, routing)
 
 
 @block("moe_action_decoder")
 class MoEActionDecoder(Mixture):
-    """ActionDecoders that share all but their feed-forward layers and heads; with `full_experts`, nothing."""
+    """Transformer decoders of noisy chunks that share all but feed-forward layers and heads.
+
+    Args:
+        dim: width of the tokens, and of the memory; a multiple of 8.
+        heads: attention heads.
+        ff: width of the feed-forward networks; a multiple of 8.
+        layers: decoder layers.
+        experts: number of experts, as of the gate.
+        action_dim: numbers of an action; null: from the dataset.
+        latent_dim: numbers of a latent token.
+        dropout: of each residual branch.
+        causal: an action sees earlier noisy actions only. Wrong for a whole chunk.
+        prefix: learn to continue given actions (loss.prefix).
+    """
 
     def __init__(
         self,
-        dim,
-        heads,
-        ff,
-        layers,
-        experts,
-        action_dim,
-        latent_dim=None,
-        dropout=0.0,
-        causal=False,
-        prefix=False,
-        full_experts=False,
+        dim: int,
+        heads: int,
+        ff: int,
+        layers: int,
+        experts: int,
+        action_dim: int,
+        latent_dim: int | None = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        prefix: bool = False,
     ):
-        def single():
-            return ActionDecoder(
-                dim, heads, ff, layers, action_dim, latent_dim, dropout, causal, prefix
-            )
-
-        if full_experts:
-            super().__init__(experts, nn.ModuleList(single() for _ in range(experts)))
-            return
-        super().__init__(experts, single())
-        for layer in self.decoder.layers:
+        decoder = ActionDecoder(
+            dim, heads, ff, layers, action_dim, latent_dim, dropout, causal, prefix
+        )
+        super().__init__(experts, decoder)
+        for layer in decoder.layers:
             layer.ff = ExpertMLP(experts, (dim, ff, dim), F.gelu)
-        self.decoder.out = ExpertMLP(experts, (dim, action_dim))
-        for p in self.decoder.out.parameters():
-            nn.init.zeros_(p)
-
-    def bind(self, memory, z=None, experts=None):
-        if isinstance(self.decoder, nn.ModuleList):
-            return BoundFull(self.decoder, memory, z, experts)
-        return super().bind(memory, z, experts)
+        decoder.out = ExpertMLP(experts, (dim, action_dim))
+        for parameter in decoder.out.parameters():
+            nn.init.zeros_(parameter)
 
 
 @block("moe_mlp_action_decoder")
 class MoEMLPActionDecoder(Mixture):
-    """MLPActionDecoders that share all but their layers and heads."""
+    """Decoders of noisy chunks as flat vectors that share all but layers and heads.
+
+    Args:
+        dim: width; a multiple of 8.
+        layers: residual layers.
+        experts: number of experts, as of the gate.
+        memory_dim: width of the memory.
+        action_dim: numbers of an action; null: from the dataset.
+        action_horizon: actions of a chunk; null: from the dataset.
+        latent_size: numbers of a latent, n D.
+        prefix: learn to continue given actions (loss.prefix).
+    """
 
     def __init__(
         self,
-        dim,
-        layers,
-        experts,
-        memory_dim,
-        action_dim,
-        action_horizon,
-        latent_size=0,
-        prefix=False,
+        dim: int,
+        layers: int,
+        experts: int,
+        memory_dim: int,
+        action_dim: int,
+        action_horizon: int,
+        latent_size: int = 0,
+        prefix: bool = False,
     ):
-        single = MLPActionDecoder(
+        decoder = MLPActionDecoder(
             dim, layers, memory_dim, action_dim, action_horizon, latent_size, prefix
         )
-        super().__init__(experts, single)
-        single.layers = nn.ModuleList(
+        super().__init__(experts, decoder)
+        decoder.layers = nn.ModuleList(
             ExpertMLP(experts, (dim, 2 * dim, dim), F.silu, first=True) for _ in range(layers)
         )
-        single.out = ExpertMLP(experts, (dim, action_horizon * action_dim))
-
-
-class BoundExperts:
-    """A bound decoder whose feed-forward layers take a Routing, and the experts of each observation."""
-
-    def __init__(self, count, bound, experts=None):
-        self.count, self.bound, self.experts = count, bound, experts
-        self.routing = None if experts is None else Routing(experts, count)
-
-    def detach(self):
-        """The same without gradient to the memory and its projections."""
-        return BoundExperts(self.count, self.bound.detach(), self.experts)
-
-    def __call__(self, x_t, t, z=None, fixed=None, experts=None) -> Tensor:
-        rows, routing, chosen = (
-            x_t.shape[1],
-            self.routing,
-            self.experts if experts is None else experts,
-        )
-        if experts is not None or rows > 1:
-            routing = Routing(chosen.repeat_interleave(rows, 1), self.count)
-        k = chosen.shape[1]
-        x_t, t, fixed = (
-            x if x is None or k == 1 else torch.cat([x] * k, 1) for x in (x_t, t, fixed)
-        )
-        return self.bound(x_t, t, z, fixed, routing)
-
-
-class BoundFull:
-    """Whole decoders, each bound to the observations that it serves."""
-
-    def __init__(self, decoders, memory, z=None, experts=None, detached=False):
-        self.decoders, self.memory, self.z, self.experts, self.detached = (
-            decoders,
-            memory,
-            z,
-            experts,
-            detached,
-        )
-        self.parts = None if experts is None else self._split(experts, z)
-
-    def _split(self, experts, z):
-        """Per decoder: its samples, which of their experts it is, and the decoder bound to them."""
-        parts = []
-        for expert, decoder in enumerate(self.decoders):
-            samples, slots = (experts == expert).nonzero(as_tuple=True)
-            bound = decoder.bind(self.memory[samples], None if z is None else z[samples])
-            parts.append((samples, slots, bound.detach() if self.detached else bound))
-        return parts
-
-    def detach(self):
-        """The same without gradient to the memory and its projections."""
-        return BoundFull(self.decoders, self.memory, self.z, self.experts, detached=True)
-
-    def __call__(self, x_t, t, z=None, fixed=None, experts=None) -> Tensor:
-        parts = self.parts if experts is None else self._split(experts, self.z if z is None else z)
-        k = (self.experts if experts is None else experts).shape[1]
-        out = x_t.new_zeros(len(x_t), k, *x_t.shape[1:])
-        for samples, slots, bound in parts:
-            # Also of nobody: a decoder that takes no part would have no gradient, which others wait for.
-            y = bound(x_t[samples], t[samples], fixed=None if fixed is None else fixed[samples])
-            out = out.index_put((samples, slots), y.to(out.dtype))
-        return out.flatten(1, 2)
+        decoder.out = ExpertMLP(experts, (dim, action_horizon * action_dim))

@@ -1,89 +1,115 @@
 """Transformer components: observation encoder, latent posterior and prior, action decoder.
 
-All pre-norm with SDPA attention. Attention has no biases but the output's: a key bias cannot change a softmax, a value
-bias is absorbed by the output's, and the norm in front already shifts queries.
+All pre-norm with SDPA attention. Attention has no biases but the output's: a key bias cannot change
+a softmax, a value bias is absorbed by the output's, and the norm in front already shifts queries.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.blocks.embed import known_prefix, sincos, with_positions
+from common.blocks.embed import sincos, with_positions
 from common.build import block
 from common.config import ConfigError
 from common.distributions import latent_head
 
+KeysValues = tuple[Tensor, Tensor]
+
 
 def projector(size: int, dim: int) -> nn.Sequential:
     """Backbone tokens of any scale -> width dim."""
-    layers = (
+    return nn.Sequential(
         nn.LayerNorm(size),
         nn.Linear(size, 2 * dim),
         nn.SiLU(),
         nn.Linear(2 * dim, dim),
         nn.LayerNorm(dim),
     )
-    return nn.Sequential(*layers)
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads, memory_dim=None):
+    """Multi-head attention of x (B, n, d) to itself, or to keys and values computed beforehand."""
+
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.heads = heads
         self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(memory_dim or dim, 2 * dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
 
-    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, memory: Tensor) -> KeysValues:
         """memory (B, N, d) -> keys and values (B, heads, N, d / heads)."""
         # Two products: to split the result of one costs copies of the whole gradient.
-        both = (F.linear(memory, weight) for weight in self.key_value.weight.chunk(2))
-        return tuple(rearrange(x, "b n (h c) -> b h n c", h=self.heads) for x in both)
+        key_weight, value_weight = self.key_value.weight.chunk(2)
+        return self._split(F.linear(memory, key_weight)), self._split(
+            F.linear(memory, value_weight)
+        )
 
-    def forward(self, x: Tensor, keys_values=None, causal=False) -> Tensor:
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h c) -> b h n c", h=self.heads)
+
+    def forward(
+        self, x: Tensor, keys_values: KeysValues | None = None, causal: bool = False
+    ) -> Tensor:
         keys, values = self.keys_values(x) if keys_values is None else keys_values
-        query = rearrange(self.query(x), "b n (h c) -> b h n c", h=self.heads)
+        query = self._split(self.query(x))
         mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
         return self.out(rearrange(mixed, "b h n c -> b n (h c)"))
 
 
-def feed_forward(dim, ff):
+def feed_forward(dim: int, ff: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, ff), nn.GELU(), nn.Linear(ff, dim))
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, dim, heads, ff, dropout):
+    """Self-attention and a feed-forward network over tokens (B, N, dim)."""
+
+    def __init__(self, dim: int, heads: int, ff: int, dropout: float):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention, self.ff = Attention(dim, heads), feed_forward(dim, ff)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.ff = feed_forward(dim, ff)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
         return x + self.dropout(self.ff(self.norm2(x)))
 
 
 @block("multimodal_bridge")
 class MultimodalBridge(nn.Module):
-    """Each source projected to one width, with source embeddings and positions: (B, N, dim), nothing mixed.
+    """Each source projected to one width, with source embeddings and positions; nothing is mixed.
 
-    cond_proprio (B, P, S); cond_visual: per visual input a grid (B, h, w, C) or tokens (B, N, C), the cameras first;
-    cond_semantic: per camera (B, 1, C); action (B, T, A) where action_dim is given. drop (B, len(cond_visual)) bool
-    puts learned mask tokens in place of an input (and of its camera's summary), per sample.
+    cond_proprio (B, P, S); cond_visual: per visual input a grid (B, h, w, C) or tokens (B, N, C),
+    the cameras first; cond_semantic: per camera (B, 1, C); action (B, T, A) where action_dim is
+    given -> (B, N, dim). visual_mask (B, len(cond_visual)) bool puts learned mask tokens in place of
+    a visual input, and of its camera's summary, per sample.
+
+    Args:
+        dim: width of the tokens.
+        state_dim: numbers of a state; null: from the dataset.
+        num_cameras: cameras; null: from the dataset.
+        visual_dim: channels of a camera's features.
+        semantic_dim: numbers of a camera's summary.
+        extra_visual_dims: channels of each further visual input (hand extractors, depth).
+        action_dim: numbers of an action, where a chunk is read too.
     """
 
     def __init__(
         self,
-        dim,
-        state_dim,
-        num_cameras,
-        visual_dim,
-        semantic_dim,
-        extra_visual_dims=(),
-        action_dim=None,
+        dim: int,
+        state_dim: int,
+        num_cameras: int,
+        visual_dim: int,
+        semantic_dim: int,
+        extra_visual_dims: tuple = (),
+        action_dim: int | None = None,
     ):
         super().__init__()
         sizes = [visual_dim] * num_cameras + list(extra_visual_dims)
@@ -92,48 +118,76 @@ class MultimodalBridge(nn.Module):
         # No norm on low-dimensional inputs: it would remove their mean and scale.
         self.proprio = nn.Linear(state_dim, dim)
         self.action = nn.Linear(action_dim, dim) if action_dim else None
-        count = len(sizes) + num_cameras + 1 + bool(action_dim)
-        self.source = nn.Parameter(torch.empty(count, dim).normal_(std=0.02))
-        self.mask_token = nn.Parameter(torch.empty(len(sizes) + num_cameras, dim).normal_(std=0.02))
+        masked = len(sizes) + num_cameras
+        sources = masked + 1 + bool(action_dim)
+        self.source = nn.Parameter(torch.empty(sources, dim).normal_(std=0.02))
+        self.mask_token = nn.Parameter(torch.empty(masked, dim).normal_(std=0.02))
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None, action=None) -> Tensor:
-        projectors = [*self.visual, *self.semantic]
-        inputs = [*cond_visual, *cond_semantic]
-        if len(inputs) != len(projectors):
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        given = (len(cond_visual), len(cond_semantic))
+        built = (len(self.visual), len(self.semantic))
+        if given != built:
             raise ConfigError(
-                f"{len(cond_visual)} visual and {len(cond_semantic)} semantic inputs given, "
-                f"built for {len(self.visual)} and {len(self.semantic)}"
+                f"{given[0]} visual and {given[1]} semantic inputs given, "
+                f"built for {built[0]} and {built[1]}"
             )
         sources = []
-        for i, (project, tokens) in enumerate(zip(projectors, inputs, strict=True)):
-            tokens = project(tokens)
-            if drop is not None:
-                camera = i if i < len(self.visual) else i - len(self.visual)
-                dropped = drop[:, camera].view(-1, *[1] * (tokens.ndim - 1))
-                tokens = torch.where(dropped, self.mask_token[i].to(tokens.dtype), tokens)
-            sources.append(with_positions(tokens))
-        sources.append(with_positions(self.proprio(cond_proprio)))
+        for i, (project, tokens) in enumerate(zip(self.visual, cond_visual, strict=True)):
+            masked = None if visual_mask is None else visual_mask[:, i]
+            sources.append(self._masked(project(tokens), masked, self.mask_token[i]))
+        for i, (project, tokens) in enumerate(zip(self.semantic, cond_semantic, strict=True)):
+            masked = None if visual_mask is None else visual_mask[:, i]
+            token = self.mask_token[len(self.visual) + i]
+            sources.append(self._masked(project(tokens), masked, token))
+        sources.append(self.proprio(cond_proprio))
         if self.action is not None:
-            sources.append(with_positions(self.action(action)))
-        return torch.cat([tokens + self.source[i] for i, tokens in enumerate(sources)], 1)
+            sources.append(self.action(action))
+        placed = [with_positions(tokens) + self.source[i] for i, tokens in enumerate(sources)]
+        return torch.cat(placed, 1)
+
+    def _masked(self, tokens: Tensor, masked: Tensor | None, mask_token: Tensor) -> Tensor:
+        if masked is None:
+            return tokens
+        masked = masked.view(-1, *[1] * (tokens.ndim - 1))
+        return torch.where(masked, mask_token.to(tokens.dtype), tokens)
 
 
 @block("info_encoder")
 class InfoEncoder(nn.Module):
-    """Observation -> memory (B, N, dim): MultimodalBridge, then `layers` of self-attention over all tokens."""
+    """Observation -> memory (B, N, dim): multimodal_bridge, then self-attention over all tokens.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads.
+        ff: width of the feed-forward networks.
+        layers: encoder layers.
+        state_dim: numbers of a state; null: from the dataset.
+        num_cameras: cameras; null: from the dataset.
+        visual_dim: channels of a camera's features.
+        semantic_dim: numbers of a camera's summary.
+        extra_visual_dims: channels of each further visual input (hand extractors, depth).
+        dropout: of each residual branch.
+    """
 
     def __init__(
         self,
-        dim,
-        heads,
-        ff,
-        layers,
-        state_dim,
-        num_cameras,
-        visual_dim,
-        semantic_dim,
-        extra_visual_dims=(),
-        dropout=0.0,
+        dim: int,
+        heads: int,
+        ff: int,
+        layers: int,
+        state_dim: int,
+        num_cameras: int,
+        visual_dim: int,
+        semantic_dim: int,
+        extra_visual_dims: tuple = (),
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.bridge = MultimodalBridge(
@@ -142,31 +196,53 @@ class InfoEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ff, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None) -> Tensor:
-        x = self.bridge(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+    ) -> Tensor:
+        x = self.bridge(cond_proprio, cond_visual, cond_semantic, visual_mask)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
 
 class LatentEncoder(nn.Module):
-    """Learned query tokens read the sources; a head of latent.py makes a distribution of them."""
+    """Learned query tokens read the sources; a head makes a distribution of them.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads.
+        ff: width of the feed-forward networks.
+        layers: encoder layers.
+        state_dim: numbers of a state; null: from the dataset.
+        visual_dim: channels of the first camera's features.
+        semantic_dim: numbers of the first camera's summary.
+        latent_dim: numbers of a latent token; not with head codes.
+        num_codes: codes of the codebook; with head codes.
+        head: gaussian, flow, point or codes.
+        action_dim: numbers of an action (a posterior reads the chunk); null: from the dataset.
+        tokens: latent tokens.
+        dropout: of each residual branch.
+    """
 
     def __init__(
         self,
-        dim,
-        heads,
-        ff,
-        layers,
-        state_dim,
-        visual_dim,
-        semantic_dim,
-        latent_dim=None,
-        num_codes=None,
-        head="gaussian",
-        action_dim=None,
-        tokens=5,
-        dropout=0.0,
+        dim: int,
+        heads: int,
+        ff: int,
+        layers: int,
+        state_dim: int,
+        visual_dim: int,
+        semantic_dim: int,
+        latent_dim: int | None = None,
+        num_codes: int | None = None,
+        head: str = "gaussian",
+        action_dim: int | None = None,
+        tokens: int = 5,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.bridge = MultimodalBridge(
@@ -177,7 +253,7 @@ class LatentEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = latent_head(head, dim, tokens, latent_dim, num_codes)
 
-    def distribution(self, *sources):
+    def distribution(self, *sources: Any) -> Any:
         x = self.bridge(*sources)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
@@ -187,63 +263,95 @@ class LatentEncoder(nn.Module):
 
 @block("vae_posterior")
 class VAEPosterior(LatentEncoder):
-    """q(z | first camera, proprio, action): training only. With head `point` its tokens are for a codebook."""
+    """q(z | first camera, proprio, action): for training only.
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, drop=None):
-        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop, action)
+    With head `point` its tokens are for a codebook.
+    """
+
+    def forward(self, cond_proprio, cond_visual, cond_semantic, action, visual_mask=None) -> Any:
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask, action)
 
 
 @block("vae_prior")
 class VAEPrior(LatentEncoder):
-    """p(z | first camera, proprio): what z, or with head `codes` which codes, are drawn from when acting."""
+    """p(z | first camera, proprio): z is drawn from it when acting, or with head `codes` its code."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, drop=None):
-        return self.distribution(cond_proprio, cond_visual, cond_semantic, drop)
+    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
+        return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, dim, heads, ff, dropout):
+    """Self-attention over a chunk, cross-attention to the memory, feed-forward, each modulated."""
+
+    def __init__(self, dim: int, heads: int, ff: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.self_attention, self.cross = Attention(dim, heads), Attention(dim, heads)
+        self.self_attention = Attention(dim, heads)
+        self.cross = Attention(dim, heads)
         self.ff = feed_forward(dim, ff)
         self.table = nn.Parameter(torch.zeros(9, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, modulation, keys_values, causal, *routing):
-        """x (B, R, T, d), modulation (B, R, 9, d), keys and values (B, heads, N, d / heads) shared by the R rows."""
-        rows = x.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (
-            modulation + self.table
-        )[..., None, :].unbind(2)
-        y = (self.norm(x) * (1 + scale1) + shift1).flatten(0, 1)
-        x = x + gate1 * self.dropout(self.self_attention(y, causal=causal)).unflatten(0, (-1, rows))
-        y = (self.norm(x) * (1 + scale2) + shift2).flatten(1, 2)
-        x = x + gate2 * self.dropout(self.cross(y, keys_values)).unflatten(1, (rows, -1))
-        return x + gate3 * self.dropout(self.ff(self.norm(x) * (1 + scale3) + shift3, *routing))
+    def forward(
+        self, x: Tensor, modulation: Tensor, keys_values: KeysValues, causal: bool, *routing
+    ) -> Tensor:
+        """x (B, R, T, d), modulation (B, R, 9, d); keys and values (B, heads, N, d / heads) serve all R."""
+        draws = x.shape[1]
+        shift, scale, gate = (modulation + self.table).unflatten(2, (3, 3))[..., None, :].unbind(3)
+        y = self.norm(x) * (1 + scale[:, :, 0]) + shift[:, :, 0]
+        y = self.self_attention(y.flatten(0, 1), causal=causal).unflatten(0, (-1, draws))
+        x = x + gate[:, :, 0] * self.dropout(y)
+        y = self.norm(x) * (1 + scale[:, :, 1]) + shift[:, :, 1]
+        y = self.cross(y.flatten(1, 2), keys_values).unflatten(1, (draws, -1))
+        x = x + gate[:, :, 1] * self.dropout(y)
+        y = self.norm(x) * (1 + scale[:, :, 2]) + shift[:, :, 2]
+        return x + gate[:, :, 2] * self.dropout(self.ff(y, *routing))
+
+
+class DecoderContext(NamedTuple):
+    """All that ActionDecoder needs of a batch of observations, none of which depends on t.
+
+    keys_values: of each layer, of the memory's tokens and then of z's; latent: z's tokens
+    (B, n, d), None without z.
+    """
+
+    keys_values: list[KeysValues]
+    latent: Tensor | None
 
 
 @block("vfp_single_action_decoder")
 class ActionDecoder(nn.Module):
-    """Velocity (or x1) of R noisy chunks per observation: x_t (B, R, T, A), t (B, R), memory (B, N, d), z (B, n, D).
+    """Velocity (or x1) of R noisy chunks per observation, by cross-attention to the memory.
 
-    Time, and the mean of z, enter by AdaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748) with one modulation shared by
-    all layers plus a table per layer (Chen et al. 2023, arXiv:2310.00426), so that keys and values of the memory do
-    not depend on t: `bind` computes them once per observation. z also joins the memory as tokens. With `prefix`, fixed
-    (B, R, T) marks the actions of x_t that are given and clean.
+    x_t (B, R, T, A), t (B, R) and a context of memory (B, N, d) and z (B, n, D) -> (B, R, T, A).
+    Time, and the mean of z, enter by AdaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748) with one
+    modulation shared by all layers plus a table per layer (Chen et al. 2023, arXiv:2310.00426), so
+    that keys and values do not depend on t: `context` computes them once per observation. z also
+    joins the memory as tokens. prefix_mask (B, R, T) marks actions of x_t that are given and clean.
+
+    Args:
+        dim: width of the tokens, and of the memory.
+        heads: attention heads.
+        ff: width of the feed-forward networks.
+        layers: decoder layers.
+        action_dim: numbers of an action; null: from the dataset.
+        latent_dim: numbers of a latent token; left out without a latent.
+        dropout: of each residual branch.
+        causal: an action sees earlier noisy actions only. Wrong for a whole chunk.
+        prefix: learn to continue given actions (loss.prefix).
     """
 
     def __init__(
         self,
-        dim,
-        heads,
-        ff,
-        layers,
-        action_dim,
-        latent_dim=None,
-        dropout=0.0,
-        causal=False,
-        prefix=False,
+        dim: int,
+        heads: int,
+        ff: int,
+        layers: int,
+        action_dim: int,
+        latent_dim: int | None = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        prefix: bool = False,
     ):
         super().__init__()
         self.causal = causal
@@ -259,58 +367,52 @@ class ActionDecoder(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, x_t, t, memory, z=None, fixed=None) -> Tensor:
-        return self.bind(memory, z)(x_t, t, fixed=fixed)
+    def context(self, memory: Tensor, z: Tensor | None = None) -> DecoderContext:
+        """memory (B, N, d), z (k B, n, D) -> the context of k B rows; see with_latent."""
+        context = DecoderContext([layer.cross.keys_values(memory) for layer in self.layers], None)
+        return context if z is None else self.with_latent(context, z)
 
-    def bind(self, memory, z=None):
-        """memory, z -> callable(x_t, t[, z, fixed]) with every layer's keys and values computed.
+    def with_latent(self, context: DecoderContext, z: Tensor) -> DecoderContext:
+        """Add latents z (k B, n, D), k of each observation, to a context (B rows) without latent.
 
-        z may hold k latents per observation, (k B, n, D): all observations with the first, then with the next.
+        All observations with their first latent come first, then all with their second.
         """
-        return BoundDecoder(self, [layer.cross.keys_values(memory) for layer in self.layers], z)
+        latent = self.latent(z)
+        times = len(z) // len(context.keys_values[0][0])
+        joined = []
+        for layer, (keys, values) in zip(self.layers, context.keys_values, strict=True):
+            latent_keys, latent_values = layer.cross.keys_values(latent)
+            if times > 1:
+                keys = keys.repeat(times, 1, 1, 1)
+                values = values.repeat(times, 1, 1, 1)
+            keys = torch.cat([keys, latent_keys], 2)
+            values = torch.cat([values, latent_values], 2)
+            joined.append((keys, values))
+        return DecoderContext(joined, latent)
 
-    def run(self, x_t, t, keys_values, latent, fixed, *routing):
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: DecoderContext,
+        prefix_mask: Tensor | None = None,
+        *routing,
+    ) -> Tensor:
+        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts in place of the layers."""
         x = self.embed(x_t)
-        if fixed is not None:
-            x = x + fixed[..., None] * known_prefix(self.prefix)
-        x = x + sincos(
-            torch.arange(x.shape[2], device=x.device, dtype=torch.float32), x.shape[-1]
-        ).to(x.dtype)
-        c = self.time(sincos(t, x.shape[-1], longest=4.0, shortest=4e-3).to(x.dtype))
-        if latent is not None:
-            c = c + latent.mean(1, keepdim=True)
-        modulation = self.modulation(c).unflatten(-1, (9, -1))
-        for layer, kv in zip(self.layers, keys_values, strict=True):
-            x = layer(x, modulation, kv, self.causal, *routing)
+        if prefix_mask is not None:
+            if self.prefix is None:
+                raise ConfigError(NEEDS_PREFIX)
+            x = x + prefix_mask[..., None] * self.prefix
+        positions = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)
+        x = x + sincos(positions, x.shape[-1]).to(x.dtype)
+        condition = self.time(sincos(t, x.shape[-1], longest=4.0, shortest=4e-3).to(x.dtype))
+        if context.latent is not None:
+            condition = condition + context.latent.mean(1, keepdim=True)
+        modulation = self.modulation(condition).unflatten(-1, (9, -1))
+        for layer, keys_values in zip(self.layers, context.keys_values, strict=True):
+            x = layer(x, modulation, keys_values, self.causal, *routing)
         return self.out(self.norm(x), *routing)
 
 
-class BoundDecoder:
-    """An ActionDecoder that holds the keys and values of one batch of observations."""
-
-    def __init__(self, decoder, keys_values, z=None):
-        self.decoder, self.keys_values, self.z = decoder, keys_values, z
-        self.known = (None, keys_values) if z is None else self._join(z)
-
-    def _join(self, z):
-        latent = self.decoder.latent(z)
-        of_z = [layer.cross.keys_values(latent) for layer in self.decoder.layers]
-        times = len(z) // max(len(self.keys_values[0][0]), 1)  # of nobody, too
-        known = [
-            tuple(x.repeat(times, 1, 1, 1) if times > 1 else x for x in kv)
-            for kv in self.keys_values
-        ]
-        pairs = zip(known, of_z, strict=True)
-        return latent, [
-            tuple(torch.cat(both, 2) for both in zip(kv, kvz, strict=True)) for kv, kvz in pairs
-        ]
-
-    def detach(self):
-        """The same without gradient to the memory and to its key and value projections."""
-        return BoundDecoder(
-            self.decoder, [tuple(x.detach() for x in kv) for kv in self.keys_values], self.z
-        )
-
-    def __call__(self, x_t, t, z=None, fixed=None, *routing) -> Tensor:
-        latent, keys_values = self.known if z is None else self._join(z)
-        return self.decoder.run(x_t, t, keys_values, latent, fixed, *routing)
+NEEDS_PREFIX = "the first actions are given (loss.prefix): build the decoder with `prefix: true`"

@@ -1,72 +1,86 @@
-"""A point robot passes three rows of discs, each through any gap: 24 ways to succeed, all equally good.
+"""A point robot passes three rows of discs, each through any gap: 24 ways to succeed.
 
-State only, so that a policy trains in a minute; the number of discs per row and of ways is that of Jia et al. 2024
-(arXiv:2402.14606), task Avoiding. World frame in metres: the robot starts near (0, 0), the finish lies along y.
+State only, so that a policy trains in a minute. The numbers of discs per row and of ways are those
+of the task Avoiding of Jia et al. 2024 (arXiv:2402.14606). World frame in metres: the robot starts
+near (0, 0), the finish is a line of constant y.
 """
 
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import gymnasium
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-TASK = "Pass the three rows of discs and cross the finish line."
-RADIUS = 0.06  # m; the robot is a point
-ROWS = (
-    (0.25, (0.0,)),
-    (0.5, (-0.2, 0.2)),
-    (0.75, (-0.4, 0.0, 0.4)),
-)  # y, and x of the discs from the left
-ROW_Y = np.array([y for y, _ in ROWS])
-DISCS = np.array([(x, y, RADIUS) for y, row in ROWS for x in row])
-CENTRES = (
+from common.envs.demonstrations import vector, write
+from common.envs.geometry import length
+
+RADIUS = 0.06  # of a disc, m; the robot is a point
+ROWS = {  # y of a row -> x of its discs, from the left
+    0.25: (0.0,),
+    0.5: (-0.2, 0.2),
+    0.75: (-0.4, 0.0, 0.4),
+}
+DISCS = np.array([(x, y, RADIUS) for y, row in ROWS.items() for x in row])
+GAPS = (  # x of the middles of each row's gaps, from the left
     (-0.2, 0.2),
     (-0.4, 0.0, 0.4),
     (-0.6, -0.2, 0.2, 0.6),
-)  # x of each row's gaps from the left
-GAPS = np.array(
-    list(product(*(range(len(row)) for row in CENTRES)))
-)  # (24, 3): gap taken in each row, per mode
-FPS, STEP_LIMIT, FINISH = 10, 0.25, 0.95  # Hz, m per step, m
-STEPS, NOISE, PACE = (
-    25,
-    0.03,
-    0.015,
-)  # of a demonstration; standard deviation at each row: of x, of y when due, m
-DEMONSTRATIONS, FIRST_EVALUATION_SEED = 960, 50_000
-VIEW, SCALE = (
-    (-0.8, 1.1, 0.8, -0.1),
-    240,
-)  # left, top, right, bottom of the picture in m; pixels per metre
-BACKGROUND, DISC, GOAL, PATH, ROBOT = (
-    (250, 250, 247),
-    (108, 108, 118),
-    (186, 226, 187),
-    (37, 90, 217),
-    (206, 32, 32),
 )
+MIDDLES = np.array(list(product(*GAPS)))  # (24, 3): x at each row, of every mode
+STEP_LIMIT = 0.25  # m per step
+FINISH = 0.95  # y of the line, m
+STEPS = 25  # of a demonstration
+NOISE = 0.03  # standard deviation of x at each row of a demonstration, m
+PACE = 0.015  # standard deviation of y at the time when a row is due, m
+DEMONSTRATIONS = 960
+FIRST_EVALUATION_SEED = 50_000
+FEATURES = {
+    "observation.state": vector(["x", "y", "vx", "vy"]),
+    "action": vector(["x", "y"]),
+}
+VIEW = (-0.8, 1.1, 0.8, -0.1)  # left, top, right, bottom of the picture, m
+SCALE = 240  # pixels per metre
+BACKGROUND = (250, 250, 247)
+DISC = (108, 108, 118)
+GOAL = (186, 226, 187)
+PATH = (37, 90, 217)
+ROBOT = (206, 32, 32)
 
 
-def collides(paths):
-    """Whether each of the polylines `paths` (N, T, 2) enters a disc -> (N,) bool. Exact: segments, not samples."""
+def collides(paths: np.ndarray) -> np.ndarray:
+    """Which of `paths` (N, T, 2) enter a disc -> (N,) bool. Exact: segments, not samples."""
     paths = np.asarray(paths, float)[:, :, None]
-    move, centre = np.diff(paths, axis=1), DISCS[:, :2] - paths[:, :-1]  # (N, T - 1, 1 or discs, 2)
+    move = np.diff(paths, axis=1)  # (N, T - 1, 1, 2)
+    centre = DISCS[:, :2] - paths[:, :-1]  # (N, T - 1, discs, 2)
     along = (centre * move).sum(-1) / np.maximum((move**2).sum(-1), 1e-300)
     nearest = centre - np.clip(along, 0, 1)[..., None] * move
-    return (np.hypot(nearest[..., 0], nearest[..., 1]) < DISCS[:, 2]).any((1, 2))
+    return (length(nearest) < RADIUS).any((1, 2))
 
 
-def modes(paths):
-    """Labels (N,) like "0-2-3" of `paths` (N, T >= 2, 2): each row's gap from the left, where it was crossed last.
+def feasible(paths: np.ndarray) -> np.ndarray:
+    """Which of `paths` (N, T, 2) reach the finish without disc or too long a step -> (N,) bool."""
+    leaps = length(np.diff(paths.astype(float), axis=1)) > STEP_LIMIT
+    return ~collides(paths) & ~leaps.any(1) & (paths[:, -1, 1] >= FINISH)
 
-    The outer gaps have no outer end. None for a path that has not crossed every row. Repeated points change nothing.
+
+def modes(paths: np.ndarray) -> np.ndarray:
+    """Labels (N,) like "0-2-3" of `paths` (N, T >= 2, 2): each row's gap where it was crossed last.
+
+    Gaps count from the left; the outer ones have no outer end. The label is None if a row was not
+    crossed. Repeated points change nothing.
     """
     paths = np.asarray(paths, float)
-    number, labels, complete = np.arange(len(paths)), [], np.ones(len(paths), bool)
-    for row, discs in ROWS:
+    number = np.arange(len(paths))
+    complete = np.ones(len(paths), bool)
+    labels = []
+    for row, discs in ROWS.items():
         crosses = np.diff(paths[..., 1] < row, axis=1)
         last = crosses.shape[1] - 1 - crosses[:, ::-1].argmax(1)
-        (x, y), (dx, dy) = paths[number, last].T, (paths[number, last + 1] - paths[number, last]).T
+        x, y = paths[number, last].T
+        dx, dy = (paths[number, last + 1] - paths[number, last]).T
         at = x + dx * (row - y) / np.where(dy == 0, 1, dy)  # dy is 0 only where no step crosses
         labels.append((at[:, None] > discs).sum(1))
         complete &= crosses.any(1)
@@ -74,58 +88,60 @@ def modes(paths):
     return np.where(complete, np.array(names, object), None)
 
 
-def states(paths):
-    """What a robot on `paths` (N, T, 2) observes: (N, T, 4) float32 x, y (m) and the last step's velocity (m/s).
+def states(paths: np.ndarray) -> np.ndarray:
+    """Observations (N, T, 4) float32 on `paths` (N, T, 2): x, y (m) and last velocity (m/s).
 
-    It enters straight ahead at the demonstrations' speed: a standing start would be an outlier among the states.
+    The robot enters straight ahead at the demonstrations' speed: a standing start would be an
+    outlier among the states.
     """
     paths = np.asarray(paths, float)
-    before = paths[:, :1] - np.array([0, 1 / STEPS])
-    return np.concatenate([paths, np.diff(paths, axis=1, prepend=before) * FPS], -1).astype(
-        np.float32
-    )
+    before = paths[:, :1] - [0, 1 / STEPS]
+    velocity = np.diff(paths, axis=1, prepend=before) * Avoid.fps
+    return np.concatenate([paths, velocity], -1).astype(np.float32)
 
 
-def expert(starts, chosen, rng):
-    """Demonstrated paths (n, 26, 2) float32 from x `starts` (n,), in the modes with the indices `chosen` (n,).
+def expert(starts: np.ndarray, chosen: np.ndarray, rng: Generator) -> np.ndarray:
+    """Demonstrated paths (n, 26, 2) float32 from x `starts` (n,), in the modes `chosen` (n,) int.
 
-    Through a noisy middle of each gap at an even pace, noisy too; x goes by smoothsteps, y by straight lines. A path is
-    drawn again while it enters a disc, asks for a longer step than the robot takes, or ends before the finish.
+    They pass a noisy middle of each gap at an even pace, noisy too: x by smoothsteps, y by straight
+    lines. A path that is not feasible is drawn again.
     """
-    middles = np.stack(
-        [np.array(row)[gaps] for row, gaps in zip(CENTRES, GAPS[chosen].T, strict=True)], 1
-    )
     time = 4 * np.arange(STEPS + 1) / STEPS  # knots at 0, 1, ..., 4
     knot = np.minimum(time, 3).astype(int)
     share = time - knot
-    paths, left = np.empty((len(starts), STEPS + 1, 2), np.float32), np.arange(len(starts))
+    weight = np.stack([share**2 * (3 - 2 * share), share], 1)
+    paths = np.empty((len(starts), STEPS + 1, 2), np.float32)
+    left = np.arange(len(starts))
     while len(left):
         noise = rng.normal(0, 1, (len(left), 4, 2)) * (NOISE, PACE)
-        passes = middles[left] + noise[:, :3, 0]
+        passes = MIDDLES[chosen[left]] + noise[:, :3, 0]
         x = np.column_stack([starts[left], passes, passes[:, 2] + noise[:, 3, 0]])
         y = np.column_stack([np.zeros(len(left)), np.arange(1, 5) / 4 + noise[..., 1]])
-        paths[left, :, 0] = x[:, knot] + share**2 * (3 - 2 * share) * (x[:, knot + 1] - x[:, knot])
-        paths[left, :, 1] = y[:, knot] + share * (y[:, knot + 1] - y[:, knot])
-        moves = np.diff(paths[left].astype(float), axis=1)
-        bad = collides(paths[left]) | (np.hypot(moves[..., 0], moves[..., 1]) > STEP_LIMIT).any(1)
-        left = left[bad | (paths[left, -1, 1] < FINISH)]
+        knots = np.stack([x, y], -1)
+        paths[left] = knots[:, knot] + weight * (knots[:, knot + 1] - knots[:, knot])
+        left = left[~feasible(paths[left])]
     return paths
 
 
 class Avoid(gymnasium.Env):
-    """Observation (4,): see states(). Action (2,): the next position (m), which the robot moves straight towards.
+    """Observation (4,): see states(). Action (2,): the next position (m), approached straight.
 
-    A step is at most STEP_LIMIT long. Success, reward 1: y has reached FINISH. Failures: "disc" (the way of a step
-    enters one) or "timeout". Positions are float32, as actions are: a demonstration replays to the bit.
+    A step is at most STEP_LIMIT long. Success, reward 1: y has reached FINISH. Failures: "disc" (a
+    step enters one) or "timeout". Positions are float32, as actions are: a demonstration replays to
+    the bit.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own declaration)
-    MODES = tuple("-".join(map(str, gaps)) for gaps in GAPS)
+    name = "avoid"
+    task = "Pass the three rows of discs and cross the finish line."
+    fps = 10  # Hz
+    metadata = {"render_modes": ["rgb_array"], "render_fps": fps}  # noqa: RUF012
+    MODES = tuple("-".join(gaps) for gaps in product("01", "012", "0123"))
     COUNTS = (DEMONSTRATIONS // len(MODES),) * len(MODES)  # demonstrations of each mode
     MODE_SHARES = tuple(count / DEMONSTRATIONS for count in COUNTS)
 
-    def __init__(self, render_mode="rgb_array", max_steps=32):
-        self.render_mode, self.max_steps = render_mode, max_steps
+    def __init__(self, render_mode: str = "rgb_array", max_steps: int = 32):
+        self.render_mode = render_mode
+        self.max_steps = max_steps
         self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
         state = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         self.observation_space = gymnasium.spaces.Dict({"observation.state": state})
@@ -133,7 +149,9 @@ class Avoid(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.path = np.array([[self.np_random.uniform(-0.1, 0.1), 0]], np.float32)
-        self.success, self.mode, self.failure = False, None, None
+        self.success = False
+        self.mode = None
+        self.failure = None
         return self._observation(), self._info()
 
     def step(self, action):
@@ -143,15 +161,11 @@ class Avoid(gymnasium.Env):
                 f"action must be two finite numbers, the next x and y in metres, got {action}"
             )
         move = target - self.path[-1]
-        distance = np.hypot(*move)
-        reached = (
-            target if distance <= STEP_LIMIT else self.path[-1] + move * (STEP_LIMIT / distance)
-        )
-        self.path = np.concatenate([self.path, reached[None].astype(np.float32)])
-        if np.diff(
-            self.path[-2:, 1, None] < ROW_Y, axis=0
-        ).any():  # the mode changes where a row is crossed
-            self.mode = modes(self.path[None])[0]
+        distance = length(move)
+        if distance > STEP_LIMIT:
+            target = self.path[-1] + move * (STEP_LIMIT / distance)
+        self.path = np.concatenate([self.path, target[None].astype(np.float32)])
+        self.mode = modes(self.path[None])[0]
         if collides(self.path[None, -2:])[0]:
             self.failure = "disc"
         self.success = bool(self.failure is None and self.path[-1, 1] >= FINISH)
@@ -165,85 +179,74 @@ class Avoid(gymnasium.Env):
         return {"observation.state": states(self.path[None, -2:])[0, -1]}
 
     def _info(self):
-        position = self.path[-1].astype(float)
         return {
             "success": self.success,
             "mode": self.mode,
             "failure": self.failure,
-            "position": position,
+            "position": self.path[-1].astype(float),
         }
 
-    def obstacles(self):
+    def obstacles(self) -> np.ndarray:
         """Discs (6, 3): x, y, radius in metres."""
         return DISCS.copy()
 
-    def render(self):
-        """The world from above with the way so far (h, w, 3) uint8; drawn at twice the size and reduced."""
+    def render(self) -> np.ndarray:
+        """The world from above with the path so far (h, w, 3) uint8; drawn at twice the size."""
         left, top, right, bottom = VIEW
-        image = Image.new(
-            "RGB", [round(2 * SCALE * side) for side in (right - left, top - bottom)], BACKGROUND
-        )
+        size = [round(2 * SCALE * side) for side in (right - left, top - bottom)]
+        image = Image.new("RGB", size, BACKGROUND)
         draw = ImageDraw.Draw(image)
 
         def pixel(x, y):
             return 2 * SCALE * (x - left), 2 * SCALE * (top - y)
 
+        def circle(x, y, radius, colour):
+            box = [*pixel(x - radius, y + radius), *pixel(x + radius, y - radius)]
+            draw.ellipse(box, fill=colour)
+
         draw.rectangle([*pixel(left, top), *pixel(right, FINISH)], fill=GOAL)
-        for x, y, radius in DISCS:
-            draw.ellipse(
-                [*pixel(x - radius, y + radius), *pixel(x + radius, y - radius)], fill=DISC
-            )
+        for disc in DISCS:
+            circle(*disc, DISC)
         draw.line([pixel(*point) for point in self.path], fill=PATH, width=5)
-        x, y = self.path[-1]
-        draw.ellipse([*pixel(x - 0.015, y + 0.015), *pixel(x + 0.015, y - 0.015)], fill=ROBOT)
+        circle(*self.path[-1], 0.015, ROBOT)
         return np.array(image.reduce(2))
 
 
 class AvoidSkewed(Avoid):
-    """The same world, whose demonstrations take mode k with a frequency of exp(-k / 6), rounded to whole episodes."""
+    """The same world; mode k is demonstrated with a frequency of exp(-k / 6), in whole episodes."""
 
-    ENDS = np.cumsum(np.exp(-np.arange(len(Avoid.MODES)) / 6))
+    ENDS = np.cumsum(np.exp(-np.arange(len(Avoid.MODES)) / 6))  # of the modes' shares, unscaled
     COUNTS = tuple(
         np.diff(np.round(DEMONSTRATIONS * ENDS / ENDS[-1]), prepend=0).astype(int).tolist()
     )
     MODE_SHARES = tuple(count / DEMONSTRATIONS for count in COUNTS)
 
 
-def demonstrations(counts, seed=0):
-    """counts[k] demonstrations of every mode k, shuffled: reset seeds (n,), mode indices (n,), paths (n, 26, 2)."""
-    rng, env = np.random.default_rng(seed), Avoid()
+def demonstrations(counts: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, ...]:
+    """counts[k] demonstrations of every mode k, shuffled.
+
+    Returns their reset seeds (n,), mode numbers (n,) and paths (n, 26, 2).
+    """
+    rng = np.random.default_rng(seed)
+    env = Avoid()
     chosen = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     seeds = rng.choice(FIRST_EVALUATION_SEED, len(chosen), replace=False)
-    starts = np.array(
-        [env.reset(seed=number)[0]["observation.state"][0] for number in seeds.tolist()]
-    )
-    return seeds, chosen, expert(starts, chosen, rng)
+    first = [env.reset(seed=number)[0]["observation.state"] for number in seeds.tolist()]
+    return seeds, chosen, expert(np.array(first)[:, 0], chosen, rng)
 
 
-def generate(root, seed=0, env=Avoid):
-    """Write 960 demonstrations of 25 steps to `root` as a LeRobot v3.0 dataset: 40 of each mode, in random order.
+def columns(path: np.ndarray) -> dict:
+    """The dataset's columns of a path (T, 2): T - 1 states and actions."""
+    return {"observation.state": states(path[None])[0, :-1], "action": path[1:]}
 
-    They go on to y = 1, a step past where the environment ends.
+
+def generate(root: Path, seed: int = 0, env_type: type[Avoid] = Avoid) -> None:
+    """Write 960 demonstrations of 25 steps to `root`: COUNTS of each mode, in random order.
+
+    They go on to y = 1, a step past the end of an episode in the environment.
     """
-    from common.data.writer import (
-        DatasetWriter,
-    )  # here: acting in the environment needs neither pyarrow nor av
-
-    state = {"dtype": "float32", "shape": [4], "names": ["x", "y", "vx", "vy"]}
-    features = {
-        "observation.state": state,
-        "action": {"dtype": "float32", "shape": [2], "names": ["x", "y"]},
-    }
-    writer, paths = DatasetWriter(root, FPS, features, "avoid"), demonstrations(env.COUNTS, seed)[2]
-    for state, action in zip(states(paths)[:, :-1], paths[:, 1:], strict=True):
-        writer.add_episode({"observation.state": state, "action": action}, task=TASK)
-    writer.finish()
+    _, _, paths = demonstrations(env_type.COUNTS, seed)
+    write(root, env_type, FEATURES, map(columns, paths))
 
 
-def generate_skewed(root, seed=0):
-    """The same with AvoidSkewed's frequencies."""
-    generate(root, seed, AvoidSkewed)
-
-
-gymnasium.register("Avoid-v0", "common.envs.avoid:Avoid")
-gymnasium.register("AvoidSkewed-v0", "common.envs.avoid:AvoidSkewed")
+generate_skewed = partial(generate, env_type=AvoidSkewed)

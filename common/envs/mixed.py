@@ -1,92 +1,104 @@
-"""Demonstrations of mixed quality: a third of them jittered, paused or detoured, and all of them successful.
+"""Demonstrations of mixed quality: a third is jittered, paused or detoured; all are successful.
 
-The column `quality` of the dataset says which, an index into QUALITIES, for tests and benchmarks; nothing that trains
-reads it.
+The dataset's column `quality` is an index into QUALITIES. It is there for tests and benchmarks;
+training does not read it.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
 import numpy as np
+from numpy.random import Generator
 
 from common.envs import avoid, tabletop
+from common.envs.demonstrations import shuffled, write
 
 QUALITIES = ("expert", "jittered", "paused", "detoured")
-KINDS = (0, 0, 0, 0, 0, 0, 1, 2, 3)  # of every nine demonstrations, in random order
+SHARES = (0, 0, 0, 0, 0, 0, 1, 2, 3)  # qualities of every nine demonstrations, in random order
 FEATURE = {"quality": {"dtype": "int64", "shape": [1], "names": None}}
 
 
-def disturb(targets, quality, rng, reach):
-    """Position targets (n, points, 2) of an expert, done less well: (m >= n, points, 2), and the step each is of (m,).
+def disturb(
+    targets: np.ndarray, quality: int, rng: Generator, reach: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """An expert's position targets (n, points, 2) made worse.
 
-    jittered: each target off by a deviation of reach / 8; paused: standing still, twice, for 5 to 9 steps; detoured:
-    out by 0.7 to 1 reach in any direction and back, in 10 to 14 steps. reach in metres.
+    Returns (m >= n, points, 2), and the step (m,) of the expert that each belongs to.
+    jittered: normal noise of reach / 8 on each target. paused: two stops of 5 to 9 steps. detoured:
+    0.7 to 1 reach away in a random direction and back, in 10 to 14 steps. reach in metres.
     """
-    n, offset = len(targets), 0.0
+    kind = QUALITIES[quality]
+    n = len(targets)
+    first = n // 8  # disturbances begin neither in the first nor in the last eighth
+    last = 7 * n // 8
     repeats = np.ones(n, int)
-    if quality == 1:
+    offset = 0.0
+    if kind == "jittered":
         offset = rng.normal(0, reach / 8, targets.shape)
-    elif quality == 2:
-        repeats[rng.choice(np.arange(n // 8, 7 * n // 8), 2, replace=False)] += rng.integers(
-            5, 10, 2
-        )
-    elif quality == 3:
-        at, steps, angle = (
-            rng.integers(n // 8, 7 * n // 8),
-            rng.integers(10, 15),
-            rng.uniform(0, 2 * np.pi),
-        )
-        repeats[at] += steps
-        way = np.zeros(n + steps)
-        way[at : at + steps + 1] = np.sin(np.linspace(0, np.pi, steps + 1))
-        offset = reach * rng.uniform(0.7, 1) * way[:, None, None] * [np.cos(angle), np.sin(angle)]
+    elif kind == "paused":
+        stops = rng.choice(np.arange(first, last), 2, replace=False)
+        repeats[stops] += rng.integers(5, 10, 2)
+    elif kind == "detoured":
+        start = rng.integers(first, last)
+        steps = rng.integers(10, 15)
+        angle = rng.uniform(0, 2 * np.pi)
+        repeats[start] += steps
+        away = np.zeros(n + steps)
+        away[start : start + steps + 1] = np.sin(np.linspace(0, np.pi, steps + 1))
+        away *= reach * rng.uniform(0.7, 1)
+        offset = away[:, None, None] * [np.cos(angle), np.sin(angle)]
     step = np.repeat(np.arange(n), repeats)
     return targets[step] + offset, step
 
 
-def generate_avoid(root, seed=0):
-    """Write avoid's 960 demonstrations to `root`, of 25 to 43 steps; none enters a disc or leaps."""
-    from common.data.writer import (
-        DatasetWriter,
-    )  # here: acting in the environment needs neither pyarrow nor av
+def with_quality(episode: dict, quality: int) -> dict:
+    """The episode's columns and the column `quality`."""
+    return episode | {"quality": np.full((len(episode["action"]), 1), quality)}
 
-    rng, paths = np.random.default_rng([seed, 1]), avoid.demonstrations(avoid.Avoid.COUNTS, seed)[2]
-    features = {
-        "observation.state": {"dtype": "float32", "shape": [4], "names": ["x", "y", "vx", "vy"]}
-    }
-    features |= {"action": {"dtype": "float32", "shape": [2], "names": ["x", "y"]}} | FEATURE
-    writer = DatasetWriter(root, avoid.FPS, features, "avoid")
-    for path, quality in zip(paths, rng.permutation(np.resize(KINDS, len(paths))), strict=True):
-        poor, bad = path, quality > 0
-        while bad:
+
+def disturbed_paths() -> Iterator[dict]:
+    """Episodes of avoid's demonstrations; a disturbance is drawn again until it is feasible."""
+    rng = np.random.default_rng([0, 1])
+    _, _, paths = avoid.demonstrations(avoid.Avoid.COUNTS)
+    qualities = rng.permutation(np.resize(SHARES, len(paths)))
+    for path, quality in zip(paths, qualities, strict=True):
+        performed = path
+        done = quality == 0
+        while not done:
             moved, _ = disturb(path[1:, None], quality, rng, reach=0.2)
-            poor = np.concatenate([path[:1], moved[:, 0].astype(np.float32)])
-            leaps = np.hypot(*np.diff(poor, axis=0).T).max() > avoid.STEP_LIMIT
-            bad = leaps or poor[-1, 1] < avoid.FINISH or avoid.collides(poor[None])[0]
-        columns = {"observation.state": avoid.states(poor[None])[0, :-1], "action": poor[1:]}
-        writer.add_episode(
-            columns | {"quality": np.full((len(poor) - 1, 1), quality)}, task=avoid.TASK
-        )
-    writer.finish()
+            performed = np.concatenate([path[:1], moved[:, 0].astype(np.float32)])
+            done = avoid.feasible(performed[None])[0]
+        yield with_quality(avoid.columns(performed), quality)
 
 
-def demonstrate(seed, world, image_size):
-    """tabletop.demonstrate(), for a third of the seeds with actions that are disturbed and succeed all the same."""
-    quality = KINDS[
-        np.random.default_rng([seed // len(KINDS), 2]).permutation(len(KINDS))[seed % len(KINDS)]
-    ]
-    good = tabletop.demonstrate(seed, world, image_size, look=not quality)
-    if good is None:
+def generate_avoid(root: Path) -> None:
+    """Write avoid's 960 demonstrations, of 25 to 43 steps, to `root`."""
+    write(root, avoid.Avoid, avoid.FEATURES | FEATURE, disturbed_paths())
+
+
+def demonstrate(seed: int, env_type: type[tabletop.Tabletop], image_size: tuple) -> dict | None:
+    """tabletop.demonstrate(); for a third of the seeds with disturbed actions that succeed too."""
+    quality = SHARES[shuffled(seed, len(SHARES))]
+    run = partial(tabletop.demonstrate, seed, env_type, image_size)
+    episode = run(render=quality == 0)
+    if episode is None:
         return None
-    rng, rows = np.random.default_rng([seed, 3]), None if quality else good
-    targets = good["action"].reshape(-1, 2, 3)
-    while rows is None:
-        moved, step = disturb(targets[..., :2], quality, rng, reach=0.16)
-        actions = (
-            np.concatenate([moved, targets[step, :, 2:]], -1).reshape(-1, 6).astype(np.float32)
-        )
-        if tabletop.demonstrate(seed, world, image_size, actions, look=False):
-            rows = tabletop.demonstrate(seed, world, image_size, actions)
-    return rows | {"quality": np.full((len(rows["action"]), 1), quality)}
+    if quality:
+        rng = np.random.default_rng([seed, 3])
+        targets = episode["action"].reshape(-1, 2, 3)
+        done = False
+        while not done:
+            moved, step = disturb(targets[..., :2], quality, rng, reach=0.16)
+            grips = targets[step, :, 2:]
+            actions = np.concatenate([moved, grips], -1).reshape(-1, 6).astype(np.float32)
+            done = run(actions, render=False) is not None
+        episode = run(actions)
+    return with_quality(episode, quality)
 
 
-def generate_tabletop(root, episodes=300, seed=0, image_size=(96, 96)):
-    """Write tabletop's demonstrations to `root`; see tabletop.generate."""
-    tabletop.generate(root, episodes, seed, image_size, demonstrate=demonstrate, more=FEATURE)
+generate_tabletop = partial(
+    tabletop.generate,
+    demonstrate=demonstrate,
+    extra_features=FEATURE,
+)

@@ -1,0 +1,135 @@
+"""A discrete latent, as two policies have it: a posterior, a codebook, and a prior over its codes."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import optim, schema
+from common.blocks.vq import Codebook
+from common.config import ConfigError, key
+from common.data.normalizer import Normalizer
+from common.distributions import Codes, check_fit, nearest_codes
+from common.noise import Noise, RowNoise
+from common.parts import Parts
+from common.policy import ActionPolicy, Memory
+
+
+@dataclass
+class CodeLoss(schema.FlowLoss):
+    """Keys of `loss` that concern codes."""
+
+    commitment: float = key(0.25, "weight of |z_e - its code|^2", low=0)
+    prior: float = key(1.0, "weight of the prior's cross-entropy", low=0)
+    label_smoothing: float = key(0.02, "of the prior's cross-entropy", low=0, high=1)
+    posterior_ema: float | None = key(
+        0.999,
+        "decay of an average posterior whose codes the prior learns; null: none",
+        low=0,
+        high=1,
+    )
+    kmeans_start: bool = key(True, "codes start at the k-means centres of the first batch")
+    revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
+    revive_until: float = key(
+        0.6, "share of the run in which such codes move to where they are needed"
+    )
+    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks of prior samples; null: none")
+
+
+class Coded(NamedTuple):
+    """Codes of demonstrated chunks: z for the decoder and the exact zq (B, n, D), prior, loss, scalars."""
+
+    z: Tensor
+    zq: Tensor
+    prior: Any
+    loss: Tensor
+    scalars: dict[str, Tensor]
+
+
+class CodePolicy(ActionPolicy):
+    """An ActionPolicy whose latent is one or several codes per chunk.
+
+    In training a posterior reads tokens from the demonstrated chunk, a codebook replaces them by its
+    nearest codes (van den Oord et al. 2017, arXiv:1711.00937; the gradient by NSVQ), and the prior
+    learns to predict these codes from the observation alone. Acting, the prior draws them.
+    """
+
+    has_latent = True
+
+    def __init__(self, parts: Parts, stats: Normalizer, cfg: Any):
+        super().__init__(parts, stats, cfg)
+        parts.require("vqvae_posterior", "vqvae_codebook", "vqvae_prior")
+        self.slow_posterior = None
+        if self.weights.posterior_ema is not None:
+            self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")
+
+    def train(self, mode: bool = True) -> "CodePolicy":
+        super().train(mode)
+        if self.slow_posterior is not None:
+            self.slow_posterior.eval()
+        return self
+
+    @property
+    def codebook(self) -> Codebook:
+        return self.parts["vqvae_codebook"].block
+
+    def check(self, batch: dict[str, Any]) -> None:
+        memory = self.encode(batch)
+        x1 = self.stats.normalize("action", batch["action"])
+        posterior = self.parts["vqvae_posterior"](**memory.latent_inputs, action=x1)
+        prior = self.parts["vqvae_prior"](**memory.latent_inputs)
+        check_fit(posterior, prior, self.codebook.codes)
+        if self.weights.label_smoothing and not isinstance(prior, Codes):
+            raise ConfigError(
+                f"loss.label_smoothing: {self.weights.label_smoothing} smooths the targets of a prior "
+                "over codes, and this prior's head is point: set it to 0"
+            )
+
+    def code_chunks(self, memory: Memory, x1: Tensor, noise: Noise) -> Coded:
+        """Normalised demonstrated chunks x1 (B, T, A) -> their codes, and the losses of the latent."""
+        inputs = memory.latent_inputs
+        posterior = self.parts["vqvae_posterior"](**inputs, action=x1)
+        prior = self.parts["vqvae_prior"](**inputs)
+        code = self.codebook(posterior.tokens, noise if self.training else None)
+        commitment = (posterior.tokens - code.zq.detach()).square().mean()
+        tokens = posterior.tokens
+        if self.slow_posterior is not None:  # codes that change more slowly are easier to learn
+            with torch.no_grad():
+                tokens = self.slow_posterior(**inputs, action=x1).tokens
+        if isinstance(prior, Codes):
+            indices = nearest_codes(tokens, self.codebook.codes)
+            prior_loss = prior.loss(indices, self.weights.label_smoothing)
+        else:
+            prior_loss = prior.loss(tokens.detach(), noise)
+        loss = self.weights.commitment * commitment + self.weights.prior * prior_loss
+        scalars = {"commitment": commitment, "prior": prior_loss, **self.codebook.usage_scalars()}
+        return Coded(code.z, code.zq, prior, loss, scalars)
+
+    def posterior_latent(self, memory: Memory, x1: Tensor, noise: RowNoise) -> Tensor:
+        posterior = self.parts["vqvae_posterior"](**memory.latent_inputs, action=x1)
+        return self.codebook(posterior.tokens).z
+
+    def latent(self, memory: Memory, noise: Noise | RowNoise) -> Tensor:
+        return self.draw(self.parts["vqvae_prior"](**memory.latent_inputs), noise)
+
+    def draw(self, prior: Any, noise: Noise | RowNoise) -> Tensor:
+        """z (B, n, D) from a prior of the current observations."""
+        return prior.sample(noise, self.codebook.codes)
+
+    def after_step(self, job: Any) -> None:
+        """The slow posterior follows; codes that are hardly used move to where they are needed."""
+        if self.slow_posterior is not None:
+            own = self.parts["vqvae_posterior"]
+            optim.update_slow_copy(self.slow_posterior, own, self.weights.posterior_ema, job.step)
+        kmeans = (
+            self.weights.kmeans_start
+            and job.step == 1
+            and "vqvae_codebook" not in self.parts.loaded
+        )
+        on_turn = job.step % self.weights.revive_every == 0
+        revive = on_turn and job.step <= self.weights.revive_until * job.total
+        noise = None
+        if kmeans or revive:
+            noise = Noise("revive", job.cfg.seed, job.step, device=job.device)
+        self.codebook.after_step(noise, job.optimizers, job.average, kmeans)

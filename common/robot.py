@@ -1,0 +1,390 @@
+"""A checkpoint that takes observations and gives actions: for control loops, evaluation and servers.
+
+    robot = Robot.open("~/runs/my_robot", nfe=2)
+    robot.reset()                       # at the start of each episode
+    action = robot.act(observation)     # once per tick, at data.HZ
+
+Observations are dicts in the dataset's own keys: pictures uint8 (h, w, 3) as the camera gives them,
+states in the dataset's units. Several robots share one clock: after `reset(keys)` every value has a
+leading axis of robots.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common.checkpoint import find_checkpoint, open_policy, read_meta
+from common.config import UserError
+from common.data.images import IMAGE, resize
+from common.data.loader import to_device
+from common.noise import RowNoise
+from common.policy import ActionPolicy
+
+Observation = dict[str, np.ndarray]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ObservationError(UserError, ValueError):
+    """An observation that the policy cannot have been trained on."""
+
+
+class Latency(NamedTuple):
+    """Seconds from an observation to its chunk: median and 95th percentile of all plans so far.
+
+    missed counts plans that came later than the robot needed them.
+    """
+
+    median: float
+    p95: float
+    plans: int
+    missed: int
+
+
+class Plan(NamedTuple):
+    """Chunks (B, T, A) of B robots in the dataset's units, the expert of each (None without)."""
+
+    chunks: np.ndarray
+    experts: list[int] | None
+    seconds: float
+
+
+class Robot:
+    """One robot, or several in one clock, driven by a policy.
+
+    nfe: evaluations of the decoder per chunk; replan_steps: ticks from one observation that is
+    planned from to the next; delay: ticks from an observation until its chunk acts, while the running
+    one goes on (planned in a thread; on a policy that was trained with loss.prefix >= delay the new
+    chunk continues the running one); ensemble: average all chunks that cover a tick, with weights
+    exp(-ensemble i), i = 0 the oldest; hold: seconds for which the latent keeps its noise, so that
+    it changes with the observation only; precision: of the training run (no, bf16, fp16); threaded:
+    plan late chunks in a thread, as a real robot needs it; without, results never depend on timing.
+    """
+
+    def __init__(
+        self,
+        policy: ActionPolicy,
+        cfg: Any,
+        nfe: int = 2,
+        replan_steps: int = 8,
+        delay: int = 0,
+        ensemble: float | None = None,
+        hold: float = 2.0,
+        precision: str = "no",
+        threaded: bool = True,
+    ):
+        if replan_steps + delay > cfg.data.action_horizon:
+            late = f" + delay {delay}" if delay else ""
+            raise UserError(
+                f"replan_steps {replan_steps}{late}: more than the {cfg.data.action_horizon} steps "
+                "of a chunk"
+            )
+        self.policy = policy
+        self.data = cfg.data
+        self.nfe = nfe
+        self.replan_steps = replan_steps
+        self.delay = delay
+        self.ensemble = ensemble
+        self.precision = precision
+        self.hold_ticks = max(round(hold * cfg.data.HZ), 1)
+        self.continues = 0 < delay <= policy.weights.prefix
+        self.device = next(policy.parameters()).device
+        self.threads = ThreadPoolExecutor(1) if threaded and delay else None
+        self.pending: Future[Plan] | None = None
+        self.seconds: list[float] = []
+        self.missed = 0
+        self.episode = 0
+        self.reset()
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Path | str,
+        nfe: int = 2,
+        replan_steps: int = 8,
+        delay: int = 0,
+        ensemble: float | None = None,
+        hold: float = 2.0,
+        device: str | torch.device | None = None,
+        weights: dict[str, Path] | None = None,
+    ) -> "Robot":
+        """The policy of a run folder (its newest checkpoint), or of one checkpoint.
+
+        device: a GPU if there is one; weights: frozen component -> where its file is now. Raises
+        UserError where the checkpoint is damaged, gone, or draws no actions.
+        """
+        folder = find_checkpoint(Path(checkpoint).expanduser())
+        policy, cfg = open_policy(folder, weights)
+        if not isinstance(policy, ActionPolicy):
+            raise UserError(
+                f"{checkpoint}: scores demonstrations, and draws no actions: "
+                f"python train_mi.py --score {folder}"
+            )
+        policy.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision = read_meta(folder).get("mixed_precision", "no")
+        return cls(policy, cfg, nfe, replan_steps, delay, ensemble, hold, precision)
+
+    def reset(self, keys: Sequence[tuple] | None = None) -> None:
+        """Begin an episode. keys: one for each of several robots, which its noise depends on."""
+        if self.pending is not None:
+            self.pending.result()
+        self.pending = None
+        self.pending_rows: list[int] = []
+        self.single = keys is None
+        self.keys = [("robot", self.episode)] if keys is None else list(keys)
+        self.episode += 1
+        self.states = [deque(maxlen=self.data.obs_proprio_history) for _ in self.keys]
+        self.pictures = [
+            {name: deque(maxlen=self.data.obs_images_history) for name in self.data.cameras}
+            for _ in self.keys
+        ]
+        self.execution = Execution(len(self.keys), self.replan_steps, self.ensemble, self.delay)
+        self.experts: list[int] | None = None
+        self.replanned = False
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether the next observation must have pictures: others are not looked at."""
+        if not self.data.cameras:
+            return False
+        until_plan = -self.execution.tick % self.replan_steps
+        return self.threads is not None or until_plan < self.data.obs_images_history
+
+    def act(self, observation: Observation, active: Sequence[int] | None = None) -> np.ndarray:
+        """Observation of this tick -> action (A,) in the dataset's units; with several robots (B, A).
+
+        active: numbers of the robots that the rows belong to, where some have stopped. Afterwards
+        `replanned` tells whether this observation was planned from, and `experts` which expert each
+        of the planned robots follows. Raises ObservationError before anything moves.
+        """
+        rows = list(range(len(self.keys))) if active is None else list(active)
+        self._remember(observation, rows)
+        self._collect()
+        self.replanned = self.pending is None and self.execution.due()
+        if self.replanned:
+            self._replan(rows)
+        actions = self.execution.next(rows)
+        return actions[0] if self.single else actions
+
+    def plan(self, rows: Sequence[int], prefix: np.ndarray | None = None) -> Plan:
+        """Chunks of these robots from what they have observed, continuing prefix (B, d, A)."""
+        return self._chunks(self._batch(rows), self._row_keys(rows), prefix)
+
+    def latency(self) -> Latency:
+        """Of all plans since the robot was opened."""
+        if not self.seconds:
+            return Latency(0.0, 0.0, 0, 0)
+        median, p95 = np.quantile(self.seconds, [0.5, 0.95]).tolist()
+        return Latency(median, p95, len(self.seconds), self.missed)
+
+    def _replan(self, rows: list[int]) -> None:
+        prefix = self.execution.running(rows, self.delay) if self.continues else None
+        tick = self.execution.tick
+        if self.threads is None or tick == 0:  # before the first chunk the robot waits
+            plan = self.plan(rows, prefix)
+            self._add(rows, plan, tick)
+            too_late = plan.seconds > max(self.delay, 1) / self.data.HZ
+            self.missed += too_late and tick > 0
+            return
+        work = partial(self._chunks, self._batch(rows), self._row_keys(rows), prefix)
+        self.pending = self.threads.submit(work)
+        self.pending_rows = rows
+        self.pending_tick = tick
+        self.pending_late = False
+
+    def _collect(self) -> None:
+        """Take over a chunk that was planned in the thread, at the tick from which it acts."""
+        if self.pending is None or self.execution.tick < self.pending_tick + self.delay:
+            return
+        if not self.pending.done():
+            self.missed += not self.pending_late
+            self.pending_late = True
+            if self.execution.covers(self.execution.tick):
+                return  # the running chunk goes on until the late one is there
+        self._add(self.pending_rows, self.pending.result(), self.pending_tick)
+        self.pending = None
+
+    def _add(self, rows: list[int], plan: Plan, tick: int) -> None:
+        self.seconds.append(plan.seconds)
+        self.experts = plan.experts
+        self.execution.add(rows, plan.chunks, tick)
+
+    def _row_keys(self, rows: Sequence[int]) -> list[tuple]:
+        return [(*self.keys[row], self.execution.tick) for row in rows]
+
+    def _batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        states = np.array([self.states[row] for row in rows])
+        batch = {"observation.state": torch.from_numpy(states)}
+        for name in self.data.cameras:
+            pictures = torch.from_numpy(np.array([self.pictures[row][name] for row in rows]))
+            batch[IMAGE + name] = pictures[:, 0] if pictures.shape[1] == 1 else pictures
+        return batch
+
+    def _chunks(
+        self, batch: dict[str, torch.Tensor], keys: list[tuple], prefix: np.ndarray | None
+    ) -> Plan:
+        began = time.perf_counter()
+        autocast = nullcontext()
+        if self.precision in PRECISIONS:
+            autocast = torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+        with torch.inference_mode(), autocast:
+            memory = self.policy.encode(to_device(batch, self.device))
+            held = [("latent", *key, tick // self.hold_ticks) for *key, tick in keys]
+            z = self.policy.latent(memory, RowNoise(held, self.device))
+            size = len(self.policy.stats.action_mean)
+            noise = RowNoise(keys, self.device)
+            x0 = noise.normal(len(keys), self.data.action_horizon, size)
+            given = None if prefix is None else torch.from_numpy(prefix).to(x0)
+            chunks = self.policy.sample(memory, x0, self.nfe, z, prefix=given)
+            experts = self.policy.chosen_expert(z)
+        chunks = chunks.float().cpu().numpy()
+        chosen = None if experts is None else experts.tolist()
+        return Plan(chunks, chosen, time.perf_counter() - began)
+
+    def _remember(self, observation: Observation, rows: list[int]) -> None:
+        """Add an observation to the histories; the first one of an episode fills them."""
+        given = observation
+        if self.single:
+            given = {key: np.asarray(value)[None] for key, value in observation.items()}
+        states = self._read_states(given, len(rows))
+        pictures = self._read_pictures(given, len(rows)) if self.needs_pictures else {}
+        for i, row in enumerate(rows):
+            history = self.states[row]
+            history.extend([states[i]] * (1 if history else history.maxlen))
+            for name, images in pictures.items():
+                frames = self.pictures[row][name]
+                image = resize(images[i], tuple(self.data.image_size)).transpose(2, 0, 1)
+                frames.extend([image] * (1 if frames else frames.maxlen))
+
+    def _read_states(self, observation: Observation, count: int) -> np.ndarray:
+        columns = []
+        for key in self.data.state_keys:
+            value = self._value(observation, key, count)
+            if value.dtype.kind not in "fiub":
+                raise ObservationError(f"{key}: expected numbers, found {value.dtype}")
+            columns.append(value.reshape(count, -1))
+        states = np.concatenate(columns, 1, dtype=np.float32, casting="unsafe")
+        expected = len(self.policy.stats.state_mean)
+        if states.shape[1] != expected:
+            raise ObservationError(
+                f"{' + '.join(self.data.state_keys)}: {states.shape[1]} numbers a robot, "
+                f"the policy was trained on {expected}"
+            )
+        if not np.isfinite(states).all():
+            row, column = np.argwhere(~np.isfinite(states))[0]
+            where = f"number {column}" + ("" if self.single else f" of robot {row}")
+            raise ObservationError(
+                f"{' + '.join(self.data.state_keys)}: {where} is {states[row, column]}"
+            )
+        return states
+
+    def _read_pictures(self, observation: Observation, count: int) -> dict[str, np.ndarray]:
+        pictures = {}
+        for name, key in self.data.cameras.items():
+            value = self._value(observation, key, count)
+            if value.dtype != np.uint8:
+                raise ObservationError(
+                    f"{key}: expected uint8 pictures as the camera gives them, found {value.dtype}"
+                )
+            if value.ndim != 4 or value.shape[3] != 3:
+                hint = "; move the channels to the end" if value.shape[1:2] == (3,) else ""
+                raise ObservationError(
+                    f"{key}: expected (h, w, 3) pictures, found {value.shape[1:]}{hint}"
+                )
+            pictures[name] = value
+        return pictures
+
+    def _value(self, observation: Observation, key: str, count: int) -> np.ndarray:
+        if key not in observation:
+            raise ObservationError(
+                f"the observation lacks {key!r}; it has {', '.join(observation) or 'nothing'}"
+            )
+        value = np.asarray(observation[key])
+        if value.shape[:1] != (count,):
+            raise ObservationError(
+                f"{key}: expected a row for each of {count} robots, found shape {value.shape}"
+            )
+        return value
+
+
+class Execution:
+    """Which action each of n robots carries out: chunks, replanned every so many ticks, maybe late.
+
+    Action j of a chunk planned at tick k is meant for tick k + j. With a delay d a chunk acts from
+    tick k + d on, and its first d actions are left out; but the first chunk of an episode acts at
+    once. Of several chunks the newest acts; with `ensemble` m, the mean of all that act at this
+    tick, with weights exp(-m i) and i = 0 the oldest: Zhao et al. 2023 (arXiv:2304.13705) algorithm
+    2, there without delay. A chunk needs replan_steps + delay actions.
+    """
+
+    def __init__(self, n: int, replan_steps: int, ensemble: float | None = None, delay: int = 0):
+        self.n = n
+        self.replan_steps = replan_steps
+        self.ensemble = ensemble
+        self.delay = delay
+        self.tick = 0
+        # Tick of planning -> chunks (n, T, A), oldest first; NaN for robots that have stopped.
+        self.chunks: dict[int, np.ndarray] = {}
+
+    def due(self) -> bool:
+        """Whether the observation of this tick is to be planned from."""
+        if not self.chunks:
+            return True
+        return self.tick - max(self.chunks) >= self.replan_steps
+
+    def covers(self, tick: int) -> bool:
+        """Whether a chunk has an action for this tick."""
+        return any(self._acts(start, tick) for start in self.chunks)
+
+    def running(self, rows: Sequence[int], count: int) -> np.ndarray | None:
+        """(B, count, A): the robots' actions from this tick on; None before the first chunk."""
+        if not self.chunks:
+            return None
+        return np.stack([self._at(self.tick + j, rows) for j in range(count)], 1)
+
+    def add(self, rows: Sequence[int], chunks: np.ndarray, tick: int) -> None:
+        """Chunks (B, T, A) planned for these robots from what they observed at this tick."""
+        if chunks.shape[1] < self.replan_steps + self.delay:
+            raise ValueError(
+                f"chunks of {chunks.shape[1]} for replan_steps {self.replan_steps} "
+                f"and delay {self.delay}"
+            )
+        everyone = np.full((self.n, *chunks.shape[1:]), np.nan, chunks.dtype)
+        everyone[rows] = chunks
+        self.chunks[tick] = everyone
+
+    def next(self, rows: Sequence[int]) -> np.ndarray:
+        """Actions (B, A) of this tick; the clock advances."""
+        actions = self._at(self.tick, rows)
+        self.tick += 1
+        self.chunks = {
+            start: chunk
+            for start, chunk in self.chunks.items()
+            if start + chunk.shape[1] > self.tick
+        }
+        return actions
+
+    def _acts(self, start: int, tick: int) -> bool:
+        first = start + (self.delay if start else 0)
+        return first <= tick < start + self.chunks[start].shape[1]
+
+    def _at(self, tick: int, rows: Sequence[int]) -> np.ndarray:
+        acting = [
+            chunk[rows, tick - start]
+            for start, chunk in self.chunks.items()
+            if self._acts(start, tick)
+        ]
+        if self.ensemble is None:
+            return acting[-1]
+        weights = np.exp(-self.ensemble * np.arange(len(acting)))
+        weights = weights / weights.sum()
+        # Added one by one: the order, and with it the last bit, must not depend on how many act.
+        mean = sum(weight * action for weight, action in zip(weights, acting, strict=True))
+        return mean.astype(acting[0].dtype)
