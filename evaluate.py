@@ -341,20 +341,20 @@ def closed_loop(policy, cfg, args):
         for key in ("execute", "batch", "seed", "hold", "ensemble", "delay", "conditioned")
     }
     write({"env": args.env, **settings, "results": rows}, args)
-    plots.success(rows, args.out / "success.png")
+    plots.draw_success(rows, args.out / "success.png")
     if all(episode.path for episode in panels[f"NFE {args.nfe[0]}"]):
-        plots.tracks(panels, names or (), args.out / "tracks.png")
+        plots.draw_paths(panels, names or (), args.out / "tracks.png")
     if names:
-        plots.modes(rows, names, shares, args.out / "modes.png")
+        plots.draw_mode_shares(rows, names, shares, args.out / "modes.png")
     if "experts" in rows[-1]:
-        plots.experts(
+        plots.draw_expert_use(
             rows[-1]["experts"],
             f"successes at NFE {nfe}, {args.env}",
             args.log,
             args.out / "experts.png",
         )
     if reel := [(episode.pictures, episode.success) for episode in episodes if episode.pictures]:
-        plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
+        plots.write_video(reel, cfg.data.HZ, args.out / "episodes.mp4")
 
 
 @torch.no_grad()
@@ -421,9 +421,9 @@ def open_loop(policy, cfg, args):
     }
     write(results, args)
     for episode in drawn[:4]:
-        plots.chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
-    plots.error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
-    plots.velocity_loss(loss, args.out / "velocity_loss.png")
+        plots.draw_chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
+    plots.draw_error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
+    plots.draw_velocity_loss(loss, args.out / "velocity_loss.png")
 
 
 def joint_names(features, key, count):

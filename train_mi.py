@@ -161,7 +161,7 @@ class Policy(nn.Module):
         recorded = self.normalized(batch)[1].masked_fill(
             batch["action_is_pad"][..., None], torch.nan
         )
-        plots.reconstructions(
+        plots.draw_reconstructions(
             [x.cpu().numpy() for x in pairs], recorded.cpu().numpy(), chunk.cpu().numpy(), file
         )
 
@@ -214,7 +214,7 @@ def score(folder, device, now=None, root=None):
     )
     table = information.rank(values, windows.episode_index[windows.episode], data.episodes)
     scores.save(table, file, data.dataset, nats=nats, seed=cfg.seed, **vars(scoring))
-    plots.scores(table, windows, out / "scores.png")
+    plots.draw_scores(table, windows, out / "scores.png")
     best, worst = (table["episode"].to_pylist()[side] for side in (slice(3), slice(-3, None)))
     print(
         f"I(S; A) is {nats:.2f} nats; best episodes: {best}, worst: {worst}; {out}/scores.parquet, scores.png"

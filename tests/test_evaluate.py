@@ -494,9 +494,9 @@ def test_pictures_of_one_sided_results(tmp_path, good):
     ]
     names = [f"{i}-{j}" for i in range(4) for j in range(6)]
     rows = [{"nfe": 1, **metrics.summary(episodes, names, None, [0.1])}]
-    plots.success(rows, tmp_path / "success.png")
-    plots.tracks({"NFE 1": episodes}, names, tmp_path / "tracks.png")
-    plots.modes(rows, names, None, tmp_path / "modes.png")
+    plots.draw_success(rows, tmp_path / "success.png")
+    plots.draw_paths({"NFE 1": episodes}, names, tmp_path / "tracks.png")
+    plots.draw_mode_shares(rows, names, None, tmp_path / "modes.png")
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
