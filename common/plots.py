@@ -5,7 +5,6 @@ matplotlib takes half a second to import, so it is imported only where a figure 
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -18,21 +17,17 @@ GREY = "0.45"
 PATHS_SHOWN = 200  # episodes in a panel of draw_paths
 STRIPS = 3  # best, and worst, episodes below the scores
 MOMENTS = 10  # pictures in a film strip
-LEGEND = {"fontsize": 8, "frameon": False}
+LEGEND = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
 
 
-def panel_grid(panels: int, columns: int | None, width: float, height: float) -> tuple:
-    """(figure, axes): a grid of panels of width x height inches each, labels included.
-
-    columns None: 4, or 3 where that leaves fewer places empty.
-    """
+def panel_grid(panels: int, columns: int, width: float, height: float) -> tuple:
+    """(figure, axes): a grid of panels of width x height inches each, labels included."""
     from matplotlib.figure import Figure
 
-    if columns is None:
-        columns = 4 if -panels % 4 <= -panels % 3 else 3
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    size = (width * columns, height * rows)
+    figure = Figure(size, dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.tick_params(labelsize=8)
@@ -41,9 +36,11 @@ def panel_grid(panels: int, columns: int | None, width: float, height: float) ->
     return figure, axes[:panels]
 
 
-def joint_grid(names: Sequence[str], title: str, xlabel: str) -> tuple:
+def joint_grid(names: list[str], title: str, xlabel: str) -> tuple:
     """(figure, axes): a panel for each joint, titled with its name."""
-    figure, axes = panel_grid(len(names), None, 3.2, 1.9)
+    joints = len(names)
+    columns = 4 if -joints % 4 <= -joints % 3 else 3  # fewer places stay empty
+    figure, axes = panel_grid(joints, columns, 3.2, 1.9)
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -51,7 +48,11 @@ def joint_grid(names: Sequence[str], title: str, xlabel: str) -> tuple:
     return figure, axes
 
 
-def draw_success(rows: list[dict], file: Path) -> None:
+def read_log(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def draw_success(rows: list[dict], file: Path):
     """Success with its 95 % interval by NFE, and the entropy of modes where they are known.
 
     rows: as in results.json, one per NFE.
@@ -60,20 +61,33 @@ def draw_success(rows: list[dict], file: Path) -> None:
     ticks = np.arange(len(rows))
     rate = np.array([row["success"] for row in rows])
     errors = np.abs(np.array([row["interval"] for row in rows]).T - rate)
-    label = f"success, 95 % ({rows[0]['episodes']} episodes)"
-    axis.errorbar(ticks, rate, errors, marker="o", capsize=4, label=label)
+    axis.errorbar(
+        ticks,
+        rate,
+        errors,
+        marker="o",
+        capsize=4,
+        label=f"success, 95 % ({rows[0]['episodes']} episodes)",
+    )
     entropy = np.array([row["entropy"] for row in rows], float)
     if np.isfinite(entropy).any():
-        label = "entropy of the modes taken"
-        axis.plot(ticks, entropy, marker="s", ls="--", color="tab:orange", label=label)
-    axis.set(xticks=ticks, xticklabels=[row["nfe"] for row in rows], ylim=(-0.03, 1.05))
+        axis.plot(
+            ticks,
+            entropy,
+            marker="s",
+            ls="--",
+            color="tab:orange",
+            label="entropy of the modes taken",
+        )
+    axis.set_xticks(ticks, [row["nfe"] for row in rows])
+    axis.set_ylim(-0.03, 1.05)
     axis.set_xlabel("network evaluations per chunk (NFE)")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2, **LEGEND)
-    figure.savefig(file, dpi=110)
+    figure.legend(ncols=2, **LEGEND)
+    figure.savefig(file)
 
 
-def draw_paths(panels: dict[str, list], modes: Sequence[str], file: Path) -> None:
+def draw_paths(panels: dict[str, list], modes: list[str], file: Path):
     """Paths of the robot: successes coloured by mode, failures grey with a cross at their end.
 
     panels: {title: episodes}, of which the first 200 are drawn. Each episode has its `path`
@@ -106,8 +120,8 @@ def draw_paths(panels: dict[str, list], modes: Sequence[str], file: Path) -> Non
     figure, axes = panel_grid(len(panels), 2, 4, 4 * aspect + 0.5)
     for axis, (title, episodes) in zip(axes, shown.items(), strict=True):
         discs = np.unique(np.concatenate([episode.obstacles for episode in episodes]), axis=0)
-        layouts = len(discs) / max(len(episodes[0].obstacles), 1)
         circles = [Circle((x, y), radius) for x, y, radius in discs]
+        layouts = len(discs) / max(len(episodes[0].obstacles), 1)
         alpha = max(0.05, 0.8 / max(layouts, 1))
         axis.add_collection(PatchCollection(circles, fc="0.6", ec="none", alpha=alpha))
 
@@ -128,13 +142,11 @@ def draw_paths(panels: dict[str, list], modes: Sequence[str], file: Path) -> Non
     figure.supxlabel("x (m)", fontsize=9)
     figure.supylabel("y (m)", fontsize=9)
     columns = 3 * len(axes)
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, **LEGEND)
+    figure.legend(handles=handles, ncols=columns, **LEGEND)
     figure.savefig(file, dpi=130)
 
 
-def draw_mode_shares(
-    rows: list[dict], names: Sequence[str], shares: Sequence[float] | None, file: Path
-) -> None:
+def draw_mode_shares(rows: list[dict], names: list[str], shares: list[float] | None, file: Path):
     """Share of each mode in the successes, a panel per NFE, and in the demonstrations.
 
     rows: as in results.json; shares: of the demonstrations, None where they are unknown.
@@ -148,23 +160,30 @@ def draw_mode_shares(
     for axis, row, heights, total in zip(axes, rows, taken, totals, strict=True):
         axis.bar(ticks, heights, 0.7, label="share of the successes")
         if shares is not None:
-            label = "share of the demonstrations"
-            axis.plot(ticks, shares, "_", color="black", ms=11, mew=2, label=label)
+            axis.plot(
+                ticks,
+                shares,
+                "_",
+                color="black",
+                ms=11,
+                mew=2,
+                label="share of the demonstrations",
+            )
         axis.set_xticks(ticks, [])
         axis.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, top))
         axis.set_title(f"NFE {row['nfe']}: {total} successes", fontsize=9)
     axes[-1].set_xticks(ticks, names, rotation=90 if len(names) > 6 else 0)
     handles, _ = axes[0].get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, **LEGEND)
-    figure.savefig(file, dpi=110)
+    figure.legend(handles=handles, ncols=2, **LEGEND)
+    figure.savefig(file)
 
 
-def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path) -> None:
+def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path):
     """Share of the experts in the successes of each mode, and the gate's choices in training.
 
     found: {mode: number of successes that each expert drove}; log: the run's log.jsonl.
     """
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_log(log) if log.exists() else []
     lines = [line for line in lines if "load/0" in line]
     counts = np.array([*found.values()])
     modes, experts = counts.shape
@@ -174,7 +193,8 @@ def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path) -
     shares = np.divide(counts, totals, out=blank, where=totals > 0)
     image = axes[0].imshow(shares, aspect="auto", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes[0], label="share of the mode (none: blank)")
-    axes[0].set(title=title, xlabel="expert that acts", ylabel="mode", xticks=range(experts))
+    axes[0].set(title=title, xlabel="expert that acts", ylabel="mode")
+    axes[0].set_xticks(range(experts))
     axes[0].set_yticks(range(modes), found, fontsize=6)
     if lines:
         steps = [line["step"] for line in lines]
@@ -182,11 +202,11 @@ def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path) -
             axes[1].plot(steps, [line[f"load/{i}"] for line in lines], label=f"expert {i}")
         axes[1].set(title="first choice of the gate", xlabel="training step")
         axes[1].set(ylabel="share of the samples", ylim=(0, None))
-        axes[1].legend(ncols=2, **LEGEND)
-    figure.savefig(file, dpi=110)
+        axes[1].legend(fontsize=8, frameon=False, ncols=2)
+    figure.savefig(file)
 
 
-def write_video(episodes: list[tuple[list, bool]], fps: float, file: Path) -> None:
+def write_video(episodes: list[tuple[list, bool]], fps: float, file: Path):
     """A video of episodes side by side: (pictures (h, w, 3) uint8, success) of each.
 
     Each holds its last picture until the longest ends, in a green frame, or a red one if it failed.
@@ -221,9 +241,9 @@ def draw_chunks(
     predicted: np.ndarray,
     recorded: np.ndarray,
     valid: np.ndarray,
-    names: Sequence[str],
+    names: list[str],
     file: Path,
-) -> None:
+):
     """Predicted and recorded chunks (n, T, A) of one episode in a row; valid (n, T): no padding."""
     title = f"held-out episode {episode}: recorded (black), predicted (coloured)"
     figure, axes = joint_grid(names, title, "step")
@@ -232,10 +252,10 @@ def draw_chunks(
         for joint, axis in enumerate(axes):
             axis.plot(at, recorded[k, steps, joint], color="black", lw=1)
             axis.plot(at, predicted[k, steps, joint], lw=1.2)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
-def draw_error_by_step(error: np.ndarray, names: Sequence[str], hz: float, file: Path) -> None:
+def draw_error_by_step(error: np.ndarray, names: list[str], hz: float, file: Path):
     """Mean absolute error (T, A) over the time in a chunk, in the action's units."""
     title = "mean absolute error of held-out chunks"
     figure, axes = joint_grid(names, title, "time into the chunk (s)")
@@ -243,26 +263,28 @@ def draw_error_by_step(error: np.ndarray, names: Sequence[str], hz: float, file:
         axis.plot(np.arange(len(errors)) / hz, errors)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
-def draw_velocity_loss(loss: dict[str, list], file: Path) -> None:
+def draw_velocity_loss(loss: dict[str, list], file: Path):
     """Held-out velocity loss over t, a line per source of the latent; loss: as in results.json."""
     figure, (axis,) = panel_grid(1, 1, 5.2, 3.6)
     labels = {"posterior": "z from the posterior", "prior": "z from the prior", "none": "no latent"}
     for source, label in labels.items():
         if source in loss:
             axis.plot(loss["t"], loss[source], marker="o", ms=4, label=label)
-    axis.set(xlabel="t (0: noise, 1: data)", ylabel="mean squared velocity error", xlim=(0, 1))
+    axis.set_xlabel("t (0: noise, 1: data)")
+    axis.set_ylabel("mean squared velocity error")
+    axis.set_xlim(0, 1)
     axis.set_yscale("log")  # the loss of a policy that predicts x1 grows as 1 / (1 - t)^2
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
 def draw_reconstructions(
-    pictures: Sequence[np.ndarray], recorded: np.ndarray, decoded: np.ndarray, file: Path
-) -> None:
+    pictures: list[np.ndarray], recorded: np.ndarray, decoded: np.ndarray, file: Path
+):
     """Pictures above their reconstructions, a column per sample; below, chunks (n, T, A).
 
     pictures: recorded and decoded ones (n, cameras, 3, h, w) in [0, 1], or empty without cameras.
@@ -283,10 +305,10 @@ def draw_reconstructions(
         " and decoded from the latents' means",
         fontsize=9,
     )
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
-def draw_scores(table, windows, file: Path) -> None:
+def draw_scores(table, windows, file: Path):
     """Scores of episodes as ranked bars; below, film strips of the best and of the worst.
 
     Without cameras, actions take the place of film strips. table: a pyarrow table with the columns
@@ -301,7 +323,7 @@ def draw_scores(table, windows, file: Path) -> None:
     strips = min(STRIPS, count // 2)
     ranks = [*range(strips), *range(count - strips, count)]
     height = 0.55 * max(len(cameras), 2.5) + 0.3
-    figure = Figure(figsize=(9, 2.4 + height * len(ranks)), layout="constrained")
+    figure = Figure((9, 2.4 + height * len(ranks)), dpi=110, layout="constrained")
     heights = [2.4] + [height] * len(ranks)
     top, *axes = figure.subplots(len(heights), 1, height_ratios=heights)
     colours = ["C2"] * strips + ["C0"] * (count - 2 * strips) + ["C3"] * strips
@@ -324,15 +346,15 @@ def draw_scores(table, windows, file: Path) -> None:
             axis.plot(windows.action[rows], lw=1)
             axis.set(ylim=(windows.action.min(), windows.action.max()))
             axis.set(xlabel="step", ylabel="action")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
-def draw_curves(folder: Path) -> None:
+def draw_curves(folder: Path):
     """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    lines = read_log(folder / "log.jsonl")
+    figure = Figure((9, 3.5), dpi=110, layout="constrained")
     losses, rates = figure.subplots(1, 2)
     for axis, key in ((losses, "loss"), (losses, "val/loss"), (rates, "lr")):
         steps = [line["step"] for line in lines if key in line]
@@ -345,4 +367,4 @@ def draw_curves(folder: Path) -> None:
         axis.grid(alpha=0.3)
     if any("val/loss" in line for line in lines):
         losses.set_yscale("log")
-    figure.savefig(folder / "curves.png", dpi=110)
+    figure.savefig(folder / "curves.png")

@@ -374,7 +374,7 @@ def test_a_world_that_tells_little(play, tmp_path):
 
 
 def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "success", MagicMock(side_effect=OSError("disk full")))
+    monkeypatch.setattr(plots, "draw_success", MagicMock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         play(*SHORT, draw=True, action_horizon=8)
     assert json.loads((tmp_path / "out/results.json").read_text())["results"][0]["episodes"] == 3

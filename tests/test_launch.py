@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import assert_same_run, steps_of
 from safetensors.torch import load_file
-from test_run import assert_same_run, steps_of, wait_for_step
+from test_run import wait_for_step
 
 from common import checkpoint, information
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAMERAS, Experiment, write_demos
+from helpers import configured
 from PIL import Image
-from test_full_size import configured
 from test_lerobot import real
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -170,7 +170,7 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(
         "action_active",
     } <= set(json.loads((folder / "log.jsonl").read_text().splitlines()[-2]))
     assert (folder / "scores.png").is_file()
-    monkeypatch.setattr(plots, "scores", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_scores", lambda *args: None)
     before = (folder / "scores.parquet").read_bytes()
     for given in (folder, checkpoint.newest(folder)):
         (folder / "scores.parquet").unlink()

@@ -13,6 +13,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import assert_same_run, steps_of
 from safetensors.torch import load_file
 
 import train_cfg_vqvae
@@ -25,7 +26,6 @@ from common.data.loader import to_device
 from common.noise import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-TIMING = ("data_s", "updt_s", "samples_per_s")
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +37,6 @@ def curves(monkeypatch):
         train_mi, "scored", lambda job: 0
     )  # its latents say nothing yet after 20 steps
     return draw
-
-
-def steps_of(log):
-    """Lines of log.jsonl without what depends on the clock."""
-    lines = map(json.loads, log.read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-
-
-def assert_same_run(a, b, name):
-    """The checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
-    metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
-    assert metas[0]["files"] == metas[1]["files"]
-    assert metas[0]["optimizers"] == metas[1]["optimizers"]
-    assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
 
 
 def test_the_mains_are_the_same_lines():

@@ -20,7 +20,6 @@ from common.blocks.weights import locate, read_sizes, read_tensors, require
 from common.build import block
 
 PATCH = 14
-GRIDS_KEPT = 8
 NON_COMMERCIAL = "CC BY-NC 4.0: no commercial use"
 LICENCES = {
     "depth-anything/DA3-LARGE-1.1": NON_COMMERCIAL,
@@ -56,17 +55,18 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, has_rope):
         super().__init__()
         self.heads = heads
+        self.has_rope = has_rope
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         if has_rope:
             self.q_norm = nn.LayerNorm(dim // heads, eps=1e-5)
             self.k_norm = nn.LayerNorm(dim // heads, eps=1e-5)
 
-    def forward(self, x, angles):
+    def forward(self, x, cos, sin):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if angles is not None:  # float32, like cos and sin, until both are rotated
-            query = rotate(self.q_norm(query), *angles).to(value.dtype)
-            key = rotate(self.k_norm(key), *angles).to(value.dtype)
+        if self.has_rope:  # float32, like cos and sin, until both are rotated
+            query = rotate(self.q_norm(query), cos, sin).to(value.dtype)
+            key = rotate(self.k_norm(key), cos, sin).to(value.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -91,8 +91,8 @@ class Block(nn.Module):
         layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x, angles):
-        x = x + self.ls1(self.attn(self.norm1(x), angles))
+    def forward(self, x, cos, sin):
+        x = x + self.ls1(self.attn(self.norm1(x), cos, sin))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -190,7 +190,6 @@ class DepthAnything3(PatchBackbone):
         self.blocks = self.blocks[: max(self.layers) + 1]
         for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self._grids = {}  # results of grid()
         self.requires_grad_(False).eval()
 
     def load_weights(self) -> Path:
@@ -214,23 +213,11 @@ class DepthAnything3(PatchBackbone):
     def train(self, mode=True):
         return super().train(False)
 
-    def _apply(self, fn, recurse=True):
-        self._grids.clear()
-        return super()._apply(fn, recurse)
+    def grid(self, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For h x w patches: positions (1, 1 + h w, C); cos and sin of rope.
 
-    def _load_from_state_dict(self, *args):
-        self._grids.clear()
-        super()._load_from_state_dict(*args)
-
-    def grid(self, h: int, w: int) -> tuple:
-        """Constants of h x w patches, kept until the position table changes.
-
-        Positions (1, 1 + h w, C); (cos, sin) of rope in even blocks; (cos, sin) in odd blocks.
+        cos and sin are (2, 1 + h w, 2, C / heads / 4): those of even blocks, then of odd ones.
         """
-        can_keep = not (torch.compiler.is_compiling() or self.pos_embed.is_inference())
-        key = (h, w, self.pos_embed._version) if can_keep else None
-        if key in self._grids:
-            return self._grids[key]
         side = self.side
         device = self.pos_embed.device
         table = self.pos_embed.float()
@@ -245,18 +232,10 @@ class DepthAnything3(PatchBackbone):
         places = torch.cartesian_prod(rows, columns)
         places = F.pad(places, (0, 0, 1, 0))  # the class token is at (0, 0)
         frequencies = 100 ** -(torch.arange(self.half_pairs, device=device) / self.half_pairs)
-        even = places[..., None] * frequencies
-        odd = places.clamp(max=1)[..., None] * frequencies
-        result = (
-            table.to(self.pos_embed.dtype),
-            (even.cos(), even.sin()),
-            (odd.cos(), odd.sin()),
-        )
-        if key:
-            if len(self._grids) == GRIDS_KEPT:
-                self._grids.clear()
-            self._grids[key] = result
-        return result
+        # Rows and columns in even blocks; in odd ones 1 for every patch.
+        places = torch.stack([places, places.clamp(max=1)])
+        angles = places[..., None] * frequencies
+        return table.to(self.pos_embed.dtype), angles.cos(), angles.sin()
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -265,13 +244,13 @@ class DepthAnything3(PatchBackbone):
         if self.normalize:
             x = (x - self.mean) / self.std
         x = self.patch_embed["proj"](x.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2)
-        positions, *angles = self.grid(*grid)
+        positions, cos, sin = self.grid(*grid)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + positions
         features = {}
         for i, layer in enumerate(self.blocks[: max(self.layers) + 1]):
             if i == self.alt_start:
                 x = torch.cat([self.camera_token[:, :1].expand(len(x), -1, -1), x[:, 1:]], 1)
-            x = layer(x, angles[i % 2] if i >= self.alt_start else None)
+            x = layer(x, cos[i % 2], sin[i % 2])
             if i in self.layers:
                 features[i] = self.norm(x[:, 1:]).unflatten(1, grid)
         return torch.stack([features[i] for i in self.layers], 1)
