@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import nn
 
+import train_vfp
 from common import config
 from common.blocks.depth_anything import PREFIX, DepthAnything3
 from common.config import Yaml
