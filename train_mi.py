@@ -171,7 +171,7 @@ class Policy(nn.Module):
         _, recorded = self.normalized(batch)
         recorded = recorded.masked_fill(batch["action_is_pad"][..., None], torch.nan)
         file.parent.mkdir(exist_ok=True)
-        plots.reconstructions(
+        plots.draw_reconstructions(
             [x.cpu().numpy() for x in pairs],
             recorded.cpu().numpy(),
             chunk.cpu().numpy(),
@@ -220,7 +220,7 @@ def score(folder, device, now=None, root=None):
     )
     table = information.rank(values, windows.episode_index, data.episodes)
     scores.save_scores(table, file, dataset, nats=nats, seed=cfg.seed, **vars(scoring))
-    plots.scores(table, windows, out / "scores.png")
+    plots.draw_scores(table, windows, out / "scores.png")
     ranked = table["episode"].to_pylist()
     print(
         f"I(S; A) is {nats:.2f} nats; best episodes: {ranked[:3]}, worst: {ranked[-3:]}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_full_size import configured, on_meta
+from helpers import configured, on_meta
 from test_latent import NoAverage
 
 import evaluate

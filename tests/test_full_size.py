@@ -1,18 +1,24 @@
-"""vfp_single_expert's exp1 and exp2: at full size on the meta device, and their structure trained at small size."""
+"""vfp_single_expert's exp1 and exp2: full size on the meta device, small size in training."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import test_depth_anything
-import test_radio
 import torch
 import yaml
 from conftest import Experiment
-from helpers import assert_same_run
+from helpers import (
+    DA3_TINY,
+    RADIO_TINY,
+    assert_same_run,
+    configured,
+    on_meta,
+    published_da3,
+    published_radio,
+    timm_radio,
+    tiny_da3,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,22 +26,15 @@ import evaluate
 import train_cfg_vqvae
 import train_flow_matching
 import train_vfp
-from common import checkpoint, config, run
+from common import checkpoint, run
+from common.blocks.depth_anything import PREFIX
 from common.build import block
 from common.config import UserError, Yaml
 from common.data.loader import to_device
-from common.data.normalizer import Normalizer
 from common.parts import Parts, build_parts
-from common.schema import Model, Part
+from common.schema import Model
 
 FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
-FACTS = {
-    "action_dim": 24,
-    "state_dim": 48,
-    "num_cameras": 3,
-    "action_horizon": 40,
-    "proprio_history": 40,
-}
 RADIO, DECODER_LAYER = 319_931_392, 2 * 4 * 512**2 + 2 * 512 + 2 * 512 * 3200 + 3200 + 512 + 9 * 512
 PROJECTOR = (
     2 * 1024 + 1024**2 + 1024 + 1024 * 512 + 512 + 2 * 512
@@ -53,50 +52,6 @@ STEPS = ("train.total_steps=4", "train.micro_steps=1")
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
-
-
-def configured(name, script=train_vfp, folder=FOLDER):
-    return config.load(
-        script.Config, script.__file__, ["--config", str(folder / name / "train.yaml")]
-    )[0]
-
-
-def on_meta(cfg, script=train_vfp):
-    """(policy, memory, z, velocity) of two observations at full size, nothing of it allocated."""
-    sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
-    args = cfg.model.component_build_args | {
-        key: replace(cfg.model.component_build_args.get(key, Part()), init="scratch")
-        for key in sources
-        if not cfg.model.component_build_args.get(key, Part()).same_as
-    }
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            nn.functional, "grouped_mm", lambda x, w, offs: x @ w[0]
-        )  # its own shapes need bfloat16
-        model = Model(component_config_paths={}, component_build_args=args)
-        parts = build_parts(model, sources, FACTS, list(cfg.data.cameras))
-        stats = {
-            f"{of}_{k}": torch.ones(n)
-            for of, n in (("state", 48), ("action", 24))
-            for k in ("mean", "std")
-        }
-        policy = script.Policy(parts, Normalizer("mean_std", stats), cfg)
-        batch = {
-            f"observation.images.{camera}": torch.zeros(2, 3, 240, 320)
-            for camera in cfg.data.cameras
-        }
-        memory = policy.encode(
-            batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0
-        )
-        z = policy.latent(memory, SimpleNamespace(normal=torch.zeros, uniform=torch.zeros))
-        tokens = getattr(memory, "tokens", memory)
-        experts = policy.chosen(z, 2)[0] if "gate" in parts else {}
-        decode = parts["moe_action_decoder" if experts else "action_decoder"].bind(
-            memory=tokens, z=z, **experts
-        )
-        velocity = decode(x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1))
-    assert all(x.is_meta for x in policy.state_dict().values())
-    return policy, tokens, z, velocity
 
 
 @pytest.mark.parametrize(("name", "counts", "tokens"), [("exp1", EXP1, 943), ("exp2", EXP2, 1725)])
@@ -153,20 +108,20 @@ def small(folder, demos, freeze=("left_backbone",)):
         data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
         if name == "da3":
             save_file(
-                test_depth_anything.published(test_depth_anything.tiny()),
+                published_da3(tiny_da3()),
                 folder / "da3.safetensors",
             )
             data["args"] = {
                 "weights": "./da3.safetensors",
                 "layers": [1, 3],
-                **test_depth_anything.SIZES,
+                **DA3_TINY,
             }
         elif data["block"] == "RadioV3":
-            save_file(test_radio.published(test_radio.timms()), folder / f"{name}.safetensors")
+            save_file(published_radio(timm_radio()), folder / f"{name}.safetensors")
             data["args"] = {
                 "weights": f"./{name}.safetensors",
                 "channels": [32, 96],
-                **test_radio.TINY,
+                **RADIO_TINY,
             }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
         paths[name] = f"./{name}.yaml"
@@ -297,7 +252,7 @@ def test_init_reaches_a_block_whose_yaml_names_no_weights(tmp_path, demos, capsy
         }
     exp.write()
     exp.main("train.total_steps=1")
-    published = load_file(exp.folder / "da3.safetensors")[test_depth_anything.PREFIX + "pos_embed"]
+    published = load_file(exp.folder / "da3.safetensors")[PREFIX + "pos_embed"]
     assert torch.equal(exp.start["parts.da3.block.pos_embed"], published)
     policy, _ = checkpoint.open_policy(exp.save_dir)
     assert policy.parts.sources["da3"] == exp.folder / "da3.safetensors"
@@ -418,7 +373,7 @@ def graph(exp, name, blocks, result):
 
 
 def test_frozen_is_what_has_nothing_to_learn_by_whatever_name(tmp_path, demos):
-    """The da3 block is frozen as a hand extractor, too; a projection after it learns, though the component is `da3`."""
+    """The da3 block is frozen under any name; a projection after it in component `da3` learns."""
     exp = small(tmp_path / "exp", demos, freeze=())
     paths = exp.config["model"]["component_config_paths"]
     paths["left_hand_extractor"] = paths["da3"]
@@ -561,7 +516,7 @@ def real_steps(folder, demos, script, file, args, count):
         if part in parts.frozen:
             assert not any(changed), part
         elif count > 1:  # zero-initialised heads make one step too few
-            # As the warm-up begins, norm weights of 1 and some in a random RADIO get updates below float32's spacing.
+            # As the warm-up begins, some updates of weights near 1 are below float32's spacing.
             assert sum(changed) > 0.75 * len(keys), part
     assert all(0 < norm < 1e6 for norm in exp.log("norm/action_decoder").values())
     shutil.rmtree(exp.folder)

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAMERAS, Experiment, write_demos
-from helpers import real_dataset
+from helpers import configured, real_dataset
 from PIL import Image
-from test_full_size import configured
 from torch.distributions import Independent, Normal, kl_divergence
 
 import evaluate
@@ -170,7 +169,7 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(
         "action_active",
     } <= set(json.loads((folder / "log.jsonl").read_text().splitlines()[-2]))
     assert (folder / "scores.png").is_file()
-    monkeypatch.setattr(plots, "scores", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_scores", lambda *args: None)
     before = (folder / "scores.parquet").read_bytes()
     for given in (folder, checkpoint.newest(folder)):
         (folder / "scores.parquet").unlink()
@@ -239,14 +238,14 @@ def test_the_picture_shows_the_best_and_the_worst(trained, monkeypatch, tmp_path
         type(windows), "rows", lambda self, chosen: asked.extend(chosen) or np.arange(12)
     )
     table = information.rank(np.arange(90.0), np.repeat(np.arange(9), 10))
-    plots.scores(table, windows, tmp_path / "scores.png")
+    plots.draw_scores(table, windows, tmp_path / "scores.png")
     assert asked == [8, 7, 6, 2, 1, 0]
     asked.clear()
     monkeypatch.setattr(windows.cfg, "cameras", {})
-    plots.scores(table[:4], windows, tmp_path / "few.png")
+    plots.draw_scores(table[:4], windows, tmp_path / "few.png")
     assert asked == [8, 7, 6, 5]  # none is among the best and the worst
     asked.clear()
-    plots.scores(table[:5], windows, tmp_path / "odd.png")
+    plots.draw_scores(table[:5], windows, tmp_path / "odd.png")
     assert asked == [8, 7, 5, 4]
     assert min(Image.open(tmp_path / f"{name}.png").size[0] for name in ("scores", "few")) > 500
 

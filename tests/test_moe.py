@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import configured, on_meta
 from safetensors.torch import load_file
-from test_full_size import configured, on_meta
 from torch import nn
 
 import evaluate

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import configured, on_meta
 from safetensors.torch import load_file
-from test_full_size import configured, on_meta
 
 import train_flow_matching
 from common import checkpoint
