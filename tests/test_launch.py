@@ -48,12 +48,13 @@ def keep_the_group():
 
 conftest.forget_accelerator = keep_the_group
 folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-names = ("even", "codes", "experts", "dropout")
-even, codes, experts, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
+even = conftest.Experiment(folder / "even", demos, "train_vfp", write=False)
+dropout = conftest.Experiment(folder / "dropout", demos, "train_vfp", write=False)
+experts = conftest.Experiment(folder / "experts", demos, "train_vfp_moe", write=False)
 guided = conftest.Experiment(folder / "guided", demos, "train_cfg_vqvae", write=False)
 scored = conftest.Experiment(folder / "scored", demos, "train_mi", write=False)
 
-for experiment in (even, codes, experts, guided, scored):
+for experiment in (even, experts, guided, scored):
     assert experiment.main("train.total_steps=10") == 0
     for value in experiment.job.policy.state_dict().values():
         both = [torch.empty_like(value), torch.empty_like(value)]
@@ -88,11 +89,11 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
         experiment("train_vfp", "dropout"),
         experiment(name="nan"),
     )
-    codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
-    experts, scored = experiment("train_vfp:experts", "experts"), experiment("train_mi", "scored")
+    guided = experiment("train_cfg_vqvae", "guided")
+    experts, scored = experiment("train_vfp_moe", "experts"), experiment("train_mi", "scored")
     scored.config["scoring"] = {"k": [3], "window": 0.0}
     scored.write()
-    for exp in (even, codes, experts, guided):
+    for exp in (even, experts, guided):
         no_dropout(exp)
     folder = even.folder.parent
     (folder / "worker.py").write_text(WORKER)
@@ -103,13 +104,10 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
 
     kinds = (
         (even, ("flow", "kl", "norm/vae_prior"), 1e-5),
-        (codes, ("flow", "perplexity", "norm/vqvae_codebook"), 1e-4),
-    )
-    kinds += (
-        (guided, ("flow", "perplexity", "prior"), 1e-4),
+        (guided, ("flow", "perplexity", "prior", "norm/vqvae_codebook"), 1e-4),
         (experts, ("balance", "load/0", "norm/gate"), 1e-4),
+        (scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),
     )
-    kinds += ((scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),)
     for exp, keys, atol in kinds:
         one = exp.folder / "one"
         exp.main("train.total_steps=10", f"train.save_dir={one}")

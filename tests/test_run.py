@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,12 +62,7 @@ SETTINGS = {
 
 
 RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
-RESUMED += [
-    ("train_vfp:codes", "adamw"),
-    ("train_vfp:codes", "schedule_free"),
-    ("train_vfp:point", "adamw"),
-]
-RESUMED += [("train_vfp:experts", "adamw"), ("train_vfp:experts", "schedule_free")]
+RESUMED += [("train_vfp_moe", "adamw"), ("train_vfp_moe", "schedule_free")]
 RESUMED += [
     ("train_cfg_vqvae", "adamw"),
     ("train_cfg_vqvae", "schedule_free"),
@@ -113,7 +109,7 @@ def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypat
 
 
 @pytest.mark.parametrize(
-    "script", ["train_vfp", "train_vfp:flow", "train_vfp:codes", "train_vfp:point"]
+    "script", ["train_vfp", "train_vfp:flow", "train_cfg_vqvae", "train_cfg_vqvae:point"]
 )
 def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experiment, script):
     exp = experiment(script)
@@ -129,11 +125,11 @@ def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experimen
     memory, x0 = policy.encode(batch), torch.randn(3, 6, 4)
     z = policy.latent(memory, Noise("a"))
     assert torch.equal(z, policy.latent(memory, Noise("a")))
-    assert torch.equal(z, policy.latent(memory, Noise("b"))) == (script == "train_vfp:point")
+    assert torch.equal(z, policy.latent(memory, Noise("b"))) == (script == "train_cfg_vqvae:point")
     chunk = policy.sample(memory, x0, 2, z)
     assert chunk.isfinite().all()
     assert not torch.equal(chunk, policy.sample(memory, x0, 2, z + 1))
-    if "codes" in script or "point" in script:
+    if "vqvae" in script:
         codes = policy.codebook.codes
         assert torch.cdist(z, codes).amax() > 0.1
         assert (torch.cdist(z, codes).amin(-1) < 1e-6).all()
@@ -415,6 +411,9 @@ def test_a_checkpoint_without_a_format_is_opened_and_resumed(experiment):
     assert exp.meta("step_4")["format"] == 2
 
 
+OLD = Path("runs/old/step_9")
+
+
 def test_old_keys_and_scripts_are_translated():
     flow = {"target": "x1", "draws": 2, "camera_dropout": 0.1, "prefix": 0}
     codes = {"commitment": 0.5, "posterior_ema": 0.9, "revive_every": 7, "revive_until": 0.5}
@@ -426,8 +425,8 @@ def test_old_keys_and_scripts_are_translated():
     def translate(script, loss, *components):
         config = {"loss": loss, "sampling": {"experts": 2}, "seed": 3}
         meta = {"script": script, "config": config, "components": dict.fromkeys(components)}
-        now = legacy.translated(meta)
-        assert legacy.translated({**meta, "format": 2}) == {**meta, "format": 2}
+        now = legacy.translated(meta, OLD)
+        assert legacy.translated({**meta, "format": 2}, OLD) == {**meta, "format": 2}
         assert meta["config"]["loss"] is loss  # not changed in place
         return now["script"], now["config"]
 
@@ -441,7 +440,9 @@ def test_old_keys_and_scripts_are_translated():
     assert script == "train_vfp_moe.py"
     assert config["loss"] == flow | codes | experts | fixed
     assert config["sampling"] == {"experts": 2}
-    with pytest.raises(UserError, match="train again with configs/cfg_vqvae_flow_matching"):
+    with pytest.raises(
+        UserError, match=f"{OLD}: .*train again with configs/cfg_vqvae_flow_matching"
+    ):
         translate("train_vfp.py", old_vfp, "vqvae_posterior")
     old = flow | codes | {"null": 0.2, "null_from": 0.1, "prior": 2.0, "smoothing": 0.3}
     new = {"cond_drop_prob": 0.2, "cond_drop_from": 0.1, "label_smoothing": 0.3, "prior": 2.0}
