@@ -65,7 +65,8 @@ assert dropout.main(f"train.save_dir={folder}/straight") == 0
 seeds = [None, None]
 torch.distributed.all_gather_object(seeds, torch.initial_seed())
 assert seeds[0] != seeds[1]  # dropout
-assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0  # the signal reaches one process only
+# The signal reaches one process only.
+assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0
 assert dropout.job.step == 12
 assert dropout.main() == 0
 
@@ -138,7 +139,7 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
 
 
 def test_torchrun_and_sigterm(experiment):
-    """The launcher passes the signal to the process group of each process: workers must not die before the save."""
+    """The launcher signals the process group of each process: workers outlive the save."""
     exp = experiment("train_vfp")
     argv = exp.argv("train.epoch=100000", "data.num_workers=1", "train.keep_last=1")
     with (exp.folder / "out").open("w") as out:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture(autouse=True)
 def curves(monkeypatch):
-    """Drawing takes longer than the training here; the one that draws is given where it is wanted."""
+    """Replaces the drawing of curves, which takes longer than the training; returns it."""
     draw = run.draw_curves
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
     monkeypatch.setattr(
@@ -213,6 +213,7 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curve
         f.write('{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo')
     exp.main("train.total_steps=8")
     assert [line["step"] for line in steps_of(exp.save_dir / "log.jsonl")] == list(range(1, 9))
+    assert all(seconds > 0 for seconds in exp.log("data_s").values())
     assert (exp.save_dir / "curves.png").stat().st_size > 1000
     assert (exp.save_dir / "config.yaml").is_file()
 
@@ -300,7 +301,7 @@ KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in ran
 
 @pytest.mark.parametrize("series", KILLS)
 def test_kill_9_at_random_moments(experiment, series):
-    """Four kills a series; each time the run goes on from a complete step and loses only what came after its save."""
+    """Each time the run goes on from a complete step; steps after its save are lost."""
     exp, rng = experiment("train_vfp"), random.Random(series)
     straight = exp.folder / "straight"
     exp.main(f"train.save_dir={straight}", "train.epoch=5")
