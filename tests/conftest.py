@@ -98,9 +98,7 @@ POLICIES = {  # script, or script:variant -> its components
     "train_vfp": LATENT_COMPONENTS,
     "train_vfp:flow": LATENT_COMPONENTS
     | {"vae_prior": {**LATENT, "args": {**LATENT["args"], "head": "flow"}}},
-    "train_vfp:codes": CODES,
-    "train_vfp:point": CODES | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
-    "train_vfp:experts": EXPERTS,
+    "train_vfp_moe": EXPERTS,
     "train_cfg_vqvae": GUIDED,
     "train_cfg_vqvae:point": GUIDED | {"vqvae_prior": {"block": "vae_prior", "args": POINT}},
     "train_mi": ESTIMATOR,
