@@ -499,8 +499,7 @@ def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
             raise UserError(f"--{name}: {args.checkpoint} holds a policy without it")
         setattr(policy.sampling, name, value)
         has[name] = value
-    if args.experts and args.experts > policy.experts:
-        raise UserError(f"--experts: {args.experts}, of {policy.experts}")
+    policy.check_sampling()
     return has
 
 

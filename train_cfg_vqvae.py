@@ -77,7 +77,10 @@ class Policy(CodePolicy):
                 f"loss.cond_drop_prob: {cfg.loss.cond_drop_prob}, but vqvae_codebook has null_tokens: "
                 f"{self.codebook.null_tokens}; null tokens are what codes are dropped for"
             )
-        if cfg.sampling.guidance != 1 and not cfg.loss.cond_drop_prob:
+        self.check_sampling()
+
+    def check_sampling(self):
+        if self.sampling.guidance != 1 and not self.codebook.null_tokens:
             raise ConfigError(
                 "sampling.guidance: leads away from null tokens, which loss.cond_drop_prob: 0 lacks"
             )

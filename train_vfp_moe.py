@@ -81,13 +81,16 @@ class Policy(CodePolicy):
                 f"gate has experts: {self.experts}, moe_action_decoder has experts: {built}; "
                 "make them equal"
             )
-        for where, asked in (
-            ("loss.top_k", cfg.loss.top_k),
-            ("sampling.experts", cfg.sampling.experts),
-        ):
-            if asked > self.experts:
-                raise ConfigError(f"{where}: {asked} experts asked for, there are {self.experts}")
+        self.check_experts("loss.top_k", cfg.loss.top_k)
+        self.check_sampling()
         self.code_logits = None  # the gate's answer to each code, made once when acting
+
+    def check_experts(self, key, asked):
+        if asked > self.experts:
+            raise ConfigError(f"{key}: {asked} experts asked for, there are {self.experts}")
+
+    def check_sampling(self):
+        self.check_experts("sampling.experts", self.sampling.experts)
 
     def train(self, mode=True):
         self.code_logits = None

@@ -68,6 +68,9 @@ class ActionPolicy(nn.Module):
     def check(self, batch: dict[str, Any]) -> None:
         """Raise ConfigError where components do not fit each other. Called once, before training."""
 
+    def check_sampling(self) -> None:
+        """Raise ConfigError where `sampling` asks for something that the components lack."""
+
     def after_step(self, job: Any) -> None:
         """After each optimizer step: state that no gradient moves. Most policies have none."""
 

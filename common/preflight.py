@@ -37,6 +37,8 @@ def preflight(job, policy):
     batch["noise"] = Noise("preflight", device=job.device)
     batch["progress"] = 1.0
     with explained(job, policy, batch):
+        if isinstance(policy, ActionPolicy):
+            policy.check(batch)
         loss, _ = policy(batch)
     used = parameters_of(loss)
     for name in policy.parts.trainable():

@@ -86,6 +86,11 @@ class Robot:
                 f"replan_steps {replan_steps}{late}: more than the {cfg.data.action_horizon} steps "
                 "of a chunk"
             )
+        if threaded and replan_steps < delay:
+            raise UserError(
+                f"replan_steps {replan_steps}: less than delay {delay}, and a thread plans one chunk "
+                "after the other"
+            )
         self.policy = policy
         self.data = cfg.data
         self.nfe = nfe
@@ -133,9 +138,10 @@ class Robot:
 
     def reset(self, keys: Sequence[tuple] | None = None) -> None:
         """Begin an episode. keys: one for each of several robots, which its noise depends on."""
-        if self.pending is not None:
-            self.pending.result()
+        pending = self.pending
         self.pending = None
+        if pending is not None:
+            pending.result()
         self.pending_rows: list[int] = []
         self.single = keys is None
         self.keys = [("robot", self.episode)] if keys is None else list(keys)
@@ -253,7 +259,7 @@ class Robot:
         given = observation
         if self.single:
             given = {key: np.asarray(value)[None] for key, value in observation.items()}
-        states = self._read_states(given, len(rows))
+        states = self._read_states(given, rows)
         pictures = self._read_pictures(given, len(rows)) if self.needs_pictures else {}
         for i, row in enumerate(rows):
             history = self.states[row]
@@ -263,7 +269,8 @@ class Robot:
                 image = resize(images[i], tuple(self.data.image_size)).transpose(2, 0, 1)
                 frames.extend([image] * (1 if frames else frames.maxlen))
 
-    def _read_states(self, observation: Observation, count: int) -> np.ndarray:
+    def _read_states(self, observation: Observation, rows: list[int]) -> np.ndarray:
+        count = len(rows)
         columns = []
         for key in self.data.state_keys:
             value = self._value(observation, key, count)
@@ -279,7 +286,7 @@ class Robot:
             )
         if not np.isfinite(states).all():
             row, column = np.argwhere(~np.isfinite(states))[0]
-            where = f"number {column}" + ("" if self.single else f" of robot {row}")
+            where = f"number {column}" + ("" if self.single else f" of robot {rows[row]}")
             raise ObservationError(
                 f"{' + '.join(self.data.state_keys)}: {where} is {states[row, column]}"
             )

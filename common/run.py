@@ -307,6 +307,7 @@ class Run:
             "script": self.script,
             **self._conditions(),
             "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
+            "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
             "aliases": parts.aliases,
             "episodes": {"trained on": self.data.episodes, "held out": self.data.val_episodes},

@@ -1,4 +1,4 @@
-"""Components: shapes, bound sampling, causality, what reaches what, and that every config's components build."""
+"""Components: shapes, contexts, causality, influence and gradients; every config's components build."""
 
 import copy
 from itertools import pairwise
@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common import flow
 from common.blocks.embed import sincos
 from common.blocks.mlp import MLPActionDecoder, MLPInfoEncoder, MLPPosterior, MLPPrior
 from common.blocks.transformer import (
     ActionDecoder,
     Attention,
+    DecoderContext,
     InfoEncoder,
     MultimodalBridge,
     VAEPosterior,
@@ -22,7 +22,8 @@ from common.blocks.transformer import (
 )
 from common.blocks.vision import TimmBackbone, TinyCNN
 from common.build import FACTS, build
-from common.config import UserError
+from common.config import ConfigError, UserError
+from common.flow import detached
 from common.noise import Noise
 
 torch.set_num_threads(1)
@@ -79,6 +80,11 @@ def decoder_inputs(kind, z=False, rows=R):
     return inputs | ({"z": torch.randn(B, 2, LATENT)} if z else {})
 
 
+def answer(model, x_t, t, **known):
+    """The decoder's prediction from inputs that go into its context and those that do not."""
+    return model(x_t, t, model.context(**known))
+
+
 def observation(cameras=2):
     return {
         "cond_proprio": torch.randn(B, P, S),
@@ -91,94 +97,129 @@ def observation(cameras=2):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_predicts_for_every_row_of_every_sample(kind, z):
     model, inputs = decoder(kind, z), decoder_inputs(kind, z)
-    result = model(**inputs)
+    result = answer(model, **inputs)
     assert result.shape == (B, R, T, A)
     for r in range(R):  # the rows share the memory and nothing else
-        alone = model(
-            **inputs | {"x_t": inputs["x_t"][:, r : r + 1], "t": inputs["t"][:, r : r + 1]}
-        )
+        one = {name: inputs[name][:, r : r + 1] for name in ("x_t", "t")}
+        alone = answer(model, **inputs | one)
         torch.testing.assert_close(result[:, r : r + 1], alone, atol=1e-5, rtol=1e-5)
     for b in range(B):
-        alone = model(**{name: x[b : b + 1] for name, x in inputs.items()})
+        alone = answer(model, **{name: x[b : b + 1] for name, x in inputs.items()})
         torch.testing.assert_close(result[b : b + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_new_transformer_decoder_says_zero(kind):
     if kind != "mlp":
-        assert not DECODERS[kind](True)(**decoder_inputs(kind, True)).any()
-
-
-@pytest.mark.parametrize("z", [False, True])
-@pytest.mark.parametrize("kind", DECODERS)
-@torch.no_grad()
-def test_bound_sampling_is_the_plain_euler_loop(kind, z):
-    model, inputs = decoder(kind, z), decoder_inputs(kind, z, rows=1)
-    steps, known = 7, {name: inputs[name] for name in inputs if name in ("memory", "z")}
-    x = inputs["x_t"]
-    for k in range(steps):
-        x = x + model(x_t=x, t=torch.full((B, 1), k / steps), **known) / steps
-    bound = model.bind(**known)
-    sampled = flow.euler(
-        lambda x, t: flow.velocity(bound, "velocity", x, t), inputs["x_t"][:, 0], steps
-    )
-    torch.testing.assert_close(sampled, x[:, 0], atol=1e-5, rtol=0)
-    assert (sampled - inputs["x_t"][:, 0]).abs().max() > 0.1
+        assert not answer(DECODERS[kind](True), **decoder_inputs(kind, True)).any()
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_latent_may_be_bound_given_later_or_replaced(kind):
+def test_a_latent_is_in_the_context_or_added_to_it(kind):
     model, inputs = decoder(kind, True), decoder_inputs(kind, True)
-    rest, memory, other = (
-        {k: inputs[k] for k in ("x_t", "t")},
-        inputs["memory"],
-        torch.randn(B, 2, LATENT),
-    )
-    expected = model(**inputs)
-    torch.testing.assert_close(model.bind(memory)(**rest, z=inputs["z"]), expected)
-    torch.testing.assert_close(model.bind(memory, other)(**rest, z=inputs["z"]), expected)
-    torch.testing.assert_close(model.bind(memory, inputs["z"]).detach()(**rest), expected)
+    noisy = {name: inputs[name] for name in ("x_t", "t")}
+    expected = answer(model, **inputs)
+    later = model.with_latent(model.context(inputs["memory"]), z=inputs["z"])
+    assert torch.equal(model(**noisy, context=later), expected)
     for b in range(B):
         moved = inputs["z"].clone()
         moved[b] += 1
-        difference = (model(**inputs | {"z": moved}) - expected).abs().amax((1, 2, 3))
+        difference = (answer(model, **inputs | {"z": moved}) - expected).abs().amax((1, 2, 3))
         assert (difference > 1e-4).tolist() == [i == b for i in range(B)]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.no_grad()
+def test_a_context_is_a_tuple_of_tensors_that_serves_all_times(kind):
+    """Calls change nothing in it, and a call of one time is a call of that time alone."""
+    model, inputs = decoder(kind, True), decoder_inputs(kind, True)
+    context = model.context(inputs["memory"], inputs["z"])
+    before = [x.clone() for x in flat(context)]
+    results = [model(inputs["x_t"], torch.full((B, R), t), context) for t in (0.0, 0.5)]
+    for x, kept in zip(flat(context), before, strict=True):
+        assert torch.equal(x, kept)
+    again = answer(model, **inputs | {"t": torch.full((B, R), 0.5)})
+    assert torch.equal(results[1], again)
+    assert not torch.equal(*results)
+
+
+def flat(context):
+    """All tensors of a context."""
+    if context is None:
+        return []
+    if torch.is_tensor(context):
+        return [context]
+    assert isinstance(context, tuple | list)
+    return [x for part in context for x in flat(part)]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_detached_memory_gets_no_gradient_and_the_latent_does(kind):
     model, inputs = decoder(kind, True), decoder_inputs(kind, True)
     memory, z = inputs["memory"].requires_grad_(), inputs["z"].requires_grad_()
-    model.bind(memory).detach()(inputs["x_t"], inputs["t"], z).square().sum().backward()
+    observed = detached(model.context(memory))
+    assert not any(x.requires_grad for x in flat(observed))
+    context = model.with_latent(observed, z=z)
+    model(inputs["x_t"], inputs["t"], context).square().sum().backward()
     assert memory.grad is None
     assert z.grad.any()
     if kind == "mlp":
         assert model.memory.weight.grad is None
         return
-    # Keys and values of z go through the same weights: only what they give counts.
+    # Keys and values of z go through the same weights: only z may give them a gradient.
     given = [layer.cross.key_value.weight.grad.clone() for layer in model.layers]
     model.zero_grad()
-    _, of_z = model.bind(memory.detach())._join(z)
-    frozen = [
-        tuple(torch.cat([x[:, :, :N].detach(), x[:, :, N:]], 2) for x in pair) for pair in of_z
+    joined = model.context(memory.detach(), z)
+    keys_values = [
+        tuple(torch.cat([x[:, :, :N].detach(), x[:, :, N:]], 2) for x in pair)
+        for pair in joined.keys_values
     ]
-    model.run(inputs["x_t"], inputs["t"], frozen, model.latent(z), None).square().sum().backward()
+    context = DecoderContext(keys_values, joined.latent)
+    model(inputs["x_t"], inputs["t"], context).square().sum().backward()
     for grad, layer in zip(given, model.layers, strict=True):
         torch.testing.assert_close(grad, layer.cross.key_value.weight.grad)
 
 
-def test_detach_leaves_key_value_weights_alone_without_a_latent():
+def test_detached_leaves_key_value_weights_alone_without_a_latent():
     model, inputs = decoder("transformer"), decoder_inputs("transformer")
-    model.bind(inputs["memory"]).detach()(inputs["x_t"], inputs["t"]).square().sum().backward()
+    context = detached(model.context(inputs["memory"]))
+    assert isinstance(context, DecoderContext)
+    model(inputs["x_t"], inputs["t"], context).square().sum().backward()
     assert all(layer.cross.key_value.weight.grad is None for layer in model.layers)
     assert all(layer.cross.query.weight.grad.any() for layer in model.layers)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+def test_a_given_prefix_is_marked(kind):
+    if kind == "mlp":
+        model = awake(MLPActionDecoder(D, 2, D, A, T, prefix=True))
+    else:
+        model = awake(ActionDecoder(D, 4, 32, 2, A, prefix=True))
+    inputs = decoder_inputs(kind)
+    context = model.context(inputs.pop("memory"))
+    given = torch.zeros(B, R, T, dtype=torch.bool)
+    plain = model(**inputs, context=context)
+    assert torch.equal(model(**inputs, context=context, prefix_mask=given), plain)
+    given[1, 0, :2] = True
+    changed = (model(**inputs, context=context, prefix_mask=given) - plain).abs().amax((2, 3))
+    assert (changed > 1e-4).tolist() == [[False, False], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_prefix_without_the_decoder_s_option_is_an_error(kind):
+    model, inputs = decoder(kind), decoder_inputs(kind)
+    context = model.context(inputs.pop("memory"))
+    with pytest.raises(
+        ConfigError, match=r"\(loss.prefix\): build the decoder with `prefix: true`"
+    ):
+        model(**inputs, context=context, prefix_mask=torch.ones(B, R, T, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", ["transformer", "causal"])
 def test_causal_means_that_early_steps_do_not_see_late_ones(kind):
     model, inputs = decoder(kind), decoder_inputs(kind)
     x = inputs["x_t"].requires_grad_()
-    early = model(**inputs)[:, :, :3].square().sum()
+    early = answer(model, **inputs)[:, :, :3].square().sum()
     late = torch.autograd.grad(early, x)[0][:, :, 3:]
     assert late.any() == (kind != "causal")
 
@@ -187,20 +228,21 @@ def test_causal_means_that_early_steps_do_not_see_late_ones(kind):
 def test_positions_of_action_steps_matter(kind):
     model, inputs = decoder(kind), decoder_inputs(kind)
     order = torch.tensor([1, 0, *range(2, T)])
-    swapped = model(**inputs | {"x_t": inputs["x_t"][:, :, order]})[:, :, order]
-    assert (swapped - model(**inputs)).abs().max() > 1e-3
+    swapped = answer(model, **inputs | {"x_t": inputs["x_t"][:, :, order]})[:, :, order]
+    assert (swapped - answer(model, **inputs)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_times_are_told_apart_over_their_whole_range(kind):
     model, inputs = decoder(kind), decoder_inputs(kind)
     results = [
-        model(**inputs | {"t": torch.full((B, R), t)}) for t in (0.0, 0.01, 0.5, 0.99, 0.999)
+        answer(model, **inputs | {"t": torch.full((B, R), t)})
+        for t in (0.0, 0.01, 0.5, 0.99, 0.999)
     ]
     assert min((a - b).abs().max() for a, b in pairwise(results)) > 1e-4
     seen = []
     model.time.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
-    model(**inputs | {"t": torch.tensor([[0.0, 1.0]] * B)})
+    answer(model, **inputs | {"t": torch.tensor([[0.0, 1.0]] * B)})
     assert (
         torch.cosine_similarity(*seen[0], dim=0) < 0.5
     )  # the usual base of 10,000 gives 0.95 for t in [0, 1]
@@ -223,16 +265,16 @@ def test_memory_has_the_tokens_of_every_source(kind):
 @pytest.mark.parametrize("kind", INFO)
 def test_a_hidden_camera_has_no_influence_and_the_others_have(kind):
     model, obs = awake(INFO[kind](2)), observation()
-    drop = torch.tensor([[True, False], [False, True], [False, False]])
-    seen = model(**obs, drop=drop)
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
+    seen = model(**obs, visual_mask=mask)
     for name in ("cond_visual", "cond_semantic"):
         for camera in range(2):
             other = copy.copy(obs)
             other[name] = [
                 x + 1 + torch.randn_like(x) if i == camera else x for i, x in enumerate(obs[name])
             ]
-            changed = (model(**other, drop=drop) - seen).abs().amax((1, 2)) > 1e-4
-            assert changed.tolist() == (~drop[:, camera]).tolist()
+            changed = (model(**other, visual_mask=mask) - seen).abs().amax((1, 2)) > 1e-4
+            assert changed.tolist() == (~mask[:, camera]).tolist()
     hidden = (model(**obs) - seen).abs().amax((1, 2)) > 1e-4
     assert hidden.tolist() == [True, True, False]
 
@@ -258,10 +300,12 @@ def test_a_bridge_takes_more_visual_inputs_and_an_action():
     model = MultimodalBridge(D, S, 1, VISUAL, SEMANTIC, extra_visual_dims=[12], action_dim=A)
     obs, action = observation(1), torch.randn(B, T, A)
     obs["cond_visual"].append(torch.randn(B, 4, 12))
-    seen = model(**obs, action=action, drop=torch.tensor([[False, True]] * B))
+    seen = model(**obs, action=action, visual_mask=torch.tensor([[False, True]] * B))
     assert seen.shape == (B, 6 + 4 + 1 + P + T, D)
     obs["cond_visual"][1] = torch.randn(B, 4, 12)
-    assert torch.equal(model(**obs, action=action, drop=torch.tensor([[False, True]] * B)), seen)
+    assert torch.equal(
+        model(**obs, action=action, visual_mask=torch.tensor([[False, True]] * B)), seen
+    )
     assert not torch.equal(model(**obs, action=action), seen)
 
 
@@ -298,10 +342,10 @@ def test_latents_are_gaussians_with_a_bounded_variance(kind):
     for gaussian in (q, p):
         assert gaussian.mu.shape == gaussian.logvar.shape == (B, tokens, LATENT)
     assert (posterior(**obs, action=action + 1).mu - q.mu).abs().max() > 1e-4
-    drop = torch.tensor([[True]] * B)
-    hidden = prior(**obs, drop=drop).mu
+    mask = torch.tensor([[True]] * B)
+    hidden = prior(**obs, visual_mask=mask).mu
     assert torch.equal(
-        prior(**obs | {"cond_visual": observation(1)["cond_visual"]}, drop=drop).mu, hidden
+        prior(**obs | {"cond_visual": observation(1)["cond_visual"]}, visual_mask=mask).mu, hidden
     )
     prior.head.weight.data *= 1000
     assert prior(**obs).logvar.unique().tolist()[:: tokens * B * LATENT] == [-6.0]
@@ -329,7 +373,9 @@ def test_every_parameter_of_a_decoder_learns(kind):
         torch.randn(B, R, T, A),
     )
     assert (
-        without_gradient_after_two_steps(model, lambda: (model(**inputs) - target).square().mean())
+        without_gradient_after_two_steps(
+            model, lambda: (answer(model, **inputs) - target).square().mean()
+        )
         == []
     )
 
@@ -337,10 +383,10 @@ def test_every_parameter_of_a_decoder_learns(kind):
 @pytest.mark.parametrize("kind", INFO)
 def test_every_parameter_of_an_encoder_learns(kind):
     model, obs, target = INFO[kind](2), observation(), torch.randn(D)
-    drop = torch.tensor([[True, False], [False, True], [False, False]])
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
     assert (
         without_gradient_after_two_steps(
-            model, lambda: (model(**obs, drop=drop) - target).square().mean()
+            model, lambda: (model(**obs, visual_mask=mask) - target).square().mean()
         )
         == []
     )
@@ -348,12 +394,12 @@ def test_every_parameter_of_an_encoder_learns(kind):
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_every_parameter_of_posterior_and_prior_learns(kind):
-    obs, drop = observation(1), torch.tensor([[True], [False], [False]])
+    obs, mask = observation(1), torch.tensor([[True], [False], [False]])
     for make, more in zip(LATENTS[kind], ({"action": torch.randn(B, T, A)}, {}), strict=True):
         model, inputs = make(), obs | more
 
         def loss(model=model, inputs=inputs):
-            return sum(x.square().sum() for x in model(**inputs, drop=drop))
+            return sum(x.square().sum() for x in model(**inputs, visual_mask=mask))
 
         assert without_gradient_after_two_steps(model, loss) == []
 

@@ -37,19 +37,33 @@ class Pair(nn.Module):
 
 @block("test_attend")
 class Attend(nn.Module):
-    """Has its own bind, which projects the memory once."""
+    def __init__(self, dim):
+        super().__init__()
+        self.keys, self.query = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, memory):
+        return self.query(x) * self.keys(memory)
+
+
+@block("test_decoder")
+class Decoder(nn.Module):
+    """Has a context of its own, which projects the memory once."""
 
     def __init__(self, dim):
         super().__init__()
         self.keys, self.query = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
-    def forward(self, x, memory, shift=None):
-        return self.bind(memory=memory, shift=shift)(x=x)
-
-    def bind(self, memory, shift=None):
+    def context(self, memory, z=None):
         CALLS.append("keys")
-        keys = self.keys(memory)
-        return lambda x: self.query(x) * keys + (0 if shift is None else shift)
+        context = (self.keys(memory), None)
+        return context if z is None else self.with_latent(context, z)
+
+    def with_latent(self, context, z):
+        return context[0], z
+
+    def forward(self, x_t, t, context, prefix_mask=None):
+        keys, z = context
+        return self.query(x_t) * keys + t + (0 if z is None else z)
 
 
 @block("test_anything")
@@ -76,8 +90,8 @@ inputs: [xt, memory]
 params: {dim: 4, factor: 2.0}
 blocks:
   tokens: {block: nn.Linear, in: [$xt], args: {in_features: 3, out_features: $dim}}
-  context: {block: nn.Linear, in: {input: $memory}, args: {in_features: 5, out_features: $dim}}
-  twice: {block: test_scale, in: [$context], args: {by: $factor}}
+  projected: {block: nn.Linear, in: {input: $memory}, args: {in_features: 5, out_features: $dim}}
+  twice: {block: test_scale, in: [$projected], args: {by: $factor}}
   h: {block: test_attend, in: [$tokens, $twice], args: {dim: $dim}}
   both: {block: test_pair, in: $h, args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}, out: [a, b]}
 return: {first: $a, second: [$b, $tokens]}
@@ -89,7 +103,7 @@ def test_forward_is_what_the_modules_compute_by_hand():
     xt, memory = torch.randn(2, 3), torch.randn(2, 5)
     result = model(xt=xt, memory=memory)
     tokens = model.tokens(xt)
-    h = model.h.query(tokens) * model.h.keys(2.0 * model.context(memory))
+    h = model.h.query(tokens) * model.h.keys(2.0 * model.projected(memory))
     assert torch.equal(result["first"], model.both.linear(h))
     assert torch.equal(result["second"][0], -h)
     assert torch.equal(result["second"][1], tokens)
@@ -98,7 +112,7 @@ def test_forward_is_what_the_modules_compute_by_hand():
 def test_state_dict_names_are_the_blocks_names():
     assert {key.split(".")[0] for key in parse(LONG).state_dict()} == {
         "tokens",
-        "context",
+        "projected",
         "h",
         "both",
     }
@@ -117,34 +131,70 @@ def test_args_substitute_nested_params_and_resolve_weights_beside_the_yaml(tmp_p
     assert model.both.weights == str(tmp_path / "w.safetensors")
 
 
-def test_bind_equals_forward_and_runs_bound_blocks_once():
-    model = parse(LONG)
-    memory = torch.randn(2, 5)
+OWNER = """\
+inputs: [x_t, t, context]
+blocks:
+  scaled: {block: test_scale, in: [$x_t], args: {by: 2.0}}
+  v: {block: test_decoder, in: {x_t: $scaled, t: $t, context: $context}, args: {dim: 4}}
+return: $v
+"""
+PASSING = """\
+inputs: [x_t, t, memory, z]
+blocks:
+  h: {block: test_attend, in: [$x_t, $memory], args: {dim: 4}}
+  v: {block: test_anything, in: {a: $h, b: $t, c: $z}}
+return: $v
+"""
+
+
+def decoder_inputs():
+    return {name: torch.randn(2, 4) for name in ("x_t", "t", "memory", "z")}
+
+
+@pytest.mark.parametrize("text", ["block: test_decoder\nargs: {dim: 4}", OWNER])
+def test_the_context_is_that_of_the_block_that_has_one(text):
+    model, inputs = parse(text), decoder_inputs()
+    made = model.block if text != OWNER else model.v
+    x_t = inputs["x_t"] if text != OWNER else 2 * inputs["x_t"]
+    expected = made.query(x_t) * made.keys(inputs["memory"]) + inputs["t"] + inputs["z"]
+    noisy = {"x_t": inputs["x_t"], "t": inputs["t"]}
+    context = model.context(memory=inputs["memory"], z=inputs["z"])
+    later = model.with_latent(model.context(memory=inputs["memory"]), z=inputs["z"])
     CALLS.clear()
-    bound = model.bind(memory=memory)
-    assert CALLS == ["scale", "keys"]
-    for _ in range(3):
-        xt = torch.randn(2, 3)
-        assert torch.equal(bound(xt=xt)["first"], model(xt=xt, memory=memory)["first"])
-    assert CALLS.count("scale") == 1 + 3
-    assert CALLS.count("keys") == 1 + 3
+    for found in (context, later):
+        assert torch.equal(model(**noisy, context=found, prefix_mask=None), expected)
+    assert "keys" not in CALLS
 
 
-@pytest.mark.parametrize("names", [[], ["xt"], ["xt", "memory"]])
-def test_bind_of_any_inputs_equals_forward(names):
-    model, inputs = parse(LONG), {"xt": torch.randn(2, 3), "memory": torch.randn(2, 5)}
-    bound = model.bind(**{name: inputs[name] for name in names})
-    rest = {name: x for name, x in inputs.items() if name not in names}
-    for _ in range(2):
-        assert torch.equal(bound(**rest)["first"], model(**inputs)["first"])
+def test_a_decoder_without_a_context_of_its_own_gets_its_inputs_at_each_call():
+    model, inputs = parse(PASSING), decoder_inputs()
+    noisy = {"x_t": inputs["x_t"], "t": inputs["t"]}
+    memory, z = inputs["memory"], inputs["z"]
+    expected = model(**inputs)
+    observed = model.context(memory=memory, z=None)
+    assert observed.keys() == {"memory"}
+    for context in (model.context(memory=memory, z=z), model.with_latent(observed, z=z)):
+        assert torch.equal(model(**noisy, context=context, prefix_mask=None), expected)
+    with pytest.raises(
+        TypeError, match=r"expected the inputs x_t, t, memory, z; found .*prefix_mask"
+    ):
+        model(**noisy, context=model.context(memory=memory, z=z), prefix_mask=z)
+    with pytest.raises(
+        TypeError, match="expected the inputs x_t, t, memory, z; found x_t, t, memory"
+    ):
+        model(**noisy, context=observed)
 
 
-def test_a_block_whose_own_bind_lacks_an_input_is_not_bound():
-    text = LONG.replace("[$tokens, $twice]", "{x: $tokens, memory: $twice, shift: $tokens}")
-    model, xt, memory = parse(text), torch.randn(2, 3), torch.randn(2, 5)
-    bound = model.bind(xt=xt)
-    assert CALLS == []
-    assert torch.equal(bound(memory=memory)["first"], model(xt=xt, memory=memory)["first"])
+def test_several_latents_of_each_observation_share_its_memory():
+    model, inputs = parse(PASSING), decoder_inputs()
+    z = torch.randn(4, 4)
+    context = model.context(memory=inputs["memory"], z=z)
+    assert torch.equal(context["memory"], torch.cat([inputs["memory"]] * 2))
+    x_t, t = torch.randn(4, 4), torch.randn(4, 4)
+    both = model(x_t=x_t, t=t, context=context)
+    for rows in (slice(2), slice(2, None)):
+        alone = model.context(memory=inputs["memory"], z=z[rows])
+        torch.testing.assert_close(model(x_t=x_t[rows], t=t[rows], context=alone), both[rows])
 
 
 def test_blocks_do_not_share_a_param_that_is_a_list():
@@ -156,21 +206,13 @@ def test_blocks_do_not_share_a_param_that_is_a_list():
     assert model.a.options["sizes"] is not model.b.options["sizes"]
 
 
-def test_bind_without_a_rest_runs_nothing_again():
-    bound = parse(LONG).bind(xt=torch.randn(2, 3), memory=torch.randn(2, 5))
-    done = list(CALLS)
-    bound()
-    assert done == CALLS
-
-
-def test_short_form_takes_positional_and_named_inputs_and_binds():
+def test_short_form_takes_positional_and_named_inputs():
     model = parse("block: test_attend\nargs: {dim: 4}")
     x, memory = torch.randn(2, 4), torch.randn(2, 4)
-    assert torch.equal(model(x, memory), model.bind(memory=memory)(x=x))
+    assert torch.equal(model(x, memory), model.block.query(x) * model.block.keys(memory))
     assert torch.equal(model(x, memory=memory), model(x=x, memory=memory))
     scaled = parse("block: test_scale\nargs: {by: 3.0}")
     assert torch.equal(scaled(x), 3 * x)
-    assert torch.equal(scaled.bind(x=x)(), 3 * x)
 
 
 def test_return_forms():
@@ -197,8 +239,8 @@ def test_deepcopy_is_independent():
 
 def test_compiles_without_graph_breaks():
     text = LONG.replace(
-        "test_scale, in: [$context], args: {by: $factor}",
-        "nn.Softplus, in: [$context], args: {beta: $factor}",
+        "test_scale, in: [$projected], args: {by: $factor}",
+        "nn.Softplus, in: [$projected], args: {beta: $factor}",
     )
     text = text.replace(
         "test_attend, in: [$tokens, $twice], args: {dim: $dim}",
@@ -401,7 +443,10 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
             graph("train: {block: nn.Tanh, in: [$x]}"),
             "part.yaml:4: blocks.train: torch modules have an attribute 'train'",
         ),
-        (graph("bind: {block: nn.Tanh, in: [$x]}"), "torch modules have an attribute 'bind'"),
+        (
+            graph("context: {block: nn.Tanh, in: [$x]}"),
+            "torch modules have an attribute 'context'",
+        ),
         (
             graph("training: {block: nn.Tanh, in: [$x]}"),
             "torch modules have an attribute 'training'",
@@ -440,14 +485,9 @@ def test_forward_refuses_other_inputs(inputs):
         parse(LONG)(**inputs)
 
 
-def test_forward_and_bind_refuse_wrong_inputs():
-    model = parse(LONG)
+def test_inputs_of_the_long_form_go_by_name():
     with pytest.raises(TypeError, match="inputs go by name: xt, memory"):
-        model(torch.randn(2, 3), memory=torch.randn(2, 5))
-    with pytest.raises(TypeError, match="found other"):
-        model.bind(other=1)
-    with pytest.raises(TypeError, match="expected the inputs xt; found memory"):
-        model.bind(memory=torch.randn(2, 5))(memory=torch.randn(2, 5))
+        parse(LONG)(torch.randn(2, 3), memory=torch.randn(2, 5))
 
 
 def test_unknown_block_is_a_config_error_and_a_key_error_without_quotes():

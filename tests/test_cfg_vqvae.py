@@ -1,4 +1,4 @@
-"""cfg_vqvae_flow_matching: guidance, null tokens, the prior's likelihood, the codebook's start, the slow posterior."""
+"""cfg_vqvae_flow_matching: guidance, null tokens, the prior's likelihood, codebook, slow posterior."""
 
 import itertools
 import json
@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import configured, on_meta
-from test_latent import NoAverage
+from helpers import NoAverage, configured, on_meta
 
 import evaluate
 import train_cfg_vqvae
-from common import flow, optim
+from common import optim
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.transformer import ActionDecoder
 from common.blocks.vq import Codebook
 from common.config import ConfigError
 from common.data.loader import to_device
 from common.distributions import Codes, latent_head
+from common.flow import decoder_velocity, euler, guided
 from common.noise import Noise
 
 torch.set_num_threads(1)
@@ -46,9 +46,10 @@ def decoder(request):
 def test_several_latents_share_one_memory(decoder):
     made, memory = decoder
     z, x, t = torch.randn(2 * B, 2, D), torch.randn(2 * B, 1, T, A), torch.rand(2 * B, 1)
-    both = made.bind(memory, z)(x, t)
+    both = made(x, t, made.context(memory, z))
     for part in (slice(B), slice(B, None)):
-        torch.testing.assert_close(both[part], made.bind(memory, z[part])(x[part], t[part]))
+        alone = made(x[part], t[part], made.context(memory, z[part]))
+        torch.testing.assert_close(both[part], alone)
 
 
 @pytest.mark.parametrize("target", ["velocity", "x1"])
@@ -56,12 +57,20 @@ def test_several_latents_share_one_memory(decoder):
 def test_guidance_is_a_line_through_two_velocities(decoder, target):
     made, memory = decoder
     z, null, x, t = torch.randn(B, 2, D), torch.randn(B, 2, D), torch.randn(B, T, A), 0.3
-    told, untold = (flow.velocity(made.bind(memory, which), target, x, t) for which in (z, null))
+
+    def velocity(latents):
+        context = made.context(memory, latents)
+
+        def of(x, t, prefix_mask=None):
+            return decoder_velocity(made, context, x, t, target, prefix_mask)
+
+        return of
+
+    conditional, unconditional = velocity(z)(x, t), velocity(null)(x, t)
+    both = velocity(torch.cat([z, null]))
     for w in (0.0, 0.5, 1.0, 3.0):
-        guided = flow.velocity(
-            flow.guided(made.bind(memory, torch.cat([z, null])), w), target, x, t
-        )
-        torch.testing.assert_close(guided, untold + w * (told - untold), atol=1e-5, rtol=1e-5)
+        expected = unconditional + w * (conditional - unconditional)
+        torch.testing.assert_close(guided(both, w)(x, t), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -77,32 +86,39 @@ def trained(experiment):
     return policy.eval(), batch
 
 
+def sample(policy, memory, x0, steps, z, w=None):
+    if w is not None:
+        policy.sampling.guidance = w
+    return policy.sample(memory, x0, steps, z)
+
+
 @torch.no_grad()
 def test_w_of_one_is_the_conditional_and_costs_no_null_branch(trained):
     policy, batch = trained
     memory, x0, sizes = policy.encode(batch), torch.randn(8, 6, 4), []
     z = policy.latent(memory, Noise(1))
-    decode = policy.parts["action_decoder"].bind(memory=memory.tokens, z=z)
-    plain = policy.stats.denormalize("action", flow.generate(decode, policy.loss.target, x0, 4))
-    run = ActionDecoder.run
+    decoder, target = policy.parts["action_decoder"], policy.weights.target
+    context = decoder.context(memory=memory.tokens, z=z)
+    x1 = euler(lambda x, t: decoder_velocity(decoder, context, x, t, target), x0, 4)
+    plain = policy.stats.denormalize("action", x1)
+    forward = ActionDecoder.forward
 
-    def counted(self, x_t, *rest):
+    def counted(self, x_t, *rest, **named):
         sizes.append(len(x_t))
-        return run(self, x_t, *rest)
+        return forward(self, x_t, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ActionDecoder, "run", counted)
-        assert torch.equal(policy.sample(memory, x0, 4, z, w=1.0), plain)
-        assert torch.equal(policy.sample(memory, x0, 4, z), plain)  # the default
+        patch.setattr(ActionDecoder, "forward", counted)
+        assert torch.equal(sample(policy, memory, x0, 4, z), plain)  # the default
+        assert torch.equal(sample(policy, memory, x0, 4, z, w=1.0), plain)
         assert sizes == [8] * 8
-        guided = policy.sample(memory, x0, 4, z, w=2.0)
+        guided = sample(policy, memory, x0, 4, z, w=2.0)
         assert sizes[8:] == [16] * 4
-        policy.sampling.guidance = 2.0
-        assert torch.equal(policy.sample(memory, x0, 4, z), guided)
+        unconditional = sample(policy, memory, x0, 4, z, w=0.0)
+        assert sizes[12:] == [8] * 4
     assert not torch.allclose(guided, plain)
-    untold = policy.sample(memory, x0, 4, z, w=0.0)
-    assert torch.equal(policy.sample(memory, x0, 4, torch.randn_like(z), w=0.0), untold)
-    assert not torch.allclose(untold, plain)
+    assert torch.equal(policy.sample(memory, x0, 4, torch.randn_like(z)), unconditional)
+    assert not torch.allclose(unconditional, plain)
 
 
 @torch.no_grad()
@@ -111,43 +127,49 @@ def test_guided_sampling_is_the_guided_flow(trained):
     policy, batch = trained
     memory, x = policy.encode(batch), torch.randn(8, 6, 4)
     z, decoder, w = policy.latent(memory, Noise(1)), policy.parts["action_decoder"], 1.7
-    found = policy.sample(memory, x, 3, z, w=w)
+    found = sample(policy, memory, x, 3, z, w)
     null = policy.codebook.null.expand_as(z)
+    contexts = [decoder.context(memory=memory.tokens, z=latent) for latent in (z, null)]
     for k in range(3):
         t = torch.full((8, 1), k / 3)
-        told, untold = (
-            decoder(x_t=x[:, None], t=t, memory=memory.tokens, z=which)[:, 0] for which in (z, null)
+        conditional, unconditional = (
+            decoder(x_t=x[:, None], t=t, context=context)[:, 0] for context in contexts
         )
-        x = x + (untold + w * (told - untold)) / 3
+        x = x + (unconditional + w * (conditional - unconditional)) / 3
     torch.testing.assert_close(found, policy.stats.denormalize("action", x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("null", "progress", "share"), [(0.3, 0.5, 0.3), (0.3, 0.01, 0.0), (1.0, 0.02, 1.0)]
+    ("probability", "progress", "share"), [(0.3, 0.5, 0.3), (0.3, 0.01, 0.0), (1.0, 0.02, 1.0)]
 )
-def test_so_many_samples_are_told_nothing(trained, monkeypatch, null, progress, share):
+def test_codes_are_dropped_with_their_probability(
+    trained, monkeypatch, probability, progress, share
+):
     policy, batch = trained
-    policy.loss.null, policy.loss.camera_dropout, told = null, 0.0, []
+    policy.weights.cond_drop_prob = probability
+    policy.weights.camera_dropout = 0.0
+    given = []
+    with_latent = ActionDecoder.with_latent
     monkeypatch.setattr(
-        ActionDecoder, "bind", lambda self, memory: lambda x_t, t, z: told.append(z) or 0 * x_t
+        ActionDecoder,
+        "with_latent",
+        lambda self, context, z: given.append(z) or with_latent(self, context, z),
     )
     for step in range(100):
         policy.train()(batch | {"noise": Noise(step), "progress": progress})
-    z = torch.cat(told)
-    untold = (z == policy.codebook.null).flatten(1).all(1)
-    assert (
-        not (z == policy.codebook.null).flatten(1).any(1)[~untold].any()
-    )  # all tokens of a sample, or none
-    assert abs(untold.float().mean().item() - share) < (0.05 if 0 < share < 1 else 1e-6)
+    is_null = (torch.cat(given) == policy.codebook.null).flatten(1)
+    dropped = is_null.all(1)
+    assert not is_null.any(1)[~dropped].any()  # all tokens of a sample, or none
+    assert abs(dropped.float().mean().item() - share) < (0.05 if 0 < share < 1 else 1e-6)
     policy.eval()(batch | {"noise": Noise(0), "progress": progress})
-    assert not (told[-1] == policy.codebook.null).any()
+    assert not (given[-1] == policy.codebook.null).any()
 
 
 def test_only_the_posterior_decoder_and_codes_get_the_flow_s_gradient_and_the_prior_its_own(
     trained,
 ):
     policy, batch = trained
-    policy.loss.prior = 0.0
+    policy.weights.prior = 0.0
     for module in policy.train().modules():
         module.p = 0.0  # of dropout
     policy(batch | {"noise": Noise(0), "progress": 0.0})[0].backward()
@@ -156,7 +178,7 @@ def test_only_the_posterior_decoder_and_codes_get_the_flow_s_gradient_and_the_pr
     others = {name: [p.grad.clone() for p in policy.parts[name].parameters()] for name in OTHERS}
     assert all(any(grad.any() for grad in grads) for grads in others.values())
     policy.zero_grad()
-    policy.loss.prior = 5.0
+    policy.weights.prior = 5.0
     policy(batch | {"noise": Noise(0), "progress": 0.0})[0].backward()
     assert any(p.grad.any() for p in policy.parts["vqvae_prior"].parameters())
     for name, grads in others.items():
@@ -196,8 +218,8 @@ def test_the_slow_posterior_follows_and_its_codes_are_what_the_prior_learns(
         for p in policy.slow_posterior.parameters():
             p.normal_()
         assert not policy.train().slow_posterior.training  # no dropout in what is to be predicted
-        policy.infer(memory, x1, Noise(0))
-        z_e = policy.slow_posterior(**memory.first_camera, action=x1).tokens
+        policy.code_chunks(memory, x1, Noise(0))
+        z_e = policy.slow_posterior(**memory.latent_inputs, action=x1).tokens
     brute = ((z_e[:, :, None] - policy.codebook.codes) ** 2).sum(-1).argmin(-1)
     assert torch.equal(seen[-1], brute)
 
@@ -209,7 +231,7 @@ def test_the_prior_s_likelihood_sums_to_one_over_all_codes():
     h = torch.randn(1, slots, 8)
     total = 0.0
     for codes in itertools.product(range(k), repeat=slots):
-        total += (-slots * head(h).loss(torch.tensor([codes]), None)).exp().item()
+        total += (-slots * head(h).loss(torch.tensor([codes]))).exp().item()
     assert total == pytest.approx(1.0, abs=1e-5)
 
 
@@ -220,7 +242,7 @@ def test_smoothing_is_that_much_of_a_uniform_target():
     )
     logp = prior.head.logits(prior.h, codes).log_softmax(-1)
     expected = -(0.9 * logp.gather(-1, codes[..., None])[..., 0] + 0.1 * logp.mean(-1)).mean()
-    torch.testing.assert_close(prior.loss(codes, None, 0.1), expected)
+    torch.testing.assert_close(prior.loss(codes, 0.1), expected)
 
 
 def test_temperature_zero_is_the_most_likely_code_and_one_the_prior_s_own_draw():
@@ -249,13 +271,13 @@ def test_codes_start_at_the_centres_of_what_the_posterior_says(capsys):
     adam = torch.optim.AdamW(book.parameters(), lr=0.0)
     book(z_e, Noise(0)).z.sum().backward()
     adam.step()
-    book.after_step(Noise(1), [adam], NoAverage, first=True)
+    book.after_step(Noise(1), [adam], NoAverage, kmeans=True)
     assert (torch.cdist(centres, book.codes.detach()).amin(1) < 0.05).all()
     assert not adam.state[book.codes]["exp_avg"].any()
     before = far.codes.detach().clone()
     far(z_e, Noise(0))
     far.usage[:] = 1 / 300  # more codes than there are z_e: they stay as they are
-    far.after_step(Noise(1), [], NoAverage, first=True)
+    far.after_step(Noise(1), [], NoAverage, kmeans=True)
     assert torch.equal(far.codes, before)
     assert "300 codes start at random: a batch has only 240 points" in capsys.readouterr().out
 
@@ -282,11 +304,11 @@ def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
     exp, calls, moved = experiment("train_cfg_vqvae"), [], []
     after = Codebook.after_step
 
-    def watched(book, noise, optimizers, average, first=False):
+    def watched(book, noise, optimizers, average, kmeans=False):
         book.usage[2] = 0.0
         before = book.codes.detach().clone()
-        after(book, noise, optimizers, average, first)
-        calls.append((noise is not None, first))
+        after(book, noise, optimizers, average, kmeans)
+        calls.append((noise is not None, kmeans))
         moved.append((book.codes != before).any(1).tolist())
 
     monkeypatch.setattr(Codebook, "after_step", watched)
@@ -301,17 +323,19 @@ def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
 
 def test_the_terms_of_the_loss(trained):
     policy, batch = trained
-    policy.loss.commitment, policy.loss.prior, policy.loss.smoothing = 0.7, 0.3, 0.2
+    policy.weights.commitment = 0.7
+    policy.weights.prior = 0.3
+    policy.weights.label_smoothing = 0.2
     inputs = batch | {"noise": Noise(0), "progress": 0.5}
     loss, scalars = policy(inputs)
     torch.testing.assert_close(
         loss.detach(), scalars["flow"] + 0.7 * scalars["commitment"] + 0.3 * scalars["prior"]
     )
     memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
-    prior = policy.parts["vqvae_prior"](**memory.first_camera)
-    codes = policy.codebook(policy.slow_posterior(**memory.first_camera, action=x1).tokens).indices
-    torch.testing.assert_close(scalars["prior"], prior.loss(codes, None, 0.2).detach())
-    assert not torch.isclose(scalars["prior"], prior.loss(codes, None).detach())
+    prior = policy.parts["vqvae_prior"](**memory.latent_inputs)
+    codes = policy.codebook(policy.slow_posterior(**memory.latent_inputs, action=x1).tokens).indices
+    torch.testing.assert_close(scalars["prior"], prior.loss(codes, 0.2).detach())
+    assert not torch.isclose(scalars["prior"], prior.loss(codes).detach())
 
 
 @torch.no_grad()
@@ -320,7 +344,7 @@ def test_temperature_reaches_the_prior(trained):
     memory = policy.encode(batch)
     for tau in (0.0, 0.3):
         policy.sampling.temperature = tau
-        prior = policy.parts["vqvae_prior"](**memory.first_camera)
+        prior = policy.parts["vqvae_prior"](**memory.latent_inputs)
         expected = prior.sample(Noise(3), policy.codebook.codes, tau)
         assert torch.equal(policy.latent(memory, Noise(3)), expected)
 
@@ -340,7 +364,7 @@ def test_zero_temperature_survives_a_draw_of_zero():
     ("change", "message"),
     [
         ({"null_tokens": 1}, "vqvae_codebook has null_tokens: 1.* the posterior has 2 tokens"),
-        ({"null_tokens": 0}, "vqvae_codebook has null_tokens: 0.* the posterior has 2 tokens"),
+        ({"null_tokens": 0}, "loss.cond_drop_prob: 0.15, but vqvae_codebook has null_tokens: 0"),
     ],
 )
 def test_null_tokens_that_do_not_fit(experiment, change, message):
@@ -355,24 +379,40 @@ def test_null_tokens_that_do_not_fit(experiment, change, message):
 
 def test_settings_that_make_no_sense(experiment):
     exp = experiment("train_cfg_vqvae")
-    with pytest.raises(
-        ConfigError, match=r"sampling\.guidance: leads away from null tokens, which learn nothing"
-    ):
-        exp.main("sampling.guidance=2", "loss.null=0.0")
     for setting in (
-        "loss.null=15",
+        "loss.cond_drop_prob=15",
         "loss.posterior_ema=1.5",
         "loss.camera_dropout=9",
-        "loss.smoothing=2",
+        "loss.label_smoothing=2",
     ):
         with pytest.raises(ConfigError, match="expected at most 1"):
             exp.main(setting)
+    with pytest.raises(
+        ConfigError, match=r"cond_drop_from=0.5: no codes are dropped: leave it out"
+    ):
+        exp.main("loss.cond_drop_prob=0", "loss.cond_drop_from=0.5")
+    with pytest.raises(ConfigError, match=r"cond_drop_prob: 0.0, but vqvae_codebook has null"):
+        exp.main("loss.cond_drop_prob=0")
     del exp.config["model"]["component_config_paths"]["vqvae_posterior"]
     exp.write()
-    with pytest.raises(
-        ConfigError, match="no component 'vqvae_posterior' is listed; there are backbone"
-    ):
+    with pytest.raises(ConfigError, match="this policy needs vqvae_posterior; listed: backbone"):
         exp.main("train.total_steps=1")
+
+
+def test_plain_codes_train_and_have_no_guidance(experiment, tmp_path):
+    exp = experiment("train_cfg_vqvae")
+    codebook = {"block": "vq_codebook", "args": {"num_codes": 6, "latent_dim": 4}}
+    (exp.folder / "vqvae_codebook.yaml").write_text(yaml.safe_dump(codebook))
+    plain = ("loss.cond_drop_prob=0", "train.total_steps=2")
+    message = r"sampling\.guidance: leads away from null tokens, which loss.cond_drop_prob: 0 lacks"
+    with pytest.raises(ConfigError, match=message):
+        exp.main(*plain, "sampling.guidance=2")
+    assert exp.main(*plain) == 0
+    assert exp.job.policy.codebook.null is None
+    argv = ["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / "out")]
+    assert evaluate.main(argv) == 0
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main([*argv, "--guidance", "2"])
 
 
 def test_evaluation_takes_guidance_and_temperature(experiment, capsys):
@@ -406,7 +446,10 @@ def test_a_codebook_with_half_its_codes_far_away_is_rescued():
             adam.zero_grad()
             due = revived and step % 100 == 0 and step <= 1000
             book.after_step(Noise("revive", step) if due else None, [adam], NoAverage)
-        used[revived] = book.state()["perplexity"].item(), book.state()["dead"].item()
+        used[revived] = (
+            book.usage_scalars()["perplexity"].item(),
+            book.usage_scalars()["dead"].item(),
+        )
     assert used[False][1] == 8
     assert used[True][1] == 0
     assert used[True][0] > 1.4 * used[False][0]
@@ -419,12 +462,12 @@ def test_exp1_at_full_size_without_allocating_anything():
     assert policy.parts.frozen == {"backbone", "da3"}
     depth = 4 * 17 * 23  # layers of 238 x 322 pixels in patches of 14
     assert memory.shape == (2, 3 * 300 + depth + 3 + 40, 1024)
-    assert (z.shape, velocity.shape) == ((2, 4, 256), (2, 1, 40, 24))
+    assert (z.shape, velocity.shape) == ((2, 4, 256), (2, 40, 24))
     assert policy.codebook.null.shape == (4, 256)
-    named = {Path(path).stem for path in cfg.model.component_config_paths.values()}
+    paths = cfg.model.component_config_paths
+    named = {Path(path).stem for path in paths.values()}
     assert {path.stem for path in (folder / "exp1").iterdir()} == named | {"train", "info_encoder"}
-    cfg.model.component_config_paths["info_encoder"] = folder / "exp1/info_encoder.yaml"
-    del cfg.model.component_config_paths["proprio_projector"]
+    paths["info_encoder"] = folder / "exp1/info_encoder.yaml"
     assert on_meta(cfg, train_cfg_vqvae)[1].shape == memory.shape
 
 

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import NoAverage
 from torch import nn
 
 from common import optim
 from common.blocks.vq import Codebook
-from common.distributions import Codes, Gaussian, LatentFlow, Point, check, latent_head
+from common.distributions import Codes, Gaussian, LatentFlow, Point, check_fit, latent_head
 from common.losses import nsvq
 from common.noise import Noise, RowNoise
 
@@ -62,7 +63,7 @@ def test_codes_are_drawn_with_the_probabilities_that_their_loss_means():
         model.embed.mul_(60)  # strong dependence on the slots before
     h, codes = features(1), torch.tensor([[0.0], [1.0]])
     outcomes = torch.cartesian_prod(*[torch.arange(2)] * N)
-    nll = torch.stack([N * model(h).loss(outcome[None], None) for outcome in outcomes])
+    nll = torch.stack([N * model(h).loss(outcome[None]) for outcome in outcomes])
     expected = (-nll).exp().detach()
     torch.testing.assert_close(expected.sum(), torch.tensor(1.0))
     with torch.no_grad():
@@ -121,11 +122,11 @@ def test_what_does_not_fit_is_named():
     )
     wide, h = Point(torch.zeros(B, N, D + 1)), features()
     drawn = {k: latent_head("codes", DIM, N, None, k)(h) for k in (K, K + 1)}
-    check(gaussian, gaussian)
-    check(gaussian, point)
-    check(gaussian, latent_head("flow", DIM, N, D, None)(h))
-    check(point, drawn[K], CODES)
-    check(point, point, CODES)
+    check_fit(gaussian, gaussian)
+    check_fit(gaussian, point)
+    check_fit(gaussian, latent_head("flow", DIM, N, D, None)(h))
+    check_fit(point, drawn[K], CODES)
+    check_fit(point, point, CODES)
     for mistake, wrong in {
         (point, gaussian): "posterior's head is point; without a codebook it must be gaussian",
         (gaussian, drawn[K]): "prior's head is codes; without a codebook",
@@ -140,7 +141,7 @@ def test_what_does_not_fit_is_named():
         (wide, drawn[K], CODES): "latent_dim is 5, the codebook's 4",
     }.items():
         with pytest.raises(ValueError, match=wrong):
-            check(*mistake)
+            check_fit(*mistake)
 
 
 def test_a_latent_flow_learns_two_modes_that_depend_on_the_features():
@@ -189,10 +190,6 @@ def test_the_codebook_takes_the_nearest_code():
     assert not torch.allclose(code.z, code.zq)
     assert torch.equal(book(z_e).z, code.zq)
     assert torch.equal(Point(z_e).sample(None, book.codes), code.zq)
-
-
-class NoAverage:
-    trained, ema = {}, {}
 
 
 def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
@@ -259,7 +256,7 @@ def test_perplexity_counts_codes_in_use():
     for step in range(1500):
         book(torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None, None], Noise(step))
         book.after_step(None, [], NoAverage)
-    assert book.state()["perplexity"] == pytest.approx(2**1.5, rel=1e-3)
+    assert book.usage_scalars()["perplexity"] == pytest.approx(2**1.5, rel=1e-3)
 
 
 def test_forget_puts_a_schedule_free_row_where_the_parameter_is():

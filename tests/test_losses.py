@@ -5,23 +5,19 @@ from itertools import permutations
 import numpy as np
 import ot
 import pytest
-import scipy.stats
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from common.losses import (
-    camera_drop,
+    draw_camera_mask,
     gaussian_kl,
-    given_prefix,
     kot,
-    linear_path,
     masked_mse,
     mean_squares,
-    ramp,
-    sample_time,
     transport_plan,
+    warmup,
 )
-from common.noise import Noise, RowNoise, seed_of
+from common.noise import Noise
 
 torch.set_num_threads(1)
 
@@ -56,26 +52,12 @@ def entropic(cost, eps):
     return (plan * cost).sum() + eps * (plan * np.log(np.maximum(plan, 1e-300) * n * n)).sum(), plan
 
 
-def test_linear_path_has_its_ends_and_its_slope():
-    x0, x1 = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64).unbind()
-    t, h = torch.rand(4, 3, dtype=torch.float64) * 0.9, 1e-6
-    assert torch.equal(linear_path(x0, x1, torch.zeros(4, 3))[0], x0)
-    assert torch.equal(linear_path(x0, x1, torch.ones(4, 3))[0], x1)
-    slope = (linear_path(x0, x1, t + h)[0] - linear_path(x0, x1, t)[0]) / h
-    torch.testing.assert_close(slope, linear_path(x0, x1, t)[1], atol=1e-8, rtol=0)
-
-
-def test_times_follow_beta_1_15():
-    t = sample_time(Noise("times").uniform(50_000))
-    assert scipy.stats.kstest(t.numpy(), scipy.stats.beta(1, 1.5).cdf).pvalue > 0.05
-    assert sample_time(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.999, 0.0])
-
-
 def test_padding_never_changes_the_loss_and_gets_no_gradient():
     prediction, target = torch.randn(2, 4, 3, 6, 2).unbind()
     prediction.requires_grad_()
     is_pad = torch.arange(6) >= torch.tensor([6, 5, 2, 0])[:, None]
-    loss = masked_mse(prediction, target, is_pad)
+    ignored = is_pad[:, None].expand(-1, 3, -1)
+    loss = masked_mse(prediction, target, ignored)
     expected = sum(
         (prediction[i, r, k] - target[i, r, k]).square().sum()
         for i, r, k in np.ndindex(4, 3, 6)
@@ -87,7 +69,7 @@ def test_padding_never_changes_the_loss_and_gets_no_gradient():
     assert (prediction.grad[padded] == 0).all()
     assert (prediction.grad[~padded] != 0).all()
     garbage = torch.where(padded, torch.full_like(target, float("nan")), target)
-    assert torch.equal(masked_mse(prediction, garbage, is_pad), loss)
+    assert torch.equal(masked_mse(prediction, garbage, ignored), loss)
 
 
 def test_what_is_given_gets_no_loss_draw_by_draw():
@@ -102,26 +84,14 @@ def test_what_is_given_gets_no_loss_draw_by_draw():
     assert not prediction.grad[ignored].any()
 
 
-def test_prefixes_of_every_length_up_to_the_longest_are_equally_frequent():
-    fixed = given_prefix(torch.rand(20_000, 3), 6, 4)
-    assert fixed.shape == (20_000, 3, 6)
-    assert (fixed[..., 1:] <= fixed[..., :-1]).all()  # the first ones, without a hole
-    counts = torch.bincount(fixed.sum(-1).flatten(), minlength=7) / 60_000
-    assert (counts[:5] - 0.2).abs().max() < 0.01
-    assert counts[5:].tolist() == [0, 0]
-
-
 def test_micro_batches_add_up_whatever_their_padding():
-    prediction, target, is_pad = (
-        torch.randn(8, 2, 6, 3),
-        torch.randn(8, 2, 6, 3),
-        torch.rand(8, 6) < 0.4,
-    )
+    prediction, target = torch.randn(2, 8, 2, 6, 3).unbind()
+    ignored = torch.rand(8, 2, 6) < 0.4
     parts = [
-        masked_mse(*(x[rows] for x in (prediction, target, is_pad)))
+        masked_mse(*(x[rows] for x in (prediction, target, ignored)))
         for rows in torch.arange(8).split(2)
     ]
-    torch.testing.assert_close(torch.stack(parts).mean(), masked_mse(prediction, target, is_pad))
+    torch.testing.assert_close(torch.stack(parts).mean(), masked_mse(prediction, target, ignored))
 
 
 def gaussians(scale=1.0):
@@ -248,53 +218,21 @@ def test_kot_and_kl_run_in_float32_under_autocast(solver):
     assert torch.equal(low, kot(*(a.bfloat16().float() for a in (x, y, s)), solver=solver)[0])
 
 
-def test_processes_draw_their_rows_of_what_one_draws():
-    def draws(rank, world):
-        noise = Noise("objective", 0, 7, 1, rank=rank, world=world)
-        rows = 12 // world
-        return noise.normal(rows, 3), noise.uniform(rows), noise.normal(rows, 2, 2)
-
-    for whole, *parts in zip(draws(0, 1), *(draws(rank, 4) for rank in range(4)), strict=True):
-        assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(Noise("a", 1).normal(4), Noise("a", 2).normal(4))
-
-
-def test_rows_of_noise_are_what_each_gets_alone():
-    keys = [(0, episode, 3) for episode in (5, 2, 9)]
-    together, alone = RowNoise(keys), [Noise(*key) for key in keys]
-    for _ in range(2):
-        for kind in ("normal", "uniform"):
-            batched = getattr(together, kind)(3, 4, 2)
-            assert torch.equal(batched, torch.cat([getattr(row, kind)(1, 4, 2) for row in alone]))
-    assert batched[0].ne(batched[1]).any()
-
-
-def test_without_a_key_noise_follows_torchs_seed():
-    def draw():
-        torch.manual_seed(3)
-        return Noise().normal(5), Noise().normal(5)
-
-    first, again = draw(), draw()
-    assert torch.equal(first[0], again[0])
-    assert not torch.equal(first[0], first[1])
-    assert seed_of("order", 0, 1) == 0x76BFAF9BC05C54CB  # every process and Python version agrees
-
-
 @pytest.mark.parametrize("cameras", [2, 3])
 def test_a_camera_is_dropped_as_often_as_asked_and_never_two(cameras):
     n = 40_000
-    dropped = camera_drop(Noise("drop"), n, cameras, 0.15)
+    dropped = draw_camera_mask(Noise("drop"), n, cameras, 0.15)
     assert dropped.sum(1).max() == 1
     share = dropped.float().mean(0).numpy()
     np.testing.assert_allclose(share, 0.15 / cameras, atol=5 * (0.15 / cameras / n) ** 0.5)
 
 
 def test_no_camera_is_dropped_where_it_is_the_only_one_or_none_is_asked():
-    assert camera_drop(Noise("drop"), 500, 1, 0.9).tolist() == [[False]] * 500
-    assert not camera_drop(Noise("drop"), 500, 3, 0.0).any()
-    assert camera_drop(Noise("drop"), 500, 0, 0.5).shape == (500, 0)
+    assert draw_camera_mask(Noise("drop"), 500, 1, 0.9).tolist() == [[False]] * 500
+    assert not draw_camera_mask(Noise("drop"), 500, 3, 0.0).any()
+    assert draw_camera_mask(Noise("drop"), 500, 0, 0.5).shape == (500, 0)
 
 
-def test_ramp_rises_over_its_share_of_the_run():
-    assert [ramp(progress, 0.5) for progress in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1]
-    assert ramp(0.0, 0.0) == 1
+def test_the_warmup_rises_over_its_share_of_the_run():
+    assert [warmup(progress, 0.5) for progress in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1]
+    assert warmup(0.0, 0.0) == 1

@@ -1,4 +1,4 @@
-"""Mixtures of experts: dispatch against dense computation, losses against hand and loops, the policy that routes."""
+"""Mixtures of experts: dispatch against dense computation, losses by hand, the policy that routes."""
 
 import importlib.util
 import inspect
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import evaluate
-import train_vfp
-from common import checkpoint, flow, metrics, optim
+import train_vfp_moe
+from common import checkpoint, metrics, optim
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.moe import (
     ExpertLinear,
@@ -24,15 +24,17 @@ from common.blocks.moe import (
     MoEActionDecoder,
     MoEMLPActionDecoder,
     Routing,
+    choose_experts,
 )
 from common.blocks.transformer import ActionDecoder
 from common.config import ConfigError, UserError
 from common.data.loader import to_device
+from common.flow import detached, euler
 from common.losses import load_balance, masked_mse, mixture_mse, router_z
 from common.noise import Noise
 
 torch.set_num_threads(1)
-ROOT = Path(train_vfp.__file__).parent
+ROOT = Path(train_vfp_moe.__file__).parent
 B, R, T, A, D, E = 5, 2, 6, 3, 4, 4
 CHOSEN = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [1, 2]])  # nobody chose the last
 
@@ -46,23 +48,28 @@ def decoder(kind):
     if kind == "mlp":
         made, memory = MoEMLPActionDecoder(16, 2, E, 8, A, T, latent_size=D), torch.randn(B, 1, 8)
     else:
-        made = MoEActionDecoder(16, 2, 32, 2, E, A, D, prefix=True, full_experts=kind == "full")
+        made = MoEActionDecoder(16, 2, 32, 2, E, A, D, prefix=True)
         memory = torch.randn(B, 7, 16)
     for p in made.parameters():
         nn.init.normal_(p, std=0.3)
     return made.eval(), memory
 
 
-KINDS = pytest.mark.parametrize("kind", ["shared", "full", "mlp"])
+KINDS = pytest.mark.parametrize("kind", ["transformer", "mlp"])
 
 
 def inputs():
     return torch.randn(B, R, T, A), torch.rand(B, R), torch.randn(B, 1, D)
 
 
+def answer(made, x, t, memory, z, experts):
+    """(B, k R, T, A): each chosen expert's prediction."""
+    return made(x, t, made.context(memory=memory, z=z, experts=experts))
+
+
 def dense(made, x, t, memory, z):
-    """What each expert says of every sample, (B, E, R, T, A): each alone, for the whole batch."""
-    return torch.stack([made(x, t, memory, torch.full((B, 1), e), z) for e in range(E)], 1)
+    """Each expert's prediction for the whole batch, alone: (B, E, R, T, A)."""
+    return torch.stack([answer(made, x, t, memory, z, torch.full((B, 1), e)) for e in range(E)], 1)
 
 
 @KINDS
@@ -74,7 +81,7 @@ def test_dispatch_is_the_dense_computation_masked_by_the_routing(kind):
     found, gradients = [], []
     for routed in (True, False):
         if routed:
-            y = made(x, t, memory, CHOSEN, z).unflatten(1, (2, R))
+            y = answer(made, x, t, memory, z, CHOSEN).unflatten(1, (2, R))
         else:
             y = torch.einsum("bke, bertx -> bkrtx", mask, dense(made, x, t, memory, z))
         made.zero_grad()
@@ -93,7 +100,7 @@ def test_all_experts_of_all_samples_is_dense(kind):
     made, memory = decoder(kind)
     x, t, z = inputs()
     everyone = torch.stack([torch.randperm(E) for _ in range(B)])
-    y = made(x, t, memory, everyone, z).unflatten(1, (E, R))
+    y = answer(made, x, t, memory, z, everyone).unflatten(1, (E, R))
     expected = dense(made, x, t, memory, z)[torch.arange(B)[:, None], everyone]
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
 
@@ -102,42 +109,36 @@ def test_all_experts_of_all_samples_is_dense(kind):
 def test_an_expert_that_nobody_chose_has_a_gradient_of_zero(kind):
     made, memory = decoder(kind)
     x, t, z = inputs()
-    made(x, t, memory, CHOSEN, z).square().mean().backward()
+    answer(made, x, t, memory, z, CHOSEN).square().mean().backward()
     missing = [
         name for name, p in made.named_parameters() if p.grad is None and "prefix" not in name
     ]
     assert missing == []
-    if kind == "full":
-        unused, used = (
-            [p.grad for p in made.decoder[i].parameters() if p.grad is not None] for i in (3, 0)
-        )
-    else:
-        stacked = [
-            p.grad for m in made.modules() if isinstance(m, ExpertLinear) for p in m.parameters()
-        ]
-        unused, used = [grad[3] for grad in stacked], [grad[0] for grad in stacked]
+    stacked = [
+        p.grad for m in made.modules() if isinstance(m, ExpertLinear) for p in m.parameters()
+    ]
+    unused, used = [grad[3] for grad in stacked], [grad[0] for grad in stacked]
     assert not any(grad.any() for grad in unused)
     assert all(grad.any() for grad in used)
 
 
 @KINDS
 @torch.no_grad()
-def test_bound_once_or_told_at_each_call(kind):
+def test_latent_and_experts_are_in_the_context_or_added_to_it(kind):
     made, memory = decoder(kind)
     x, t, z = inputs()
-    expected = made(x, t, memory, CHOSEN, z)
-    for bound, told in (
-        (made.bind(memory, z, CHOSEN), {}),
-        (made.bind(memory), {"z": z, "experts": CHOSEN}),
-        (made.bind(memory).detach(), {"z": z, "experts": CHOSEN}),
-        (made.bind(memory, z, CHOSEN).detach(), {}),
-    ):
-        torch.testing.assert_close(bound(x, t, **told), expected)
+    expected = answer(made, x, t, memory, z, CHOSEN)
+    observed = made.context(memory)
+    assert observed.routing is None
+    for context in (observed, detached(observed)):
+        later = made.with_latent(context, z=z, experts=CHOSEN)
+        assert torch.equal(made(x, t, later), expected)
+    assert torch.equal(made(x, t, detached(made.context(memory, z, CHOSEN))), expected)
     if kind != "mlp":
-        fixed = torch.rand(B, R, T) < 0.3
-        both = made.bind(memory, z, CHOSEN)(x, t, fixed=fixed)
+        mask = torch.rand(B, R, T) < 0.3
+        both = made(x, t, made.context(memory, z, CHOSEN), prefix_mask=mask)
         for k in range(2):
-            alone = made.bind(memory, z, CHOSEN[:, k : k + 1])(x, t, fixed=fixed)
+            alone = made(x, t, made.context(memory, z, CHOSEN[:, k : k + 1]), prefix_mask=mask)
             torch.testing.assert_close(both.unflatten(1, (2, R))[:, k], alone, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(both, expected)
 
@@ -147,9 +148,21 @@ def test_detached_gives_the_memory_no_gradient(kind):
     made, memory = decoder(kind)
     x, t, z = inputs()
     memory, z = memory.requires_grad_(), z.requires_grad_()
-    made.bind(memory).detach()(x, t, z=z, experts=CHOSEN[:, :1]).square().sum().backward()
+    context = made.with_latent(detached(made.context(memory)), z=z, experts=CHOSEN[:, :1])
+    made(x, t, context).square().sum().backward()
     assert memory.grad is None
     assert z.grad.any()
+
+
+def test_routing_sorts_rows_by_expert_and_puts_them_back():
+    routing = Routing.of(CHOSEN, E)
+    flat = CHOSEN.flatten()
+    assert flat[routing.order].tolist() == sorted(flat.tolist())
+    assert torch.equal(flat[routing.order][routing.back], flat)
+    assert torch.equal(routing.chosen.argmax(1), flat[routing.order])
+    x = torch.randn(B, 2, 7, 3)
+    doubled = routing.apply(lambda rows, chosen: rows * chosen.argmax(1)[:, None, None], x)
+    torch.testing.assert_close(doubled, x * CHOSEN[..., None, None])
 
 
 def test_one_expert_is_the_single_decoder():
@@ -192,7 +205,10 @@ def test_one_expert_is_the_single_decoder():
         single.eval(), made.eval()
         one = torch.zeros(B, 1, dtype=torch.long)
         torch.testing.assert_close(
-            made(x, t, memory, one, z), single(x, t, memory, z), atol=1e-5, rtol=1e-4
+            answer(made, x, t, memory, z, one),
+            single(x, t, single.context(memory, z)),
+            atol=1e-5,
+            rtol=1e-4,
         )
 
 
@@ -202,7 +218,7 @@ def test_widths_that_grouped_products_cannot_take():
     for size in (1, 3, 8, 13):  # heads may have any
         mlp = ExpertMLP(3, (8, size))
         x, experts = torch.randn(4, 2, 5, 8), torch.randint(3, (4, 2))
-        y = mlp(x, Routing(experts, 3))
+        y = mlp(x, Routing.of(experts, 3))
         weight, bias = mlp.layers[0].weight[experts], mlp.layers[0].bias[experts]
         torch.testing.assert_close(y, x @ weight + bias[:, :, None], atol=1e-5, rtol=1e-4)
 
@@ -211,9 +227,9 @@ def test_autocast_computes_in_its_precision():
     mlp, experts = ExpertMLP(3, (8, 16, 8), nn.functional.gelu), torch.randint(3, (4, 1))
     x = torch.randn(4, 1, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        y = mlp(x, Routing(experts, 3))
+        y = mlp(x, Routing.of(experts, 3))
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), mlp(x, Routing(experts, 3)), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(y.float(), mlp(x, Routing.of(experts, 3)), atol=0.05, rtol=0.05)
 
 
 def test_experts_start_as_linear_layers_do_and_decay_as_they_do():
@@ -227,7 +243,7 @@ def test_experts_start_as_linear_layers_do_and_decay_as_they_do():
 
 def test_mixture_mse_by_hand():
     prediction, target = torch.randn(B, 2 * R, T, A), torch.randn(B, R, T, A)
-    weights, ignored = torch.rand(B, 2), torch.rand(B, T) < 0.3
+    weights, ignored = torch.rand(B, 2), torch.rand(B, R, T) < 0.3
     weights = weights / weights.sum(1, keepdim=True)
     total = 0.0
     soft = 0.0
@@ -236,7 +252,7 @@ def test_mixture_mse_by_hand():
             errors = []
             for k in range(2):
                 square = (prediction[b, k * R + r] - target[b, r]) ** 2
-                errors.append(square[~ignored[b]].sum() / (T * A))
+                errors.append(square[~ignored[b, r]].sum() / (T * A))
             total += (weights[b, 0] * errors[0] + weights[b, 1] * errors[1]) / (B * R)
             likelihood = sum(
                 w * math.exp(-e / (2 * 0.3**2)) for w, e in zip(weights[b], errors, strict=True)
@@ -252,16 +268,12 @@ def test_mixture_mse_by_hand():
         torch.testing.assert_close(
             mixture_mse(one, target, ignored, torch.ones(1, 1), sigma), expected
         )
-    fixed = torch.rand(B, R, T) < 0.3
-    torch.testing.assert_close(
-        mixture_mse(one, target, fixed, torch.ones(1, 1)), masked_mse(one, target, fixed)
-    )
 
 
 def test_a_sharp_mixture_gives_the_sample_to_the_expert_that_explains_it():
     prediction, target = torch.randn(B, 2, T, A), torch.randn(B, 1, T, A)
     weights = torch.full((B, 2), 0.5, requires_grad=True)
-    ignored = torch.zeros(B, T, dtype=torch.bool)
+    ignored = torch.zeros(B, 1, T, dtype=torch.bool)
     mixture_mse(prediction, target, ignored, weights, 0.05).backward()
     error = (prediction - target).square().mean((-2, -1))
     assert torch.equal(weights.grad.argmin(1), error.argmin(1))  # most is to be gained there
@@ -313,7 +325,7 @@ def test_experts_of_episodes():
 @pytest.fixture
 def trained(experiment):
     """(policy, batch) after two steps, every weight of it moved."""
-    exp = experiment("train_vfp:experts")
+    exp = experiment("train_vfp_moe")
     exp.main("train.total_steps=2", "data.augment=null")
     policy, data = exp.job.policy, exp.job.data
     with torch.no_grad():
@@ -336,17 +348,21 @@ def test_the_table_is_the_gate_and_only_the_chosen_expert_runs(trained, monkeypa
     found = policy.sample(memory, x0, 3, z)
     assert torch.equal(policy.sample(memory, x0, 3, z), found)
     assert calls == [len(policy.codebook.codes)]  # once for all codes, and never again
-    experts, weights = policy.chosen(z, 2)
-    assert torch.equal(experts["experts"], logits.topk(2).indices)
+    experts, weights = choose_experts(policy.gate_logits(z), 2)
+    assert torch.equal(experts, logits.topk(2).indices)
     torch.testing.assert_close(weights, logits.topk(2).values.softmax(-1))
     best = logits.argmax(-1)
-    tokens = 6 * torch.bincount(best, minlength=3)
-    assert all(torch.equal(counts, tokens.to(counts.dtype)) for counts in rows)
-    decode = policy.parts["moe_action_decoder"].bind(
-        memory=memory.tokens, z=z, experts=best[:, None]
-    )
-    x1 = flow.generate(decode, policy.loss.target, x0, 3)
-    torch.testing.assert_close(found, policy.stats.denormalize("action", x1))
+    assert torch.equal(policy.chosen_expert(z), best)
+    chosen = torch.bincount(best, minlength=3).float()
+    assert all(torch.equal(counts, chosen) for counts in rows)
+    decoder = policy.parts["moe_action_decoder"]
+    context = decoder.context(memory=memory.tokens, z=z, experts=best[:, None])
+
+    def velocity(x, t):
+        return decoder(x_t=x[:, None], t=x.new_full((8, 1), t), context=context)[:, 0]
+
+    expected = policy.stats.denormalize("action", euler(velocity, x0, 3))
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
@@ -361,15 +377,14 @@ def test_two_experts_at_inference_are_weighted_by_the_gate(trained):
     found = policy.sample(memory, x, 3, z)
     for k in range(3):
         t = torch.full((8, 1), k / 3)
-        said = [
-            decoder(x_t=x[:, None], t=t, memory=memory.tokens, experts=best[:, [i]], z=z)[:, 0]
-            for i in (0, 1)
-        ]
-        x = x + (weights[:, 0, None, None] * said[0] + weights[:, 1, None, None] * said[1]) / 3
+        first, second = (
+            answer(decoder, x[:, None], t, memory.tokens, z, best[:, [i]])[:, 0] for i in (0, 1)
+        )
+        x = x + (weights[:, 0, None, None] * first + weights[:, 1, None, None] * second) / 3
     torch.testing.assert_close(found, policy.stats.denormalize("action", x), atol=1e-4, rtol=1e-4)
 
 
-def test_what_the_loss_is_made_of_and_what_moves_the_gate(trained):
+def test_the_terms_of_the_loss_and_what_moves_the_gate(trained):
     policy, batch = trained
     loss, scalars = policy(batch | {"noise": Noise(0), "progress": 0.5})
     expected = scalars["flow"] + 0.25 * scalars["commitment"] + scalars["prior"]
@@ -377,7 +392,7 @@ def test_what_the_loss_is_made_of_and_what_moves_the_gate(trained):
         loss.detach(), expected + 0.01 * scalars["balance"] + 0.001 * scalars["router_z"]
     )
     assert sum(scalars[f"load/{i}"] for i in range(3)) == pytest.approx(1.0)
-    policy.loss.load_balance = policy.loss.router_z = policy.loss.commitment = 0.0
+    policy.weights.load_balance = policy.weights.router_z = policy.weights.commitment = 0.0
     policy.train()(batch | {"noise": Noise(0), "progress": 0.5})[0].backward()
     assert any(
         p.grad.any() for p in policy.parts["gate"].parameters()
@@ -386,7 +401,7 @@ def test_what_the_loss_is_made_of_and_what_moves_the_gate(trained):
 
 
 def test_kot_moves_the_best_expert_of_prior_samples(experiment):
-    exp = experiment("train_vfp:experts")
+    exp = experiment("train_vfp_moe")
     assert (
         exp.main(
             "train.total_steps=2", "loss.sinkhorn={weight: 0.1}", "loss.top_k=3", "loss.sigma=0.5"
@@ -397,14 +412,14 @@ def test_kot_moves_the_best_expert_of_prior_samples(experiment):
 
 
 def test_a_slow_posterior_is_what_the_prior_learns(experiment, monkeypatch):
-    exp, own = experiment("train_vfp:experts"), []
-    after = train_vfp.Policy.after_step
+    exp, own = experiment("train_vfp_moe"), []
+    after = train_vfp_moe.Policy.after_step
 
     def watched(policy, job):
         own.append([p.detach().clone() for p in policy.parts["vqvae_posterior"].parameters()])
         after(policy, job)
 
-    monkeypatch.setattr(train_vfp.Policy, "after_step", watched)
+    monkeypatch.setattr(train_vfp_moe.Policy, "after_step", watched)
     exp.main("train.total_steps=3", "loss.posterior_ema=0.25")
     policy = exp.job.policy
     expected = [p for name, p in exp.start.items() if name.startswith("parts.vqvae_posterior.")]
@@ -421,15 +436,15 @@ def test_a_slow_posterior_is_what_the_prior_learns(experiment, monkeypatch):
         _, scalars = policy.eval()(batch | {"noise": Noise(0), "progress": 0.5})
         memory, x1 = policy.encode(batch), policy.stats.normalize("action", batch["action"])
         codes = policy.codebook(
-            policy.slow_posterior(**memory.first_camera, action=x1).tokens
+            policy.slow_posterior(**memory.latent_inputs, action=x1).tokens
         ).indices
         torch.testing.assert_close(
-            scalars["prior"], policy.parts["vqvae_prior"](**memory.first_camera).loss(codes, None)
+            scalars["prior"], policy.parts["vqvae_prior"](**memory.latent_inputs).loss(codes)
         )
 
 
 def test_expert_weights_decay_and_their_biases_do_not(experiment):
-    exp = experiment("train_vfp:experts")
+    exp = experiment("train_vfp_moe")
     exp.main("train.total_steps=1", "train.optim={peak_lr: 1e-3, weight_decay: 0.1}")
     (optimizer,) = optim.build(exp.job.policy.parts, exp.job.cfg)
     decayed = {
@@ -442,29 +457,8 @@ def test_expert_weights_decay_and_their_biases_do_not(experiment):
     assert id(exp.job.policy.codebook.codes) not in decayed
 
 
-def test_a_gate_without_codes_is_an_error(experiment):
-    exp = experiment("train_vfp")
-    exp.file.write_text(
-        exp.file.read_text().replace("vae_prior:", "gate: ./gate.yaml\n    vae_prior:")
-    )
-    (exp.folder / "gate.yaml").write_text(
-        "block: gate\nargs: {latent_size: 8, dim: 8, experts: 2}\n"
-    )
-    with pytest.raises(ConfigError, match="gate is listed: it needs moe_action_decoder as well"):
-        exp.main("train.total_steps=1")
-    moe = "block: moe_action_decoder\nargs: {dim: 16, heads: 2, ff: 32, layers: 1, experts: 2, action_dim: null}\n"
-    (exp.folder / "moe_action_decoder.yaml").write_text(moe)
-    exp.file.write_text(
-        exp.file.read_text().replace(
-            "gate:", "moe_action_decoder: ./moe_action_decoder.yaml\n    gate:"
-        )
-    )
-    with pytest.raises(ConfigError, match="gate: it reads a code, so list vqvae_posterior"):
-        exp.main("train.total_steps=1")
-
-
 def test_gate_and_decoder_must_agree(experiment):
-    exp = experiment("train_vfp:experts")
+    exp = experiment("train_vfp_moe")
     gate = exp.folder / "gate.yaml"
     gate.write_text(gate.read_text().replace("experts: 3", "experts: 5"))
     with pytest.raises(
@@ -474,16 +468,17 @@ def test_gate_and_decoder_must_agree(experiment):
         exp.main("train.total_steps=1")
     del exp.config["model"]["component_config_paths"]["gate"]
     exp.write()
-    with pytest.raises(ConfigError, match="moe_action_decoder is listed: it needs gate as well"):
+    with pytest.raises(ConfigError, match="this policy needs gate; listed: backbone"):
         exp.main("train.total_steps=1")
 
 
 def test_more_experts_than_there_are_is_an_error(experiment):
-    exp = experiment("train_vfp:experts")
-    with pytest.raises(ConfigError, match=r"4 experts asked for \(loss.top_k, .*of 3"):
-        exp.main("train.total_steps=1", "loss.top_k=4")
+    exp = experiment("train_vfp_moe")
+    for key in ("loss.top_k", "sampling.experts"):
+        with pytest.raises(ConfigError, match=f"{key}: 4 experts asked for, there are 3"):
+            exp.main("train.total_steps=1", f"{key}=4")
     exp.main("train.total_steps=1")
-    with pytest.raises(UserError, match="--experts: 4, of 3"):
+    with pytest.raises(UserError, match="experts: 4 experts asked for, there are 3"):
         evaluate.main(["--checkpoint", str(exp.save_dir), "--experts", "4"])
 
 
@@ -491,13 +486,13 @@ def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     """avoid for a few steps, through the command line."""
     config = ROOT / "configs/variational_flow_matching_policy/avoid/train.yaml"
     run = tmp_path / "run"
-    train_vfp.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=200"])
+    train_vfp_moe.main(["--config", str(config), f"train.save_dir={run}", "train.total_steps=200"])
     argv = [
         "--checkpoint",
         str(run),
         "--env",
         "avoid",
-        "--execute",
+        "--replan_steps",
         "25",
         "--episodes",
         "40",
@@ -511,14 +506,17 @@ def test_evaluation_of_a_mixture_tells_which_expert_drives_which_mode(tmp_path):
     assert (tmp_path / "results/experts.png").stat().st_size > 5000
 
 
-def test_only_a_mixture_is_told_of_experts(experiment, tmp_path):
-    for kind, told in (("codes", {}), ("experts", {"experts": 1})):
-        exp = experiment(f"train_vfp:{kind}", kind)
+def test_only_a_mixture_has_experts_to_choose(experiment, tmp_path):
+    for script, sampling in (("train_vfp", {}), ("train_vfp_moe", {"experts": 1})):
+        exp = experiment(script, script)
         exp.main("train.total_steps=1")
-        evaluate.main(
-            ["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / kind)]
-        )
-        assert json.loads((tmp_path / kind / "results.json").read_text())["sampling"] == told
+        argv = ["--checkpoint", str(exp.save_dir), "--nfe", "1", "--out", str(tmp_path / script)]
+        evaluate.main(argv)
+        results = json.loads((tmp_path / script / "results.json").read_text())
+        assert results["sampling"] == sampling
+        if not sampling:
+            with pytest.raises(UserError, match=r"--experts: .* holds a policy without it"):
+                evaluate.main([*argv, "--experts", "2"])
 
 
 def test_the_negative_control_trains_and_is_evaluated(tmp_path):
@@ -526,7 +524,7 @@ def test_the_negative_control_trains_and_is_evaluated(tmp_path):
     spec = importlib.util.spec_from_file_location("research_objective", script)
     control = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(control)
-    assert inspect.getsource(control.main) == inspect.getsource(train_vfp.main)
+    assert inspect.getsource(control.main) == inspect.getsource(train_vfp_moe.main)
     config = ROOT / "configs/variational_flow_matching_policy/avoid/train_research.yaml"
     run = tmp_path / "run"
     control.main(
@@ -563,10 +561,10 @@ def test_the_negative_control_trains_and_is_evaluated(tmp_path):
 def test_exp1_at_full_size_without_allocating_anything():
     folder = ROOT / "configs/variational_flow_matching_policy"
     for name in ("exp1", "exp2"):
-        cfg = configured(name, train_vfp, folder)
-        policy, memory, z, velocity = on_meta(cfg)
+        cfg = configured(name, train_vfp_moe, folder)
+        policy, memory, z, velocity = on_meta(cfg, train_vfp_moe)
         assert memory.shape[2] == 768
-        assert (z.shape, velocity.shape) == ((2, 1, 64), (2, 2, 40, 24))
+        assert (z.shape, velocity.shape) == ((2, 1, 64), (2, 40, 24))
         named = {Path(path).stem for path in cfg.model.component_config_paths.values()}
         assert {path.stem for path in (folder / "exp1").iterdir()} >= named
         assert policy.parts.frozen == {"da3"}

@@ -1,4 +1,4 @@
-"""naive_flow_matching_policy's exp1 and exp2: what they list is what looks at the cameras."""
+"""naive_flow_matching_policy's exp1 and exp2: the components that see the cameras, and schedules."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ def test_full_size_without_allocating_anything(name):
     policy, memory, _, velocity = on_meta(cfg, train_flow_matching)
     hands, depth = 2 * 8 * 10, 3 * 2 * 17 * 23  # ResNet-34 at stride 32; two layers of each camera
     assert memory.shape == (2, 3 * 300 + hands + depth + 3 + 40, 768)
-    assert velocity.shape == (2, 1, 40, 24)
-    eyes, hands, depth = policy.parts.lookers(list(cfg.data.cameras))
-    assert eyes == [("backbone", "head"), ("backbone", "left"), ("backbone", "right")]
+    assert velocity.shape == (2, 40, 24)
+    backbones, hands, depth = policy.parts.camera_components(list(cfg.data.cameras))
+    assert backbones == [("backbone", "head"), ("backbone", "left"), ("backbone", "right")]
     assert hands == [("left_hand_extractor", "left"), ("right_hand_extractor", "right")]
     assert depth == [("da3", "head"), ("da3", "left"), ("da3", "right")]
     assert policy.parts.frozen == {"da3"}
