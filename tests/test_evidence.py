@@ -200,7 +200,7 @@ COMPARED = {  # configs of equal size, by folder of configs/
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_policies_that_are_compared_have_as_many_parameters(name):
-    """The naive policy's networks are wider, so that a latent does not win by its size: within 5 %."""
+    """Within 5 %: the naive policy's networks are wider, so that no latent wins by its size."""
     sizes = []
     for policy in COMPARED[name]:
         cfg = config.Yaml.read(ROOT / "configs" / policy / f"{name}.yaml").data
