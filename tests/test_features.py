@@ -625,7 +625,7 @@ def test_evaluation_looks_at_pictures(cached, calls):
 
 def test_errors(cached):
     exp = cached()
-    why = r"train.yaml:\d+: data.augment: set it to null: data.cache: features looks at plain pictures, once"
+    why = r"train.yaml:\d+: data.augment: set it to null: data.cache: features sees each picture"
     exp.config["data"]["augment"] = {}
     exp.write()
     with pytest.raises(ConfigError, match=why):
