@@ -23,7 +23,6 @@ import evaluate
 from common import run
 from common.blocks.depth_anything import DepthAnything3
 from common.blocks.vision import TinyCNN
-from common.checkpoint import open_policy
 from common.config import ConfigError, DataError, UserError
 from common.data import features
 from common.data.features import FeatureCache
@@ -31,6 +30,7 @@ from common.data.lerobot import cache_folder
 from common.data.loader import to_device
 from common.noise import Noise
 from common.parts import IMAGE
+from common.robot import Robot
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 FRAMES = 100
@@ -172,8 +172,8 @@ def test_losses_are_those_through_the_frozen_components(
         assert "features.da3.left" not in fast
     every_feature_counts(exp)
     with torch.no_grad():
-        expected = policy.parts.look(to_device(slow, "cpu"), [*CAMERAS])
-        found = policy.parts.look(to_device(fast, "cpu") | {}, [*CAMERAS])
+        expected = policy.parts.encode_cameras(to_device(slow, "cpu"), [*CAMERAS])
+        found = policy.parts.encode_cameras(to_device(fast, "cpu") | {}, [*CAMERAS])
     for x, y in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
         assert (x.shape, y.dtype) == (y.shape, torch.float32)
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
@@ -610,16 +610,10 @@ def test_evaluation_looks_at_pictures(cached, calls):
     )
     assert calls["TinyCNN"] == 3 * calls["DepthAnything3"] > 0
     assert json.loads((exp.folder / "open/results.json").read_text())["nfe"] == 2
-    policy, cfg = open_policy(exp.save_dir)
-    looker = evaluate.Looker(cfg.data, 1, torch.device("cpu"))
-    looker.remember(
-        0,
-        {"observation.state": np.zeros(5)}
-        | dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1")),
-    )
+    robot = Robot.open(exp.save_dir, replan_steps=1)
+    pictures = dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1"))
     calls.clear()
-    with torch.no_grad():
-        policy.encode(looker.batch([0]))
+    robot.act({"observation.state": np.zeros(5), **pictures})
     assert calls == {"TinyCNN": 3, "DepthAnything3": 1}
 
 

@@ -60,7 +60,7 @@ def test_full_size_without_allocating_anything(name, counts, tokens):
     policy, memory, z, velocity = on_meta(cfg)
     parts = policy.parts
     assert {key: sum(p.numel() for p in part.parameters()) for key, part in parts.items()} == counts
-    assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
+    assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 40, 24))
     assert parts.frozen == {"da3"} & counts.keys()
     table = {
         line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()
@@ -213,12 +213,12 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
         seen = [policy.encode(obs, drop).tokens for obs in (batch, other)]
         assert torch.equal(*seen) == hidden
         read = [
-            policy.parts["vae_prior"](**policy.encode(obs, drop).first_camera).mu
+            policy.parts["vae_prior"](**policy.encode(obs, drop).latent_inputs).mu
             for obs in (batch, other)
         ]
         assert torch.equal(*read) == hidden
     # The depth tokens alone, which the encoder mixes with all others.
-    visual, semantic = policy.parts.look(batch, policy.cameras)
+    visual, semantic = policy.parts.encode_cameras(batch, policy.cameras)
     hidden = policy.parts.hidden(
         torch.tensor([[True, False, False], [False, False, False]]), policy.cameras
     )
@@ -308,7 +308,7 @@ CAMERAS = ["head", "left", "right"]
 def test_look_lists_grids_then_hands_then_depth(frames):
     parts, shape = seeing(), (3, *([frames] if frames else []), 3, 16, 24)
     obs = {f"observation.images.{camera}": torch.rand(shape) for camera in CAMERAS}
-    visual, semantic = parts.look(obs, CAMERAS)
+    visual, semantic = parts.encode_cameras(obs, CAMERAS)
     n = frames or 1
     assert [x.shape for x in visual] == [(3, 4 * n, 6, 3)] * 3 + [(3, 5 * n, 3)] * 2 + [
         (3, 2 * 2 * n, 3, 3)
@@ -332,7 +332,7 @@ def test_look_lists_grids_then_hands_then_depth(frames):
 def test_look_takes_cached_features_in_place_of_running_a_component():
     parts = seeing()
     obs = {f"observation.images.{camera}": torch.rand(3, 3, 16, 24) for camera in CAMERAS}
-    visual, semantic = parts.look(obs, CAMERAS)
+    visual, semantic = parts.encode_cameras(obs, CAMERAS)
     cached = {}
     for i, key in enumerate(("head_backbone.head", "left_backbone.left", "left_backbone.right")):
         cached |= {
@@ -344,13 +344,13 @@ def test_look_takes_cached_features_in_place_of_running_a_component():
         f"observation.images.{camera}": obs[f"observation.images.{camera}"]
         for camera in ("left", "right")
     }
-    again, summaries = parts.look(cached, CAMERAS)
+    again, summaries = parts.encode_cameras(cached, CAMERAS)
     assert [part.calls for part in parts.values()] == [1, 1, 2, 1]
     for x, y in zip([*again, *summaries], [*visual, *semantic], strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, atol=4e-3, rtol=1e-2)
     del cached["features.left_backbone.right"], cached["features.left_backbone.right.summary"]
-    assert torch.equal(parts.look(cached, CAMERAS)[0][2], visual[2])
+    assert torch.equal(parts.encode_cameras(cached, CAMERAS)[0][2], visual[2])
     assert [part.calls for part in parts.values()] == [1, 2, 3, 1]
 
 

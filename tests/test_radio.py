@@ -433,7 +433,7 @@ def test_as_a_frozen_component_of_a_policy(tmp_path):
     images = {
         f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")
     }
-    grids, summaries = parts.look(images, ["head", "left"])
+    grids, summaries = parts.encode_cameras(images, ["head", "left"])
     features, _ = expected(reference, images["observation.images.left"].flatten(0, 1))
     torch.testing.assert_close(
         grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach()
