@@ -18,7 +18,7 @@ test-all: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
