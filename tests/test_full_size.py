@@ -1,7 +1,10 @@
 """vfp_single_expert's exp1 and exp2: full size on the meta device, small size in training."""
 
+import importlib
 import json
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import yaml
 from conftest import Experiment
 from helpers import (
+    CONFIGS,
     DA3_TINY,
     RADIO_TINY,
     assert_same_run,
@@ -76,6 +80,15 @@ def test_full_size_without_allocating_anything(name, counts, tokens):
     assert parts.table(cfg).splitlines()[1].split()[-2:] == ["0.0", f"{RADIO * 16 / 2**20:,.1f}"]
 
 
+SCRIPT_OF = {
+    "naive_flow_matching_policy": "train_flow_matching",
+    "vfp_single_expert": "train_vfp",
+    "variational_flow_matching_policy": "train_vfp_moe",
+    "cfg_vqvae_flow_matching": "train_cfg_vqvae",
+    "mutual_information_estimator": "train_mi",
+}
+
+
 def test_the_experiments_are_as_published_and_use_what_they_list():
     exp1, exp2 = configured("exp1"), configured("exp2")
     assert (exp1.train.optim.peak_lr, exp1.train.optim.warmup_steps, exp1.train.optim.eps) == (
@@ -95,7 +108,49 @@ def test_the_experiments_are_as_published_and_use_what_they_list():
             40,
             40,
         )
-        assert Yaml.read(cfg.model.component_config_paths["action_decoder"]).data["args"]["causal"]
+    folder = (
+        CONFIGS / "vfp_single_expert/exp2"
+    )  # the nine files that the seeds list, and train.yaml
+    assert {path.stem for path in folder.glob("*.yaml")} == {
+        "train",
+        "head_backbone",
+        "left_backbone",
+        "right_backbone",
+        "info_embedder",
+        "action_decoder",
+        "multimodal_bridge",
+        "vae_posterior",
+        "vae_prior",
+        "da3",
+    }
+
+
+def test_only_the_published_decoder_of_vfp_exp1_is_causal():
+    causal = []
+    for path in CONFIGS.rglob("*.yaml"):
+        if "causal: true" in "".join(re.findall(r"^[^#\n]*", path.read_text(), flags=re.M)):
+            causal.append(path.relative_to(CONFIGS))
+    assert list(map(str, causal)) == ["vfp_single_expert/exp1/action_decoder.yaml"]
+
+
+def test_a_config_folder_can_be_copied_alone():
+    """Only exp2 of two policies, for which no files of their own are published, names exp1's."""
+    borrowing = set()
+    for path in CONFIGS.rglob("train*.yaml"):
+        files = Yaml.read(path).data["model"]["component_config_paths"].values()
+        if any(not file.startswith("./") for file in files):
+            borrowing.add(str(path.parent.relative_to(CONFIGS)))
+    assert borrowing == {
+        "naive_flow_matching_policy/exp2",
+        "variational_flow_matching_policy/exp2",
+    }
+
+
+def test_every_loss_key_is_written_out_at_full_size():
+    for path in CONFIGS.glob("*/exp*/train.yaml"):
+        script = importlib.import_module(SCRIPT_OF[path.parents[1].name])
+        keys = {field.name for field in fields(script.Loss)}
+        assert keys == Yaml.read(path).data["loss"].keys(), path
 
 
 def small(folder, demos, freeze=("left_backbone",)):
@@ -219,12 +274,12 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
         assert torch.equal(*read) == hidden
     # The depth tokens alone, which the encoder mixes with all others.
     visual, semantic = policy.parts.encode_cameras(batch, policy.cameras)
-    hidden = policy.parts.hidden(
+    hidden = policy.parts.visual_mask(
         torch.tensor([[True, False, False], [False, False, False]]), policy.cameras
     )
     assert hidden.tolist() == [[True, False, False, True], [False] * 4]
     bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
-    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "drop": hidden}
+    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "visual_mask": hidden}
     before, after = (bridge(cond_visual=x, **inputs) for x in (visual, moved))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False]
 
@@ -325,8 +380,8 @@ def test_look_lists_grids_then_hands_then_depth(frames):
     assert [x.requires_grad for x in visual] == [True] * 5 + [False]
     drop = torch.tensor([[True, False, False], [False, False, True], [False, False, False]])
     expected = [[1, 0, 0, 0, 0, 1], [0, 0, 1, 0, 1, 0], [0] * 6]
-    assert parts.hidden(drop, CAMERAS).int().tolist() == expected
-    assert parts.hidden(None, CAMERAS) is None
+    assert parts.visual_mask(drop, CAMERAS).int().tolist() == expected
+    assert parts.visual_mask(None, CAMERAS) is None
 
 
 def test_look_takes_cached_features_in_place_of_running_a_component():
