@@ -247,7 +247,7 @@ def environment(
 
 
 def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> None:
-    """Raise UserError unless it gives the keys, the rate and the dimensions of the training data."""
+    """Raise UserError unless it has the keys, the rate and the dimensions of the training data."""
     name = env.spec.id
     spaces = dict(getattr(env.observation_space, "spaces", {}))
     missing = [key for key in [*data.state_keys, *data.cameras.values()] if key not in spaces]
@@ -259,19 +259,21 @@ def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> No
     hz = env.metadata.get("render_fps")
     if hz != data.HZ:
         raise UserError(
-            f"--env: {name} runs at {hz} Hz, the policy at {data.HZ:g} (its render_fps, and data.HZ)"
+            f"--env: {name} runs at {hz} Hz, the policy at {data.HZ:g} "
+            "(its render_fps, and data.HZ)"
         )
     state = sum(int(np.prod(spaces[key].shape)) for key in data.state_keys)
     found = (state, *(env.action_space.shape or ()))
     trained = (len(policy.stats.state_mean), len(policy.stats.action_mean))
     if found != trained:
         raise UserError(
-            f"--env: {name} has (state, action) of {found} numbers, the policy was trained on {trained}"
+            f"--env: {name} has (state, action) of {found} numbers, "
+            f"the policy was trained on {trained}"
         )
 
 
 def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
-    """Success per NFE over the same episodes; success.png, and if possible tracks.png, modes.png."""
+    """Success per NFE over the same episodes; success.png, if possible tracks.png, modes.png."""
     make, world = environment(policy, cfg.data, args)
     names = getattr(world, "MODES", None)
     shares = getattr(world, "MODE_SHARES", None)
@@ -391,7 +393,8 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     data = Data(held_out)
     if not data.val_episodes:
         raise UserError(
-            "this run held no episodes out (data.val_episodes): nothing to compare with; or give --env"
+            "this run held no episodes out (data.val_episodes): nothing to compare with; "
+            "or give --env"
         )
     info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
     names = joint_names(info["features"], cfg.data.action_key, data.facts["action_dim"])

@@ -74,8 +74,8 @@ class Policy(CodePolicy):
         self.sampling = cfg.sampling
         if bool(self.codebook.null_tokens) != bool(cfg.loss.cond_drop_prob):
             raise ConfigError(
-                f"loss.cond_drop_prob: {cfg.loss.cond_drop_prob}, but vqvae_codebook has null_tokens: "
-                f"{self.codebook.null_tokens}; null tokens are what codes are dropped for"
+                f"loss.cond_drop_prob: {cfg.loss.cond_drop_prob}, but vqvae_codebook has "
+                f"null_tokens: {self.codebook.null_tokens}; null tokens replace dropped codes"
             )
         self.check_sampling()
 

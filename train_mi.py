@@ -90,7 +90,7 @@ class Config:
 
 
 class Policy(nn.Module):
-    """Components: state_resnet34_encoder, state_resnet34_decoder, action_encoder, action_decoder."""
+    """state_resnet34_encoder, state_resnet34_decoder, action_encoder and action_decoder."""
 
     def __init__(self, parts, stats, cfg):
         super().__init__()
@@ -140,7 +140,7 @@ class Policy(nn.Module):
         return state, self.parts["action_encoder"](action=x1)
 
     def decode(self, state, action):
-        """Latents (B, 1, D) -> proprio (B, P, S), pictures (B, C, 3, h, w) or None, chunk (B, T, A)."""
+        """Latents (B, 1, D) -> proprio (B, P, S), pictures (B, C, 3, h, w), chunk (B, T, A)."""
         proprio, pictures = self.parts["state_resnet34_decoder"](z=state)
         return proprio, pictures, self.parts["action_decoder"](z=action)
 
@@ -158,7 +158,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def draw(self, data, file):
-        """Six windows, held out if there are such, and reconstructions from their latents' means."""
+        """Six windows, held out if possible, and reconstructions from their latents' means."""
         rows = data.val_rows if len(data.val_rows) else data.train_rows
         spread = np.linspace(0, len(rows) - 1, 8).astype(int)
         rows = rows[spread[1:-1]]  # the very last one has no chunk
@@ -209,7 +209,8 @@ def score(folder, device, now=None, root=None):
     trained = (len(policy.stats.state_mean), len(policy.stats.action_mean))
     if sizes != trained:
         raise UserError(
-            f"{dataset.root} has (state, action) of {sizes} numbers, {folder} was trained on {trained}"
+            f"{dataset.root} has (state, action) of {sizes} numbers, "
+            f"{folder} was trained on {trained}"
         )
     information.check_scorable(windows, scoring, cfg.seed)
     if cfg.data.cache != "none":

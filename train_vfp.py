@@ -25,7 +25,8 @@ class Loss(schema.FlowLoss):
     kl_warmup: float = key(0.05, "share of the run over which the KL weight rises from 0", low=0)
     balance: float | None = key(
         None,
-        "share of the KL gradient that moves a Gaussian prior; null: 0.8. Other priors learn to draw z",
+        "share of the KL gradient that moves a Gaussian prior; null: 0.8. "
+        "Other priors learn to draw z",
         low=0,
         high=1,
     )
@@ -47,8 +48,8 @@ class Config:
 class Policy(ActionPolicy):
     """Components: backbone(s), info_embedder, vae_posterior, vae_prior, action_decoder.
 
-    The posterior is Gaussian. The prior's head is `gaussian`, with the KL between the two, or `flow`
-    or `point`, which learn to draw z while the KL keeps the posterior near N(0, I).
+    The posterior is Gaussian. The prior's head is `gaussian`, with the KL between the two, or
+    `flow` or `point`, which learn to draw z while the KL keeps the posterior near N(0, I).
     """
 
     has_latent = True

@@ -1,4 +1,4 @@
-"""variational_flow_matching_policy: a code tells which way to do the task, and which expert does it.
+"""variational_flow_matching_policy: a code tells which way to do the task and which expert acts.
 
     accelerate launch -q train_vfp_moe.py \\
         --config configs/variational_flow_matching_policy/tabletop/train.yaml

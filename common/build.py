@@ -1,4 +1,4 @@
-"""Component YAML to GraphModel: named blocks, run in file order, checked before anything is allocated.
+"""Component YAML to GraphModel: named blocks, run in file order, checked before any allocation.
 
 python -m common.build --list       # every block that YAML may name, with its arguments
 """
@@ -32,7 +32,7 @@ class UnknownBlock(ConfigError, KeyError):  # noqa: N818 (the name is an interfa
 
 
 def block(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: YAML may name this nn.Module class, or function of tensors with keyword arguments."""
+    """Decorator: YAML may name this nn.Module class, or function of tensors."""
 
     def register(made):
         here = f"{made.__module__}.{made.__qualname__}"
@@ -48,7 +48,7 @@ def block(name: str) -> Callable[[Callable], Callable]:
 
 
 def import_plugins(names: Iterable[str], source: Yaml | None = None) -> None:
-    """Import the modules that `plugins:` of train.yaml names, so that they register their blocks."""
+    """Import the modules that `plugins:` of train.yaml names, which register their blocks."""
     for i, name in enumerate(names):
         try:
             importlib.import_module(name)
@@ -87,8 +87,8 @@ def _fill(template: Any, find: Callable[[Any], Any]) -> Any:
 class GraphModel(nn.Module):
     """Blocks run in order. Modules are attributes under their names, and so are functions.
 
-    inputs: names, or None for the short form: a single block called `block`, which gets whatever the
-    graph gets.
+    inputs: names, or None for the short form: a single block called `block`, which gets whatever
+    the graph gets.
     """
 
     def __init__(self, inputs: list[str] | None, steps: list[Step], result: Any):
@@ -121,8 +121,8 @@ class GraphModel(nn.Module):
     def context(self, **inputs) -> Any:
         """All that does not depend on t: the context of the block that has one, else the inputs.
 
-        A decoder in the long form either declares `context` among its inputs, for the one block that
-        computes it, or the inputs themselves (memory, z), which it gets at each call.
+        A decoder in the long form either declares `context` among its inputs, for the one block
+        that computes it, or the inputs themselves (memory, z), which it gets at each call.
         """
         owner = self._context_owner()
         if owner is not None:
@@ -287,7 +287,7 @@ class _Checked:
         return value
 
     def filled(self, values, here):
-        """params (or the short form's args) with null replaced by the dataset's fact of that name."""
+        """params (or the short form's args) with null replaced by the dataset's fact."""
         filled = dict(values)
         for name in FACTS:
             if name not in values:
@@ -320,7 +320,7 @@ class _Checked:
         return known[name]
 
     def args(self, values, here):
-        """Arguments with each $param replaced, and a relative `weights` starting beside the YAML."""
+        """Arguments with each $param replaced; a relative `weights` starts beside the YAML."""
 
         def find(value, here):
             if not isinstance(value, str) or not value.startswith("$"):
@@ -341,7 +341,7 @@ class _Checked:
         return values
 
     def references(self, template, here):
-        """template with each "$name" replaced by the name, which an input or an earlier block must have."""
+        """template with each "$name" replaced by the name of an input or an earlier block."""
 
         def find(value):
             name = value[1:] if isinstance(value, str) and value.startswith("$") else None
@@ -395,7 +395,7 @@ def completed(source: Yaml, model: GraphModel) -> Yaml:
 
 
 def argument_meanings(made: Callable) -> dict[str, str]:
-    """Argument -> meaning, from the `Args:` section of a block's docstring, or of its base class's."""
+    """Argument -> meaning, from the `Args:` of a block's docstring, or of its base class's."""
     for owner in getattr(made, "__mro__", (made,)):
         _, found, section = inspect.cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
         if found:

@@ -1,4 +1,4 @@
-"""Distributions over the latent z (B, n, D), and the heads that predict them from features (B, n, d).
+"""Distributions over the latent z (B, n, D), and heads that predict them from features (B, n, d).
 
 A distribution draws z as a function of the observation and of noise alone: with its noise held, a
 choice holds as long as the observation allows it. `size` is the shape of a draw: n tokens of D
@@ -134,7 +134,7 @@ class PointHead(nn.Linear):
 
 
 class FlowHead(nn.Module):
-    """Features (B, n, dim) -> LatentFlow: the velocity of all tokens together, two hidden layers."""
+    """Features (B, n, dim) -> LatentFlow: the velocity of all tokens, by two hidden layers."""
 
     def __init__(self, dim: int, tokens: int, latent_dim: int):
         super().__init__()
@@ -158,7 +158,7 @@ class FlowHead(nn.Module):
 
 
 class CodeHead(nn.Module):
-    """Features (B, n, dim) -> Codes: logits of each slot from its features and the codes before it."""
+    """Features (B, n, dim) -> Codes: logits of a slot from its features and the codes before it."""
 
     def __init__(self, dim: int, tokens: int, num_codes: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Flow matching: noisy chunks to learn from, and the velocity that leads from noise to an action chunk.
+"""Flow matching: noisy chunks to learn from, and the velocity from noise to an action chunk.
 
 Time runs from t = 0 (noise x0) to t = 1 (data x1).
 """
@@ -32,7 +32,7 @@ def linear_path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_prefix(u: Tensor, horizon: int, longest: int) -> Tensor:
-    """Uniform u (B, R) -> mask (B, R, T), true for the first d actions; d is uniform in 0 .. longest.
+    """Uniform u (B, R) -> mask (B, R, T), true for the first d actions; d uniform in 0 .. longest.
 
     Training on given prefixes lets a chunk continue the running one (Black et al. 2025,
     arXiv:2512.05964: training-time real-time chunking).
@@ -109,7 +109,7 @@ def one_step(decoder: Callable[..., Tensor], context: Any, x0: Tensor, target: s
 
 
 def guided(velocity: Callable[..., Tensor], w: float) -> Callable[..., Tensor]:
-    """velocity of twice the chunks, conditional ones before null ones -> null + w (conditional - null).
+    """velocity of twice the chunks, conditional before null ones -> null + w (conditional - null).
 
     Ho & Salimans 2022 (arXiv:2207.12598) eq. 6, whose w is ours less one. Both halves are one call.
     """
@@ -122,7 +122,7 @@ def guided(velocity: Callable[..., Tensor], w: float) -> Callable[..., Tensor]:
 
 
 def euler(velocity: Callable[..., Tensor], x0: Tensor, steps: int) -> Tensor:
-    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps; `steps` evaluations (NFE)."""
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps, one evaluation each."""
     x = x0
     for k in range(steps):
         x = x + velocity(x, k / steps) / steps

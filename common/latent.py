@@ -1,4 +1,4 @@
-"""A discrete latent, as two policies have it: a posterior, a codebook, and a prior over its codes."""
+"""A discrete latent, as two policies have it: posterior, codebook, and a prior over its codes."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class CodeLoss(schema.FlowLoss):
 
 
 class Coded(NamedTuple):
-    """Codes of demonstrated chunks: z for the decoder and the exact zq (B, n, D), prior, loss, scalars."""
+    """Codes of demonstrated chunks: z for the decoder, exact zq (B, n, D), prior, loss, scalars."""
 
     z: Tensor
     zq: Tensor
@@ -50,9 +50,9 @@ class Coded(NamedTuple):
 class CodePolicy(ActionPolicy):
     """An ActionPolicy whose latent is one or several codes per chunk.
 
-    In training a posterior reads tokens from the demonstrated chunk, a codebook replaces them by its
-    nearest codes (van den Oord et al. 2017, arXiv:1711.00937; the gradient by NSVQ), and the prior
-    learns to predict these codes from the observation alone. Acting, the prior draws them.
+    In training a posterior reads tokens from the demonstrated chunk, a codebook replaces them by
+    its nearest codes (van den Oord et al. 2017, arXiv:1711.00937; the gradient by NSVQ), and the
+    prior learns to predict these codes from the observation alone. Acting, the prior draws them.
     """
 
     has_latent = True
@@ -82,12 +82,12 @@ class CodePolicy(ActionPolicy):
         check_fit(posterior, prior, self.codebook.codes)
         if self.weights.label_smoothing and not isinstance(prior, Codes):
             raise ConfigError(
-                f"loss.label_smoothing: {self.weights.label_smoothing} smooths the targets of a prior "
-                "over codes, and this prior's head is point: set it to 0"
+                f"loss.label_smoothing: {self.weights.label_smoothing} smooths the targets of a "
+                "prior over codes, and this prior's head is point: set it to 0"
             )
 
     def code_chunks(self, memory: Memory, x1: Tensor, noise: Noise) -> Coded:
-        """Normalised demonstrated chunks x1 (B, T, A) -> their codes, and the losses of the latent."""
+        """Normalised demonstrated chunks x1 (B, T, A) -> their codes and the latent's losses."""
         inputs = memory.latent_inputs
         posterior = self.parts["vqvae_posterior"](**inputs, action=x1)
         prior = self.parts["vqvae_prior"](**inputs)

@@ -10,12 +10,12 @@ from common.noise import Noise
 
 
 def warmup(progress: float, share: float) -> float:
-    """0 to 1 over the first `share` of the run; progress is the share of its steps that are done."""
+    """0 to 1 over the first `share` of the run; progress: the share of its steps that are done."""
     return min(progress / share, 1.0) if share else 1.0
 
 
 def draw_camera_mask(noise: Noise, batch: int, cameras: int, probability: float) -> Tensor:
-    """(B, cameras) bool: with `probability` one camera of a sample is hidden, never its only one."""
+    """(B, cameras) bool: with `probability` one camera of a sample is hidden, never an only one."""
     u = noise.uniform(batch, 2)
     camera = (u[:, 1:] * cameras).long()
     hidden = u[:, :1] < (probability if cameras > 1 else 0.0)
@@ -56,7 +56,7 @@ def mixture_mse(
 
 
 def load_balance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate probabilities (B, E) -> E sum_e share_e mean p_e, 1 where all are used alike; the shares.
+    """Gate probabilities (B, E) -> E sum_e share_e mean p_e, 1 if all are used alike; the shares.
 
     A share is the part of the samples, of all processes, whose first choice the expert is (Fedus et
     al. 2022, arXiv:2101.03961, eq. 4 to 6, per sample here). Second choices, if counted, let the
@@ -94,8 +94,8 @@ def gaussian_kl(
     """KL(q || p) of diagonal Gaussians (mu, logvar), each (B, n, D) -> (loss, KL), nats, float32.
 
     Both are means over B. `balance` is the share of the gradient that moves p (Hafner et al. 2021,
-    arXiv:2010.02193, section 2.2). Below `free_nats` per token the loss is flat (Kingma et al. 2016,
-    arXiv:1606.04934, eq. 15, per token here).
+    arXiv:2010.02193, section 2.2). Below `free_nats` per token the loss is flat (Kingma et al.
+    2016, arXiv:1606.04934, eq. 15, per token here).
     """
 
     def per_token(mu_q, logvar_q, mu_p, logvar_p):
@@ -116,7 +116,7 @@ def gaussian_kl(
 
 
 def unit_kl(q: Sequence[Tensor]) -> Tensor:
-    """KL(q || N(0, I)) of a diagonal Gaussian q (mu, logvar), each (B, n, D) -> mean over B, nats."""
+    """KL(q || N(0, I)) of a Gaussian q (mu, logvar), each (B, n, D) -> mean over B, in nats."""
     with torch.autocast(q[0].device.type, enabled=False):
         mu, logvar = (x.float() for x in q)
         nats = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
@@ -154,7 +154,7 @@ def kot(
     weight: float = 1.0,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """K-OT: weighted transport cost between predicted and demonstrated (state, chunk) pairs, scalars.
+    """K-OT: weighted transport cost between predicted and demonstrated (state, chunk) pairs.
 
     predicted, expert (B, ..., T, A), state (B, S), ignored (B, T): steps that count as equal. The
     cost is C_ij = mean |a_hat_i - a_j|^2 + lam_state mean |s_i - s_j|^2. `sinkhorn` is the debiased
@@ -199,7 +199,7 @@ def mean_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def assignment(cost: Tensor) -> Tensor:
-    """cost (n, n) -> the plan (n, n) of the cheapest one-to-one assignment, computed on the host."""
+    """cost (n, n) -> the plan (n, n) of the cheapest one-to-one assignment, found on the host."""
     from scipy.optimize import linear_sum_assignment  # a slow import that few runs need
 
     rows, columns = linear_sum_assignment(cost.cpu().numpy())

@@ -27,7 +27,7 @@ def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float,
 
 
 def entropy(counts: Sequence[int]) -> float | None:
-    """Entropy of the modes as a share of its maximum, log of their number; None without a success."""
+    """Entropy of the modes as a share of its maximum, log of their number; None: no success."""
     p = np.array(counts) / max(sum(counts), 1)
     if not p.any() or len(p) < 2:
         return None
@@ -87,7 +87,7 @@ def experts(episodes: Sequence[Any], names: Sequence[str], count: int) -> dict[s
 
 
 def auc(good: Sequence[float], poor: Sequence[float]) -> float:
-    """Share of the pairs (a good one, a poor one) in which the good one scores higher; ties half."""
+    """Share of the pairs (good, poor) in which the good one scores higher; ties count half."""
     ahead = np.asarray(good)[:, None] - np.asarray(poor)
     return float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
 
@@ -100,8 +100,8 @@ def summary(
 ) -> dict[str, Any]:
     """One row of results.json: of episodes at one NFE and times (s) of single chunks.
 
-    Entropy, coverage and KL are of the successes whose mode is among `names`, the environment's, and
-    None unless those (for KL, their `shares`, too) are known.
+    Entropy, coverage and KL are of the successes whose mode is among `names`, the environment's,
+    and None unless those (for KL, their `shares`, too) are known.
     """
     successes = [episode for episode in episodes if episode.success]
     taken = Counter(episode.mode for episode in successes if episode.mode is not None)
@@ -152,7 +152,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> list[float]:
-    """Times (s) of up to `calls` single chunks, one after the other and warm, for about `seconds`."""
+    """Times (s) of up to `calls` single chunks, one by one and warm, for about `seconds`."""
     spent: list[float] = []
     began = time.perf_counter()
     while len(spent) < 4 or (len(spent) <= calls and time.perf_counter() - began < seconds):
@@ -166,7 +166,7 @@ def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> li
 def velocity_loss(
     policy: ActionPolicy, data: Data, seed: int, bins: int = 10
 ) -> dict[str, list[float]]:
-    """Mean squared error of the normalised velocity on held-out windows, at the middle of bins of t.
+    """Mean squared error of the normalised velocity on held-out windows, at middles of bins of t.
 
     {"t": [...], "posterior": [...], "prior": [...]}, by the source of the latent, or {"t", "none"}
     of a policy without one; all with the same noise, without guidance. Their gap is what z settles.

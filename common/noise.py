@@ -1,4 +1,4 @@
-"""Random numbers keyed by (seed, step, row): the same for any number of processes, after any resume."""
+"""Random numbers keyed by (seed, step, row): the same for any number of processes and resumes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Noise:
 
 
 class RowNoise:
-    """Noise whose row i depends on keys[i] alone: a batch of episodes draws what each would alone."""
+    """Noise whose row i depends on keys[i] alone: a batch of episodes draws what each would."""
 
     def __init__(self, keys: Sequence[tuple], device: str | torch.device = "cpu"):
         self.rows = [Noise(*key, device=device) for key in keys]
@@ -60,7 +60,7 @@ def seed_of(*key) -> int:
 
 
 def hashed_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
-    """(len(index), count) numbers in [0, 1), each a function of (seed, index, column): splitmix64."""
+    """(len(index), count) numbers in [0, 1), functions of (seed, index, column): splitmix64."""
     row = index.astype(np.uint64)[:, None]
     column = np.arange(1, count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""The components that train.yaml lists: built, loaded and frozen one by one; parts of one policy."""
+"""The components that train.yaml lists: built, loaded and frozen one by one."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -82,7 +82,7 @@ class Parts(nn.ModuleDict):
         return [*grids, *tokens, *depths], summaries
 
     def visual_mask(self, camera_mask: Tensor | None, cameras: Sequence[str]) -> Tensor | None:
-        """Hidden cameras (B, cameras) -> hidden visual inputs: all that is made of a hidden picture."""
+        """Hidden cameras (B, cameras) -> hidden visual inputs: all made of a hidden picture."""
         if camera_mask is None:
             return None
         users = [user for kind in self.camera_components(cameras) for user in kind]
@@ -109,7 +109,7 @@ class Parts(nn.ModuleDict):
         return backbones, hands, depth
 
     def _features(self, obs: dict[str, Tensor], users: list[User]) -> dict[User, Sequence[Tensor]]:
-        """Features (B, F, ..., channels last), and of a backbone a summary (B, F, S), of F frames."""
+        """Features (B, F, ..., channels last) of F frames, and a backbone's summary (B, F, S)."""
         features = {}
         missing: dict[str, list[str]] = {}
         for name, camera in users:
@@ -137,14 +137,14 @@ class Parts(nn.ModuleDict):
         return features
 
     def table(self, cfg: Any) -> str:
-        """Parameters of each component, and the MiB that they take in training, all of it float32."""
+        """Parameters of each component, and the MiB that they take in training, in float32."""
         rows = {}
         for name, part in self.items():
             count = sum(p.numel() for p in part.parameters())
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             optim = {**vars(cfg.train.optim), **cfg.model.component_optims.get(name, {})}
             averaged = bool(cfg.train.ema) and optim["type"] != "schedule_free_radam"
-            # Every optimizer keeps two tensors per parameter; of schedule-free's, one is the average.
+            # Every optimizer keeps two tensors per parameter; of schedule-free's, one is averaged.
             floats = [count, trained, 2 * trained, averaged * trained]
             rows[name] = [count, trained, count - trained, *floats]
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
@@ -240,7 +240,8 @@ def check_cameras(components: set[str], cameras: Sequence[str]) -> None:
         own = f"{camera}_backbone"
         if not {"backbone", own, "state_resnet34_encoder"} & components:
             raise ConfigError(
-                f"model.component_config_paths: camera '{camera}' has neither '{own}' nor 'backbone'"
+                f"model.component_config_paths: camera '{camera}' has neither '{own}' "
+                "nor 'backbone'"
             )
     if "da3" in components and not cameras:
         raise ConfigError(

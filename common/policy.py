@@ -1,6 +1,6 @@
 """The protocol of every policy that acts: read this page before you write one, or drive one.
 
-A training script defines `class Policy(ActionPolicy)`. Training calls `policy(batch)` alone. Acting:
+A training script defines `class Policy(ActionPolicy)`. Training only calls `policy(batch)`. Acting:
 
     memory = policy.encode(obs)                        # pictures and states, once per observation
     z = policy.latent(memory, noise)                   # which way to do the task, or None
@@ -27,7 +27,7 @@ from common.parts import Parts
 
 
 class Memory(NamedTuple):
-    """An encoded observation: tokens (B, N, d) for the decoder, and the inputs of posterior and prior."""
+    """An encoded observation: tokens (B, N, d) for the decoder, inputs of posterior and prior."""
 
     tokens: Tensor
     latent_inputs: dict[str, Any]
@@ -66,7 +66,7 @@ class ActionPolicy(nn.Module):
         raise NotImplementedError
 
     def check(self, batch: dict[str, Any]) -> None:
-        """Raise ConfigError where components do not fit each other. Called once, before training."""
+        """Raise ConfigError if components do not fit each other. Called once, before training."""
 
     def check_sampling(self) -> None:
         """Raise ConfigError where `sampling` asks for something that the components lack."""
@@ -132,7 +132,7 @@ class ActionPolicy(nn.Module):
         return None
 
     def posterior_latent(self, memory: Memory, x1: Tensor, noise: RowNoise) -> Tensor | None:
-        """z (B, n, D) read from demonstrated, normalised chunks x1 (B, T, A). None without a latent."""
+        """z (B, n, D) read from demonstrated, normalised x1 (B, T, A). None without a latent."""
         return None
 
     def chosen_expert(self, z: Tensor | None) -> Tensor | None:
@@ -169,7 +169,7 @@ class ActionPolicy(nn.Module):
         """Noise x0 (B, T, A) -> action chunk (B, T, A) in the dataset's units.
 
         steps: evaluations of the decoder (NFE); z: drawn from the prior where none is given; prefix
-        (B, d, A): first actions that are given, in the dataset's units, and that the rest continues.
+        (B, d, A): first actions that are given, in the dataset's units; the rest continues them.
         """
         if z is None:
             z = self.latent(memory, Noise(device=x0.device))

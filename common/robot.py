@@ -1,4 +1,4 @@
-"""A checkpoint that takes observations and gives actions: for control loops, evaluation and servers.
+"""A checkpoint that takes observations and gives actions, for control, evaluation and servers.
 
     robot = Robot.open("~/runs/my_robot", nfe=2)
     robot.reset()                       # at the start of each episode
@@ -60,12 +60,13 @@ class Robot:
     """One robot, or several in one clock, driven by a policy.
 
     nfe: evaluations of the decoder per chunk; replan_steps: ticks from one observation that is
-    planned from to the next; delay: ticks from an observation until its chunk acts, while the running
-    one goes on (planned in a thread; on a policy that was trained with loss.prefix >= delay the new
-    chunk continues the running one); ensemble: average all chunks that cover a tick, with weights
-    exp(-ensemble i), i = 0 the oldest; hold: seconds for which the latent keeps its noise, so that
-    it changes with the observation only; precision: of the training run (no, bf16, fp16); threaded:
-    plan late chunks in a thread, as a real robot needs it; without, results never depend on timing.
+    planned from to the next; delay: ticks from an observation until its chunk acts, while the
+    running one goes on (planned in a thread; on a policy that was trained with loss.prefix >= delay
+    the new chunk continues the running one); ensemble: average all chunks that cover a tick, with
+    weights exp(-ensemble i), i = 0 the oldest; hold: seconds for which the latent keeps its noise,
+    so that it changes with the observation only; precision: of the training run (no, bf16, fp16);
+    threaded: plan late chunks in a thread, as a real robot needs it; without, results never depend
+    on timing.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class Robot:
             )
         if threaded and replan_steps < delay:
             raise UserError(
-                f"replan_steps {replan_steps}: less than delay {delay}, and a thread plans one chunk "
+                f"replan_steps {replan_steps}: less than delay {delay}, and a thread plans one "
+                "chunk after the other"
                 "after the other"
             )
         self.policy = policy
@@ -164,7 +166,7 @@ class Robot:
         return self.threads is not None or until_plan < self.data.obs_images_history
 
     def act(self, observation: Observation, active: Sequence[int] | None = None) -> np.ndarray:
-        """Observation of this tick -> action (A,) in the dataset's units; with several robots (B, A).
+        """Observation of this tick -> action (A,) in the dataset's units; of several robots (B, A).
 
         active: numbers of the robots that the rows belong to, where some have stopped. Afterwards
         `replanned` tells whether this observation was planned from, and `experts` which expert each

@@ -1,4 +1,4 @@
-"""A tiny dataset, tiny experiments, and training runs: in this process, or in a forked child that can be killed."""
+"""A tiny dataset, tiny experiments, and training runs, here or in a forked child to be killed."""
 
 import importlib
 import json
@@ -117,7 +117,10 @@ def one_thread_and_own_cache(tmp_path_factory):
 
 
 def write_demos(root: Path, lengths=LENGTHS, fps=10, seed=0, edit=None) -> Path:
-    """A LeRobot v3.0 dataset: 3 cameras of 32 x 32, state (5,), action (4,); edit(episode, arrays) may change it."""
+    """A LeRobot v3.0 dataset: 3 cameras of 32 x 32, state (5,), action (4,).
+
+    edit(episode, arrays) may change it.
+    """
     features = {"observation.state": {"dtype": "float32", "shape": [5], "names": None}}
     features["action"] = {"dtype": "float32", "shape": [4], "names": None}
     features |= {
@@ -153,7 +156,10 @@ def forget_accelerator():
 
 
 class Experiment:
-    """A config folder of one policy, and ways to run its script. 83 training samples: 10 steps of 8 an epoch."""
+    """A config folder of one policy, and ways to run its script.
+
+    83 training samples: 10 steps of 8 an epoch.
+    """
 
     def __init__(self, folder: Path, demos: Path, script="train_flow_matching", write=True):
         self.folder, self.script = folder, script.partition(":")[0]
@@ -201,7 +207,10 @@ class Experiment:
         return ["--config", str(self.file), *map(str, overrides)]
 
     def main(self, *overrides):
-        """The script's main() in this process; afterwards `job` is its Run and `start` the policy before step 1."""
+        """The script's main() in this process.
+
+        Afterwards `job` is its Run and `start` the policy before step 1.
+        """
         forget_accelerator()
         resume = run.Run.resume
 

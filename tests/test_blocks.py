@@ -1,4 +1,4 @@
-"""Components: shapes, contexts, causality, influence and gradients; every config's components build."""
+"""Components: shapes, contexts, causality, influence, gradients; those of all configs build."""
 
 import copy
 from itertools import pairwise

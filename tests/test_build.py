@@ -93,7 +93,8 @@ blocks:
   projected: {block: nn.Linear, in: {input: $memory}, args: {in_features: 5, out_features: $dim}}
   twice: {block: test_scale, in: [$projected], args: {by: $factor}}
   h: {block: test_attend, in: [$tokens, $twice], args: {dim: $dim}}
-  both: {block: test_pair, in: $h, args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}, out: [a, b]}
+  both: {block: test_pair, in: $h, out: [a, b], \
+args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}}
 return: {first: $a, second: [$b, $tokens]}
 """
 
@@ -244,10 +245,12 @@ def test_compiles_without_graph_breaks():
     )
     text = text.replace(
         "test_attend, in: [$tokens, $twice], args: {dim: $dim}",
-        "nn.Bilinear, in: [$tokens, $twice], args: {in1_features: $dim, in2_features: $dim, out_features: $dim}",
+        "nn.Bilinear, in: [$tokens, $twice], "
+        "args: {in1_features: $dim, in2_features: $dim, out_features: $dim}",
     )
     text = text.replace(
-        "test_pair, in: $h, args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}, out: [a, b]",
+        "test_pair, in: $h, out: [a, b], "
+        "args: {dim: $dim, weights: ./w.safetensors, sizes: [1, $dim]}",
         "nn.Linear, in: $h, args: {in_features: $dim, out_features: $dim}",
     ).replace("$a, second: [$b, ", "$both, second: [")
     model, inputs = parse(text), {"xt": torch.randn(2, 3), "memory": torch.randn(2, 5)}
@@ -518,7 +521,8 @@ def test_own_blocks_need_no_plugins():
 
 def test_plugins_register_blocks_or_say_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "plugin_of_test.py").write_text(
-        "from common.build import block\n@block('from_plugin')\ndef shift(x, *, by):\n    return x + by\n"
+        "from common.build import block\n@block('from_plugin')\n"
+        "def shift(x, *, by):\n    return x + by\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module, "_BLOCKS", dict(module._BLOCKS))

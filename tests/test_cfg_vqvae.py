@@ -1,4 +1,4 @@
-"""cfg_vqvae_flow_matching: guidance, null tokens, the prior's likelihood, codebook, slow posterior."""
+"""cfg_vqvae_flow_matching: guidance, null tokens, the prior, codebook, slow posterior."""
 
 import itertools
 import json
@@ -300,7 +300,7 @@ def test_codes_of_a_file_are_not_moved_at_the_start(experiment):
 
 
 def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
-    """Of 20 steps: k-means at the first, revival at each fourth up to 60 %, of what is marked as dead."""
+    """Of 20 steps: k-means at the first, revival of dead codes at each fourth up to 60 %."""
     exp, calls, moved = experiment("train_cfg_vqvae"), [], []
     after = Codebook.after_step
 
@@ -431,7 +431,7 @@ def test_evaluation_takes_guidance_and_temperature(experiment, capsys):
 
 
 def test_a_codebook_with_half_its_codes_far_away_is_rescued():
-    """16 clusters, 16 codes, 8 of them out of reach: by gradients alone they stay there, revived all serve."""
+    """16 clusters, 16 codes, 8 of them out of reach: gradients leave them, revival moves them."""
     centres, used = 4 * torch.randn(16, D), {}
     for revived in (False, True):
         torch.manual_seed(1)

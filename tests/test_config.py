@@ -313,7 +313,8 @@ def test_kinds_of_errors():
         (
             "    head_backbone: {",
             "    head_backbon: {",
-            "8: model.component_build_args.head_backbon: no such component; did you mean 'head_backbone'?",
+            "8: model.component_build_args.head_backbon: no such component; "
+            "did you mean 'head_backbone'?",
         ),
         (
             "freeze: true",
@@ -334,7 +335,8 @@ def test_kinds_of_errors():
         (
             "same_as: head_backbone",
             "same_as: left_backbone",
-            "10: model.component_build_args.left_backbone.same_as: 'left_backbone' is shared itself",
+            "10: model.component_build_args.left_backbone.same_as: "
+            "'left_backbone' is shared itself",
         ),
         (
             "freeze: true",
@@ -344,7 +346,8 @@ def test_kinds_of_errors():
         (
             "same_as: head_backbone",
             "same_as: head_backbone\n      freeze: true",
-            "9: model.component_build_args.left_backbone: init and freeze are those of 'head_backbone'",
+            "9: model.component_build_args.left_backbone: "
+            "init and freeze are those of 'head_backbone'",
         ),
         (
             "    decoder: {",
@@ -354,12 +357,14 @@ def test_kinds_of_errors():
         (
             "    decoder: {",
             "    head_backbone: {",
-            "12: model.component_optims.head_backbone: 'head_backbone' is frozen: it has no optimizer",
+            "12: model.component_optims.head_backbone: "
+            "'head_backbone' is frozen: it has no optimizer",
         ),
         (
             "    decoder: {",
             "    left_backbone: {",
-            "12: model.component_optims.left_backbone: 'left_backbone' is the same as 'head_backbone'",
+            "12: model.component_optims.left_backbone: "
+            "'left_backbone' is the same as 'head_backbone'",
         ),
         ("{peak_lr: 2e-4}", "{lr: 2e-4}", "12: model.component_optims.decoder.lr: unknown key; "),
         (
@@ -477,7 +482,8 @@ def test_help_prints_every_key_with_type_default_and_meaning(capsys):
         'data.normalize (mean_std | quantile; default "mean_std")',
         "model.component_config_paths (dict[str, path]; required)",
         "model.component_build_args.NAME.init (scratch | path | null; default null)",
-        "train.optim.type (adamw_warmup_cosine_decay | adamw_onecycle | schedule_free_radam; default",
+        "train.optim.type "
+        "(adamw_warmup_cosine_decay | adamw_onecycle | schedule_free_radam; default",
         "train: the run",
         "seed (int; default 0): of everything",
     ):

@@ -1,4 +1,4 @@
-"""benchmarks/curation.py on nine demonstrations: how they are ranked, what is kept, and what is told of it."""
+"""benchmarks/curation.py on nine demonstrations: their ranks, what is kept, what is reported."""
 
 import importlib
 import re

@@ -256,7 +256,8 @@ def test_files_that_load(file, kind):
         (
             "pos_embed",
             (1, 50, 32),
-            r"file has embed_dim 32, depth 4, alt_start 1, table_side 7:\n.*pos_embed is \(1, 50, 32\)",
+            r"file has embed_dim 32, depth 4, alt_start 1, table_side 7:\n"
+            r".*pos_embed is \(1, 50, 32\)",
         ),
         ("blocks.1.extra", (1,), "unexpected blocks.1.extra"),
         ("mask_token", (1, 32), "unexpected mask_token"),
@@ -309,7 +310,8 @@ def test_sizes_are_the_files_where_none_are_given(tmp_path, layout, alt_start):
     assert torch.equal(again(image), full(image))
     with pytest.raises(
         UserError,
-        match=r"no such file .*a.safetensors(?s:.*)to do without it, give model \(small, base, .*\), or",
+        match=r"no such file .*a.safetensors(?s:.*)"
+        r"to do without it, give model \(small, base, .*\), or",
     ):
         DepthAnything3([0], weights=str(tmp_path / "a.safetensors"))
 

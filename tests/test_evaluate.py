@@ -26,7 +26,9 @@ TOLD = defaultdict(list)  # reset seed -> actions that its robot was told
 
 
 class World(gymnasium.Env):
-    """State: seed, tick. Ends after 7 + seed % 3 ticks; succeeds unless seed % 5 == 0, in the mode of the actions' sum.
+    """State: seed, tick. Ends after 7 + seed % 3 ticks; succeeds unless seed % 5 == 0.
+
+    The mode is that of the actions' sum.
 
     A picture is uniformly as bright as the tick.
     """
@@ -78,8 +80,8 @@ class World(gymnasium.Env):
 
 
 class Foreign(World):
-    """Knows nothing of ours but the observation: no list of modes, no positions, obstacles or pictures, another name of
-    success."""
+    """Knows nothing of ours but the observation: no list of modes, no positions, obstacles or
+    pictures, another name of success."""
 
     MODES = MODE_SHARES = obstacles = property()
     metadata = {"render_modes": [], "render_fps": 10}  # noqa: RUF012
@@ -122,7 +124,7 @@ for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
-    """play(*options, policy=None, prefix=0, **data) -> (results.json, the policy): evaluate.py on a scripted policy."""
+    """play(*options, policy=None, prefix=0, **data) -> (results.json, the policy), scripted."""
 
     def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
         policy = policy or ScriptedPolicy(prefix=prefix)
@@ -176,7 +178,8 @@ def test_actions_of_robots(play, options, told):
 
 def test_ensembled_actions_are_weighted_means(play):
     play(*SHORT, "--replan_steps", 2, "--ensemble", 0.5)
-    # Tick 4 is covered by the chunks of ticks 0, 2 and 4, tick 6 by those of 2, 4 and 6, the oldest weighing most.
+    # Tick 4 is covered by the chunks of ticks 0, 2 and 4, tick 6 by those of 2, 4 and 6, the oldest
+    # weighing most.
     for tick, covering in ((1, [1]), (3, [3, 201]), (4, [4, 202, 400]), (6, [204, 402, 600])):
         weights = np.exp(-0.5 * np.arange(len(covering)))
         assert TOLD[50_001][tick][0] == pytest.approx(weights @ covering / weights.sum(), rel=1e-6)
@@ -372,7 +375,8 @@ def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
         (
             {"env": "Blind-v0"},
             {},
-            r"Blind-v0: an environment that names rgb_array .* has render\(\)\n    \(NotImplementedError",
+            r"Blind-v0: an environment that names rgb_array .* has render\(\)\n"
+            r"    \(NotImplementedError",
         ),
         (
             {"env": "Unprepared-v0"},
@@ -482,9 +486,9 @@ def test_table_counts_where_modes_are_many():
 
 
 class Knowing(ScriptedPolicy):
-    """Open loop: the recorded chunks plus 0.1 (joint + 1), or plus a drawn number; padding is far off.
+    """Open loop: the recorded chunks plus 0.1 (joint + 1), or a drawn number; padding is far off.
 
-    Velocities are off by z, or by 0.5 without a latent; `arms` has x0 and the times of each context.
+    Velocities are off by z, or by 0.5 without a latent; `arms` has x0 and times of each context.
     """
 
     def __init__(self, target="velocity", latent=True, drawn=0.0):
@@ -546,7 +550,7 @@ def test_open_loop_errors_are_of_recorded_steps_only(off_line, tmp_path):
 
 
 def test_best_of_n_draws(off_line):
-    """The error of a draw is the size of a normal number: its mean is sqrt(2 / pi), that of the least of 8 smaller."""
+    """The error of a draw is a normal number's size, sqrt(2 / pi) in the mean; 8 draws' is less."""
     many, _ = off_line("--samples", 8, policy=Knowing(drawn=1.0))
     again, _ = off_line("--samples", 8, policy=Knowing(drawn=1.0))
     assert many == again

@@ -139,7 +139,10 @@ def test_weights_come_from_init_then_load_dir_then_chance(experiment, trained):
     other = exp.folder / "other.safetensors"
     tensors = load_file(trained / "info_embedder.safetensors")
     save_file({key: value + 1 for key, value in tensors.items()}, other)
-    init = f"model.component_build_args={{backbone: {{init: scratch}}, info_embedder: {{init: {other}, freeze: true}}}}"
+    init = (
+        "model.component_build_args={backbone: {init: scratch}, "
+        f"info_embedder: {{init: {other}, freeze: true}}}}"
+    )
     exp.main(init, f"train.load_dir={trained.parent}", "train.total_steps=3")
     start = exp.start
     assert same(
@@ -510,7 +513,8 @@ def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_
         "        super().__init__(dim, width)\n"
         "        self.weights = weights\n"
         "    def load_weights(self):\n"
-        "        self.load_state_dict({k.removeprefix('net.'): v for k, v in load_file(self.weights).items()})\n"
+        "        tensors = load_file(self.weights).items()\n"
+        "        self.load_state_dict({k.removeprefix('net.'): v for k, v in tensors})\n"
         "        return Path(self.weights)\n"
     )
     monkeypatch.syspath_prepend(str(exp.folder))
@@ -650,7 +654,8 @@ MISTAKES = {
     ),
     "missing camera": (
         override("data.cameras={head: observation.images.cam_heat}"),
-        r"(?s)'observation.images.cam_heat' is not in the dataset; did you mean .*cam_head.*available: .*cam_left",
+        r"(?s)'observation.images.cam_heat' is not in the dataset; "
+        r"did you mean .*cam_head.*available: .*cam_left",
     ),
     "camera without a backbone": (
         one_backbone_too_few,
@@ -778,7 +783,8 @@ def test_pictures_are_decoded_last(experiment, capsys):
     ):
         exp.main(
             size,
-            f"model.component_build_args={{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}",
+            "model.component_build_args="
+            f"{{backbone: {{init: {exp.folder / 'other.safetensors'}}}}}",
         )
     assert exp.main("--dry_run", size) == 0
     assert {*frames.glob("*.npy")} == before

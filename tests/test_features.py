@@ -1,4 +1,4 @@
-"""Cached features (`data.cache: features`): the same losses, no frozen forward in training, a cache that survives."""
+"""`data.cache: features`: the same losses, no frozen forward in training, a cache that survives."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def awake(monkeypatch):
-    """Components in which every number matters: gates start at zero, and would hide what features say."""
+    """Components in which every number matters: gates that start at zero would hide features."""
     build = run.build_parts
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ def awake(monkeypatch):
 
 
 def every_feature_counts(exp):
-    """Losses move by more than SAME where one entry of a batch, or one layer of da3, is zero or another's."""
+    """Losses move by more than SAME if a batch's entry or a layer of da3 is zero or another's."""
     policy, batch = exp.job.policy.eval(), to_device(exp.job.data.windows[[1, 20, 60]], "cpu")
 
     @torch.no_grad()
@@ -280,7 +280,10 @@ def test_what_is_on_disk_and_announced(cached, capsys):
     exp = cached(depth=True)
     exp.main()
     text = capsys.readouterr().out
-    line = rf"features of {FRAMES} frames \(backbone of head, .*, da3 of head\) take 0.00 GB: about 0.1 minutes on cpu"
+    line = (
+        rf"features of {FRAMES} frames \(backbone of head, .*, da3 of head\) take 0.00 GB: "
+        "about 0.1 minutes on cpu"
+    )
     assert re.search(line, text)
     found = arrays()
     assert {x.dtype.name for x in found.values()} == {"float16"}
@@ -442,7 +445,7 @@ def test_other_weights_sizes_and_settings_have_another_cache(cached, calls):
 
 
 def test_the_key_is_what_makes_the_features(cached, monkeypatch):
-    """Where the weights are, and how a trained one would use memory, change none; precision does."""
+    """The place of weights and the way a trained part uses memory change none; precision does."""
     exp = cached()
     files = [exp.folder / f"{name}.safetensors" for name in "ab"]
     torch.manual_seed(0)
@@ -694,7 +697,10 @@ def test_values_that_do_not_fit_are_refused(cached):
 
 def test_a_dry_run_says_what_the_cache_takes_and_leaves_it(wide, capsys):
     wide.main("--dry_run")
-    line = r"features of 100 frames \(backbone of head, .* right\) take 0.00 GB: about 0.1 minutes on cpu, once"
+    line = (
+        r"features of 100 frames \(backbone of head, .* right\) take 0.00 GB: "
+        "about 0.1 minutes on cpu, once"
+    )
     assert re.search(line, capsys.readouterr().out)
     assert cache_files() == []
     assert not cache_folder().joinpath("features").exists()

@@ -1,4 +1,4 @@
-"""Flow matching against closed forms: noisy chunks, straight paths, order, targets, direction of time."""
+"""Flow matching against closed forms: noisy chunks, straight paths, order, targets, direction."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_time_runs_from_noise_to_data():
 
 
 class Decode:
-    """Stands for a decoder: a prediction that depends on x, t and context; keeps what it was given."""
+    """Stands for a decoder: predicts from x, t and context; keeps what it was given."""
 
     def __init__(self):
         self.shapes = set()

@@ -98,7 +98,7 @@ def test_videos_equal_cache_on_real_data(name, camera, tmp_path):
 
 
 def test_several_files_and_inexact_start_times(dataset, tmp_path):
-    """Two v3.0 datasets put together as lerobot aggregates them: numbered files, start times that are float sums."""
+    """Two v3.0 datasets as lerobot aggregates them: numbered files, start times are float sums."""
     root = Path(shutil.copytree(dataset.root, tmp_path / "set"))
     for path in [*root.glob("data/*/*"), *root.glob("videos/*/*/*")]:
         target = path.parent.with_name("chunk-001") / path.name.replace("000", "004")

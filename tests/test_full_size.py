@@ -279,7 +279,8 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
     )
     assert hidden.tolist() == [[True, False, False, True], [False] * 4]
     bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
-    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "visual_mask": hidden}
+    inputs = {"cond_semantic": semantic, "visual_mask": hidden}
+    inputs["cond_proprio"] = torch.zeros(2, 3, 5)
     before, after = (bridge(cond_visual=x, **inputs) for x in (visual, moved))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False]
 
@@ -315,7 +316,8 @@ def test_init_reaches_a_block_whose_yaml_names_no_weights(tmp_path, demos, capsy
         UserError, match=r"(?s)left_backbone.safetensors.*not the weights of this da3"
     ):
         exp.main(
-            f"model.component_build_args={{da3: {{init: {exp.folder / 'left_backbone.safetensors'}}}}}"
+            "model.component_build_args="
+            f"{{da3: {{init: {exp.folder / 'left_backbone.safetensors'}}}}}"
         )
 
 

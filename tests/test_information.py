@@ -1,4 +1,4 @@
-"""Contributions to mutual information against closed forms and SciPy's trees; ranks, and which episodes are kept."""
+"""Contributions to mutual information against closed forms and SciPy's trees; ranks; episodes."""
 
 import shutil
 from types import SimpleNamespace

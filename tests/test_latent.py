@@ -1,4 +1,4 @@
-"""Distributions over the latent, the codebook and its upkeep: against closed forms, by counting, by training."""
+"""Distributions over the latent, codebook: against closed forms, by counting, by training."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_a_head_says_what_it_lacks(head, given):
 
 
 def test_codes_are_drawn_with_the_probabilities_that_their_loss_means():
-    """Three slots of two codes: all eight outcomes, counted against the product of conditional probabilities."""
+    """Three slots of two codes: all eight outcomes counted against products of conditionals."""
     model, n = latent_head("codes", DIM, N, None, 2), 40_000
     with torch.no_grad():
         model.embed.mul_(60)  # strong dependence on the slots before
@@ -83,7 +83,7 @@ def test_a_slot_sees_only_the_codes_before_it():
 
 
 def test_held_noise_holds_the_code_while_it_is_likely():
-    """The logits drift a little from look to look: with the same noise few choices change, with new noise many do."""
+    """Logits drift from look to look: held noise changes few choices, new noise many."""
     model, h = latent_head("codes", DIM, 1, None, K), torch.randn(500, 1, DIM)
     moved = h + 0.02 * torch.randn_like(h)
     with torch.no_grad():
@@ -175,7 +175,8 @@ def test_nsvq_replaces_the_error_by_noise_of_its_length():
     unused = sorted(set(range(K)) - set(indices.unique().tolist()))
     assert not codes.grad[unused].any()
     assert codes.grad.any()
-    # d|z_e - c| moves z_e and its code in opposite directions; beside that, z_e gets the gradient as it comes.
+    # d|z_e - c| moves z_e and its code in opposite directions; beside that, z_e gets the gradient
+    # as it comes.
     from_length = z_e.grad - weight
     gathered = torch.zeros(K, D).index_add(0, indices.flatten(), from_length.flatten(0, 1))
     torch.testing.assert_close(gathered, -codes.grad)
@@ -223,7 +224,7 @@ def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
 
 
 def test_codes_move_in_proportion_to_the_squared_error():
-    """99 z_e that their code serves well, and three far from it, at distances 1, 2 and 3: drawn as 1 : 4 : 9."""
+    """99 z_e near their code, and three at distances 1, 2 and 3 from it: drawn as 1 : 4 : 9."""
     z_e, hits = (
         torch.cat([torch.zeros(99, 1), torch.tensor([[1.0], [2.0], [-3.0]])])[:, None],
         [0, 0, 0],

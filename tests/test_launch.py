@@ -95,7 +95,7 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
     scored.config["scoring"] = {"k": [3], "window": 0.0}
     scored.write()
     for exp in (even, experts, guided, scored):
-        # Adam divides rounding errors by gradients that are hardly larger: a large epsilon does not.
+        # Adam divides rounding errors by gradients hardly larger: a large epsilon does not.
         exp.config["train"]["optim"]["eps"] = 1e-3
         exp.write()
     for exp in (even, experts, guided):

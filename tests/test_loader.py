@@ -190,7 +190,7 @@ def test_samples_may_start_at_first_frames_only_but_statistics_are_of_all(demos)
 
 
 def test_grouped_rows_are_neighbours():
-    """Against distances: on a plane, rows in groups of 8 are much closer to each other than rows of a shuffle."""
+    """On a plane, rows in groups of 8 are much closer to each other than rows of a shuffle."""
     x, random = np.random.default_rng(0).uniform(size=(1003, 2)), np.random.default_rng(1)
     order = group_similar(x, 8, random)
     assert sorted(order) == list(range(1003))

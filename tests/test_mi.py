@@ -1,4 +1,4 @@
-"""mutual_information_estimator: its VAEs, its scores, what they refuse, and what the other scripts make of them."""
+"""mutual_information_estimator: its VAEs, scores and refusals; scores in the other scripts."""
 
 import json
 import shutil
@@ -491,6 +491,6 @@ def test_configs_build_and_list_their_files(name):
         convolutions = [
             m for m in parts["state_resnet34_encoder"].modules() if isinstance(m, torch.nn.Conv2d)
         ]
-        # He et al. 2016, table 1, ResNet-34: 33 convolutions with weights of 21.3 M, and three shortcuts
+        # He et al. 2016, table 1, ResNet-34: 33 convolutions of 21.3 M weights, and three shortcuts
         assert sum(m.weight.numel() for m in convolutions) == 21_267_648
         assert pictures.shape == (2, 3, 3, 128, 128)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: dispatch against dense computation, losses by hand, the policy that routes."""
+"""Mixtures of experts: dispatch against dense computation, losses by hand, the routing policy."""
 
 import importlib.util
 import inspect

@@ -1,4 +1,4 @@
-"""naive_flow_matching_policy's exp1 and exp2: the components that see the cameras, and schedules."""
+"""naive_flow_matching_policy's exp1 and exp2: components that see the cameras, and schedules."""
 
 from pathlib import Path
 

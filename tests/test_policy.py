@@ -1,4 +1,4 @@
-"""The protocol of all policies, every key of their losses, and configs given to the wrong script."""
+"""The protocol of all policies, every key of their losses, configs given to the wrong script."""
 
 import copy
 import importlib

@@ -180,7 +180,8 @@ def test_a_file_that_would_give_other_numbers_is_refused(tmp_path, case):
 def test_a_file_of_another_size_is_refused(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"(?s)table 6, .*the file has .*table 4, .*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)",
+        match=r"(?s)table 6, .*the file has .*table 4, "
+        r".*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)",
     ):
         loaded(tmp_path, published_radio(timm_radio(table=4)))
     without = published_radio(timm_radio(layer_scale=False))
@@ -205,7 +206,8 @@ def test_sizes_that_are_given_are_kept(tmp_path):
     file = published_radio(timm_radio(table=5))
     with pytest.raises(
         UserError,
-        match=r"(?s)depth 2, table 5, .*the file has .*depth 3.*unexpected .*blocks.2 \(14 tensors\)",
+        match=r"(?s)depth 2, table 5, .*the file has .*depth 3"
+        r".*unexpected .*blocks.2 \(14 tensors\)",
     ):
         loaded(tmp_path, file, num_heads=2, depth=2)
     with (
@@ -224,7 +226,10 @@ def test_sizes_that_are_given_are_kept(tmp_path):
 
 
 def test_sizes_of_weights_that_are_gone(tmp_path):
-    message = r"no such file .*none.safetensors(?s:.*)to do without it, give size, or embed_dim, depth and table"
+    message = (
+        r"no such file .*none.safetensors(?s:.*)"
+        "to do without it, give size, or embed_dim, depth and table"
+    )
     with pytest.raises(UserError, match=message):
         RadioV3(weights=str(tmp_path / "none.safetensors"))
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
@@ -268,7 +273,10 @@ def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert model.load_weights() == tmp_path / "model.safetensors"
     assert asked == [("nvidia/C-RADIOv3-L", "model.safetensors")]
 
-    message = r"(?s)nvidia/C-RADIOv3-L .*model.safetensors.*NVIDIA Open Model License.*hf download.*no network"
+    message = (
+        r"(?s)nvidia/C-RADIOv3-L .*model.safetensors.*NVIDIA Open Model License"
+        ".*hf download.*no network"
+    )
     for problem in (
         huggingface_hub.errors.LocalEntryNotFoundError,
         type("ReadTimeout", (Exception,), {}),

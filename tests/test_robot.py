@@ -44,7 +44,7 @@ def observe(tick, name=1, **more):
 
 
 def drive(robot, ticks):
-    """First numbers of the actions of these ticks: 100 tick + j for action j of the chunk of a tick."""
+    """First numbers of these ticks' actions: 100 tick + j for action j of the chunk of a tick."""
     return [int(robot.act(observe(tick))[0]) for tick in ticks]
 
 
@@ -555,7 +555,7 @@ def test_late_chunks_act_where_they_were_meant_to(replan_steps, delay):
 @pytest.mark.parametrize("replan_steps", [1, 3])
 @pytest.mark.parametrize("m", [0.0, 0.01, 0.7])
 def test_ensembling_as_in_act(replan_steps, m):
-    """The table of Zhao et al.: row k has the chunk of tick k from column k on; columns are averaged."""
+    """The table of Zhao et al.: row k has tick k's chunk from column k on; columns are averaged."""
     carried, chunks, _ = run_robots(replan_steps, ensemble=m)
     for robot in range(3):
         table = np.full((23, 23 + 8, 2), np.nan)

@@ -1,4 +1,4 @@
-"""Small components without attention, for low-dimensional tasks and for training on a CPU in minutes.
+"""Small components without attention, for low-dimensional tasks and training on a CPU in minutes.
 
 They take the same inputs as those of transformer.py, and may be mixed with them where shapes agree.
 """
@@ -167,14 +167,14 @@ class MLPPosterior(MLPLatent):
 
 @block("mlp_prior")
 class MLPPrior(MLPLatent):
-    """p(z | first camera, proprio): z is drawn from it when acting, or with head `codes` its code."""
+    """p(z | first camera, proprio): acting draws z from it, or with head `codes` its code."""
 
     def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
 
 
 class MLPContext(NamedTuple):
-    """All that MLPActionDecoder needs of a batch of observations: projected memory plus z (B, 1, dim)."""
+    """All that MLPActionDecoder needs of observations: projected memory plus z (B, 1, dim)."""
 
     condition: Tensor
 
@@ -184,9 +184,9 @@ class MLPActionDecoder(nn.Module):
     """Velocity (or x1) of R noisy chunks as flat vectors: residual layers, scaled and shifted.
 
     x_t (B, R, T, A), t (B, R) and a context of memory (B, 1, memory_dim) and z (B, n, D), with
-    n D = latent_size -> (B, R, T, A). Memory, z and time give scale and shift of each layer; `context`
-    computes the share of memory and z once. prefix_mask (B, R, T) marks actions of x_t that are
-    given and clean.
+    n D = latent_size -> (B, R, T, A). Memory, z and time give scale and shift of each layer;
+    `context` computes the share of memory and z once. prefix_mask (B, R, T) marks actions of x_t
+    that are given and clean.
 
     Args:
         dim: width.
@@ -228,7 +228,7 @@ class MLPActionDecoder(nn.Module):
         return context if z is None else self.with_latent(context, z)
 
     def with_latent(self, context: MLPContext, z: Tensor) -> MLPContext:
-        """Add latents z (k B, n, D), k of each observation, to a context (B rows) without latent."""
+        """Add latents z (k B, n, D), k of each observation, to a context (B rows) without."""
         condition = context.condition.repeat(len(z) // len(context.condition), 1, 1)
         return MLPContext(condition + self.latent(z.flatten(1))[:, None])
 
@@ -240,7 +240,7 @@ class MLPActionDecoder(nn.Module):
         prefix_mask: Tensor | None = None,
         *routing,
     ) -> Tensor:
-        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts in place of the layers."""
+        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts."""
         x = self.embed(x_t.flatten(2))
         if prefix_mask is not None:
             if self.prefix is None:

@@ -88,8 +88,8 @@ class MultimodalBridge(nn.Module):
 
     cond_proprio (B, P, S); cond_visual: per visual input a grid (B, h, w, C) or tokens (B, N, C),
     the cameras first; cond_semantic: per camera (B, 1, C); action (B, T, A) where action_dim is
-    given -> (B, N, dim). visual_mask (B, len(cond_visual)) bool puts learned mask tokens in place of
-    a visual input, and of its camera's summary, per sample.
+    given -> (B, N, dim). visual_mask (B, len(cond_visual)) bool puts learned mask tokens in place
+    of a visual input, and of its camera's summary, per sample.
 
     Args:
         dim: width of the tokens.
@@ -274,7 +274,7 @@ class VAEPosterior(LatentEncoder):
 
 @block("vae_prior")
 class VAEPrior(LatentEncoder):
-    """p(z | first camera, proprio): z is drawn from it when acting, or with head `codes` its code."""
+    """p(z | first camera, proprio): acting draws z from it, or with head `codes` its code."""
 
     def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
@@ -295,7 +295,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, keys_values: KeysValues, causal: bool, *routing
     ) -> Tensor:
-        """x (B, R, T, d), modulation (B, R, 9, d); keys and values (B, heads, N, d / heads) serve all R."""
+        """x (B, R, T, d), modulation (B, R, 9, d), keys and values (B, heads, N, d / heads)."""
         draws = x.shape[1]
         shift, scale, gate = (modulation + self.table).unflatten(2, (3, 3))[..., None, :].unbind(3)
         y = self.norm(x) * (1 + scale[:, :, 0]) + shift[:, :, 0]
@@ -398,7 +398,7 @@ class ActionDecoder(nn.Module):
         prefix_mask: Tensor | None = None,
         *routing,
     ) -> Tensor:
-        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts in place of the layers."""
+        """x_t (B, R, T, A), t (B, R) -> (B, R, T, A). routing is for experts."""
         x = self.embed(x_t)
         if prefix_mask is not None:
             if self.prefix is None:

@@ -43,7 +43,7 @@ class Codebook(nn.Module):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, z_e: Tensor, noise: Noise | None = None) -> Quantised:
-        """z_e (B, n, D) -> codes. With noise, in training, z is z_e plus the quantisation noise (NSVQ)."""
+        """z_e (B, n, D) -> codes. With noise, in training, z is z_e plus noise by NSVQ."""
         z_e = z_e.float()
         indices = nearest_codes(z_e, self.codes)
         zq = self.codes[indices]
@@ -72,10 +72,10 @@ class Codebook(nn.Module):
     ) -> None:
         """Count the codes that the step used; with noise, idle ones move to where the error is.
 
-        They move to z_e of the step, drawn in proportion to their squared distance from their codes,
-        as k-means++ draws its centres (Arthur & Vassilvitskii 2007): a code that serves two ways of
-        doing the task gets company. With kmeans, all codes become centres of this step's z_e
-        instead. All processes do the same.
+        They move to z_e of the step, drawn in proportion to their squared distance from their
+        codes, as k-means++ draws its centres (Arthur & Vassilvitskii 2007): a code that serves two
+        ways of doing the task gets company. With kmeans, all codes become centres of this step's
+        z_e instead. All processes do the same.
         """
         indices = torch.cat([gather(indices.flatten()) for _, indices in self.seen])
         used = torch.ones_like(indices, dtype=torch.float32)
