@@ -178,7 +178,7 @@ class _Checked:
         self.names: list[str] = []
         self.values: list[str] = []
         self.used: set[str] = set()
-        data: dict[str, Any] = source.data
+        data = source.data
         if "block" in data:
             self.mapping(data, (), ("block", "args"))
             args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))
@@ -231,6 +231,7 @@ class _Checked:
         parameters = list(inspect.signature(maker).parameters.values())
         if isinstance(maker, type):
             self.fit(title, parameters, (*here, "args"), {}, args)
+            # pyrefly: ignore[missing-attribute]  # of an nn.Module
             forward = list(inspect.signature(maker.forward).parameters.values())[1:]
             self.fit(title, forward, (*here, "in"), inputs, {})
         else:
@@ -303,7 +304,7 @@ class _Checked:
             filled[name] = fact if value is None else value
         return filled
 
-    def resolve(self, name, here):
+    def resolve(self, name, here) -> Any:
         """The class or function of a `block:`."""
         _import_own_blocks()
         known = dict(_BLOCKS)

@@ -8,25 +8,36 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
 
 from common import legacy
 from common.blocks.weights import read_tensors
 from common.build import import_plugins
 from common.config import UserError, Yaml, from_dict
 from common.data.normalizer import Normalizer
+from common.optim import AveragedWeights
 from common.parts import build_parts, load_component
 from common.schema import Optim, Part
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def save(folder: Path, policy, optimizers, average, meta: dict):
+def save(
+    folder: Path,
+    policy: nn.Module,
+    optimizers: Sequence[Optimizer],
+    average: AveragedWeights,
+    meta: dict,
+) -> None:
     """Write `folder`: component files with averaged weights, statistics, resume/, meta.json last.
 
     Everything goes to `<folder>.tmp` first, synced to disk, then renamed; an existing folder steps
@@ -229,7 +240,7 @@ def newest(save_dir: Path) -> Path | None:
     return None
 
 
-def repair(save_dir: Path):
+def repair(save_dir: Path) -> None:
     """Remove folders that an interrupted save left; one that was set aside comes back if needed."""
     for left in save_dir.glob("*_*.tmp"):
         shutil.rmtree(left)
@@ -240,7 +251,7 @@ def repair(save_dir: Path):
             left.rename(left.with_suffix(""))
 
 
-def prune(save_dir: Path, keep_last: int, step: int):
+def prune(save_dir: Path, keep_last: int, step: int) -> None:
     """Delete all but the newest `keep_last` checkpoints up to `step`.
 
     Later ones were damaged when the run resumed: they go as well.
@@ -252,7 +263,9 @@ def prune(save_dir: Path, keep_last: int, step: int):
         shutil.rmtree(folder.rename(tmp))
 
 
-def load(folder: Path, policy, optimizers, average) -> dict:
+def load(
+    folder: Path, policy: nn.Module, optimizers: Sequence[Optimizer], average: AveragedWeights
+) -> dict:
     """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
     meta = legacy.translated(read_meta(folder), folder)
     parts = policy.parts
@@ -316,15 +329,17 @@ def _differences(meta, parts, optimizers):
     return problems
 
 
-def load_script(path: str):
+def load_script(path: str) -> ModuleType:
     """The training script of a checkpoint as a module; path: absolute, or beside common/."""
     file = ROOT / path
     if not file.is_file():
         raise UserError(f"{file}: the script that trained this checkpoint is gone")
     loaded = sys.modules.get(file.stem)
-    if getattr(loaded, "__file__", None) == str(file):
+    if loaded and getattr(loaded, "__file__", None) == str(file):
         return loaded
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

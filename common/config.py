@@ -10,11 +10,14 @@ import re
 import textwrap
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
+
+Keys = tuple[str | int, ...]  # from the top of a YAML to one of its values
 
 
 class UserError(Exception):
@@ -29,18 +32,18 @@ class DataError(UserError, ValueError):
     """A mistake in a dataset."""
 
 
-def nearest(name, known) -> str:
+def nearest(name: Any, known: Iterable) -> str:
     """The text "; did you mean 'x'?" with the closest of the known names, or nothing."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], 1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def suggest(name, known) -> str:
+def suggest(name: Any, known: Iterable) -> str:
     """The text of nearest(), or all known names if none is close."""
     return nearest(name, known) or f"; known: {', '.join(map(str, known)) or 'none'}"
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
     """A value as it stands in YAML's flow style, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -66,7 +69,7 @@ class Yaml:
     def __init__(self, text: str, path: Path | str):
         self.text = text
         self.path = Path(path)
-        self.places = {(): 1}
+        self.places: dict[Keys, int | str] = {(): 1}
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -76,7 +79,7 @@ class Yaml:
             self.places[()] = line + 1
             problem = getattr(e, "problem", None) or getattr(e, "reason", e)
             raise self.error((), f"not YAML: {problem}") from e
-        self.data = self._value(loader, node, (), ()) if node else None
+        self.data: Any = self._value(loader, node, (), ()) if node else None
 
     @classmethod
     def read(cls, path: Path | str) -> "Yaml":
@@ -95,7 +98,7 @@ class Yaml:
             raise source.error((), f"expected a mapping, found {found}")
         return source
 
-    def _value(self, loader, node, keys, above):
+    def _value(self, loader, node, keys, above) -> Any:
         """Plain value of a node. Tags and anchors inside themselves are refused."""
         self.places.setdefault(keys, node.start_mark.line + 1)
         if node in above:
@@ -115,7 +118,7 @@ class Yaml:
             "and (quoted) text are read",
         )
 
-    def _mapping(self, loader, node, keys, above):
+    def _mapping(self, loader, node, keys, above) -> dict:
         """Plain dict of a mapping node, with `<<` merged. Duplicate keys are refused."""
         data = {}
         merged = {}
@@ -135,7 +138,7 @@ class Yaml:
             data[here[-1]] = self._value(loader, item, here, above)
         return {**merged, **data}
 
-    def override(self, text: str):
+    def override(self, text: str) -> None:
         """Apply one `a.b=yaml` of the command line; it replaces whatever is there."""
         name, _, value = text.partition("=")
         keys = tuple(name.strip().split("."))
@@ -156,12 +159,12 @@ class Yaml:
             del self.places[place]
         self.places[keys] = text
 
-    def place(self, keys) -> tuple[int | str, int]:
+    def place(self, keys: Keys) -> tuple[int | str, int]:
         """(line or override text, number of its keys) of the longest known start of keys."""
         known = next(n for n in range(len(keys), -1, -1) if tuple(keys[:n]) in self.places)
         return self.places[tuple(keys[:known])], known
 
-    def error(self, keys, message: str) -> ConfigError:
+    def error(self, keys: Keys, message: str) -> ConfigError:
         """ConfigError "path/file.yaml:14: a.b.c: message", or "command line: a.b=1: message"."""
         place, known = self.place(keys)
         where = f"{self.path}:{place}"
@@ -171,13 +174,15 @@ class Yaml:
         return ConfigError(": ".join(filter(None, [where, ".".join(map(str, keys)), message])))
 
 
-def key(default, meaning: str, **bounds):
+def key(default: Any, meaning: str, **bounds) -> Any:
     """A field of a schema.
 
     default: ... if the key is required. meaning: for --help. bounds: low, high; size of a list.
     """
-    made = {} if default is ... else {"default_factory": lambda: copy.deepcopy(default)}
-    return field(kw_only=True, metadata={"meaning": meaning, **bounds}, **made)
+    made: dict[str, Any] = {"kw_only": True, "metadata": {"meaning": meaning, **bounds}}
+    if default is not ...:
+        made["default_factory"] = lambda: copy.deepcopy(default)
+    return field(**made)
 
 
 RENAMED = {  # keys of earlier versions
@@ -202,7 +207,7 @@ class Reader:
         self.folder = Path(script).resolve().parent if script else Path.cwd()
         self.error = self.source.error
 
-    def path(self, text: str, keys) -> Path:
+    def path(self, text: str, keys: Keys) -> Path:
         """Absolute path of text.
 
         ./ and ../ start beside the YAML (of an override: in the current folder), all other relative
@@ -213,7 +218,7 @@ class Reader:
             folder = "" if isinstance(self.source.place(keys)[0], str) else self.source.path.parent
         return Path(os.path.abspath(os.path.join(folder, os.path.expanduser(text))))
 
-    def read(self, kind, value, keys):
+    def read(self, kind: Any, value: Any, keys: Keys) -> Any:
         """value as the type kind; raises ConfigError with the value found and the type expected."""
         origin = typing.get_origin(kind)
         args = typing.get_args(kind)
@@ -241,7 +246,7 @@ class Reader:
         problem = f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}"
         raise self.error(keys, problem)
 
-    def section(self, schema, mapping: dict, keys):
+    def section(self, schema: type, mapping: dict, keys: Keys) -> Any:
         """The dataclass schema from a mapping."""
         kinds = typing.get_type_hints(schema)
         known = {entry.name: entry for entry in fields(schema)}
@@ -278,7 +283,7 @@ class Reader:
             raise self.error(keys, f"expected {size} numbers, found {show(value)}")
 
 
-def type_name(kind) -> str:
+def type_name(kind: Any) -> str:
     """A type as --help and errors print it."""
     inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
     if typing.get_origin(kind) in (Literal, *_UNIONS):
@@ -289,7 +294,9 @@ def type_name(kind) -> str:
     return f"{name}[{', '.join(inner)}]" if inner else name
 
 
-def from_dict(schema, mapping: dict, source: Yaml | None = None, script: Path | str | None = None):
+def from_dict(
+    schema: type, mapping: dict, source: Yaml | None = None, script: Path | str | None = None
+) -> Any:
     """The dataclass schema, filled from a mapping; raises ConfigError.
 
     source: the Yaml of the mapping, for line numbers. With it, files and names are checked too.
@@ -298,12 +305,12 @@ def from_dict(schema, mapping: dict, source: Yaml | None = None, script: Path | 
     return Reader(source, script).read(schema, mapping, ())
 
 
-def to_dict(cfg) -> dict:
+def to_dict(cfg: Any) -> dict:
     """Plain values, for YAML or JSON: from_dict(type(cfg), to_dict(cfg)) == cfg."""
     return json.loads(json.dumps(asdict(cfg), default=str))
 
 
-def describe(schema, prefix: str = "") -> list[str]:
+def describe(schema: type, prefix: str = "") -> list[str]:
     """Every key of a schema with type, default and meaning, one paragraph each."""
     kinds = typing.get_type_hints(schema)
     lines = []
@@ -312,8 +319,9 @@ def describe(schema, prefix: str = "") -> list[str]:
         name = prefix + entry.name
         title = f"\n{name}"
         if not is_dataclass(kind):
-            required = entry.default_factory is MISSING
-            default = "required" if required else f"default {show(entry.default_factory())}"
+            default = "required"
+            if entry.default_factory is not MISSING:
+                default = f"default {show(entry.default_factory())}"
             title = f"  {name} ({type_name(kind)}; {default})"
         text = f"{title}: {entry.metadata['meaning']}"
         indent = " " * 6
@@ -333,7 +341,7 @@ SCRIPTS = {  # script -> components that tell its configs; the first with a list
 }
 
 
-def refuse_config_of_another_script(schema, script: Path | str, source: Yaml):
+def refuse_config_of_another_script(schema: type, script: Path | str, source: Yaml) -> None:
     """Raise ConfigError if the listed components are those of another script's policy.
 
     `components: ClassVar[tuple[str, ...]]` of a script's Config declares the components that its
@@ -358,7 +366,9 @@ def refuse_config_of_another_script(schema, script: Path | str, source: Yaml):
             return
 
 
-def load(schema, script: Path | str, argv: list[str] | None = None, description: str = ""):
+def load(
+    schema: type, script: Path | str, argv: list[str] | None = None, description: str = ""
+) -> tuple[Any, argparse.Namespace]:
     """(the schema filled, options) from `--config FILE [--dry_run] [a.b=yaml ...]`.
 
     script: its __file__. options: config and dry_run. A wrong command line exits with 2, a mistake

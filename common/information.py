@@ -5,7 +5,8 @@ from its states, and its states differ from those of the other demonstrations.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,14 @@ ACTIVE = 0.01
 SAME = 1e-5  # distance below which two points are one, of points whose total variance is 1
 
 
-def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window=0.0) -> Tensor:
+def ksg(
+    s: Tensor,
+    a: Tensor,
+    episode: Tensor,
+    time: Tensor,
+    k: Sequence[int] = (5, 6, 7),
+    window: float = 0.0,
+) -> Tensor:
     """Contribution of each point to I(S; A), (N,) in nats, float64.
 
     s (N, D), a (N, E), episode (N,), time (N,) in s.
@@ -45,7 +53,7 @@ def ksg(s: Tensor, a: Tensor, episode: Tensor, time: Tensor, k=(5, 6, 7), window
     reach = joint.topk(max(k), largest=False).values.clamp(min=SAME)
     numbers = torch.arange(1, len(s) + 1, dtype=torch.float64, device=s.device)
     psi = numbers.digamma()  # psi[n] is psi(n + 1)
-    total = 0.0
+    total = torch.zeros_like(psi)
     for i in k:
         total += psi[same.clamp(min=i) - 1] - psi[i - 1]
         nearer = reach[:, i - 1, None]
@@ -78,7 +86,7 @@ def same_moment(episode: Tensor, time: Tensor, k: int, window: float) -> Tensor:
     return close
 
 
-def shuffled_batches(transitions: int, scoring, seed: int) -> Iterator[Tensor]:
+def shuffled_batches(transitions: int, scoring: Any, seed: int) -> Iterator[Tensor]:
     """Rows of each batch of each shuffle: scoring.batch or more, as no remainder is dropped."""
     count = max(transitions // scoring.batch, 1)
     for shuffle in range(scoring.shuffles):
@@ -88,22 +96,22 @@ def shuffled_batches(transitions: int, scoring, seed: int) -> Iterator[Tensor]:
 
 
 def contributions(
-    s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring, seed: int
+    s: Tensor, a: Tensor, episode: np.ndarray, time: np.ndarray, scoring: Any, seed: int
 ) -> tuple[np.ndarray, float]:
     """Points s (N, D), a (N, E) of transitions -> contributions (N,) and I(S; A), in nats.
 
     Neighbours are those within a shuffled batch; results are means over scoring.shuffles shuffles.
     The same seed gives the same bits. Raises DataError if a batch has too few neighbours for k.
     """
-    episode = torch.from_numpy(episode).to(s.device)
-    time = torch.from_numpy(time).to(s.device)
+    episodes = torch.from_numpy(episode).to(s.device)
+    times = torch.from_numpy(time).to(s.device)
     k = scoring.k
     total = torch.zeros(len(s), dtype=torch.float64)
     nats = []
     batches = list(shuffled_batches(len(s), scoring, seed))
     for rows in tqdm(batches, desc="neighbours", unit="batch"):
         there = rows.to(s.device)
-        found = ksg(s[there], a[there], episode[there], time[there], k, scoring.window).cpu()
+        found = ksg(s[there], a[there], episodes[there], times[there], k, scoring.window).cpu()
         total[rows] += found / scoring.shuffles
         psi = torch.tensor([len(rows), *k], dtype=torch.float64).digamma()
         nats.append((found.mean() + psi[0] + psi[1:].mean()).item())
@@ -130,7 +138,7 @@ def latent_points(mu: Tensor, logvar: Tensor, name: str, least: int) -> Tensor:
     return points / points.var(0).sum().sqrt()
 
 
-def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
+def rank(values: np.ndarray, episode: np.ndarray, listed: Sequence[int] | None = None) -> pa.Table:
     """Contributions (N,) of transitions, the episode of each -> a row per episode, the best first.
 
     Contributions are clipped to the 1st and 99th percentile and standardised; an episode's score is
@@ -152,7 +160,7 @@ def rank(values: np.ndarray, episode: np.ndarray, listed=None) -> pa.Table:
     return pa.table([column[best_first] for column in columns], names=COLUMNS)
 
 
-def check_scorable(windows: Windows, scoring, seed: int) -> None:
+def check_scorable(windows: Windows, scoring: Any, seed: int) -> None:
     """Raises DataError if actions never change, episodes are copies, or transitions are too few."""
     action = windows.action
     noise = 1e-5 * np.abs(action).max(0)  # resampling leaves rounding errors

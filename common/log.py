@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +21,7 @@ class Log:
     data. updt_s: seconds per step for the rest of it.
     """
 
-    def __init__(self, accelerator: Accelerator, cfg, step: int, total: int):
+    def __init__(self, accelerator: Accelerator, cfg: Any, step: int, total: int):
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.file = cfg.train.save_dir / "log.jsonl"
@@ -74,7 +75,7 @@ class Log:
             yield batch
             asked = time.perf_counter()
 
-    def training(self, step: int, epoch: int, scalars: dict):
+    def training(self, step: int, epoch: int, scalars: dict) -> None:
         """Log the scalars of a training step and the time per step since the last such line."""
         now = time.perf_counter()
         seconds = now - self.logged_at
@@ -97,7 +98,7 @@ class Log:
             }
         )
 
-    def held_out(self, step: int, epoch: int, scalars: dict):
+    def held_out(self, step: int, epoch: int, scalars: dict) -> None:
         """Log the scalars of the held-out episodes under val/."""
         scalars = self.write(step, epoch, {f"val/{name}": x for name, x in scalars.items()})
         if self.is_main:
@@ -115,6 +116,6 @@ class Log:
         self.accelerator.log({**scalars, **timing}, step=step)
         return scalars
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         self.accelerator.end_training()

@@ -134,8 +134,8 @@ def transport_plan(cost: Tensor, eps: Tensor, iterations: int = 100, anneal: flo
     n, m = cost.shape[-2:]
     log_n = -torch.tensor(n).log()
     log_m = -torch.tensor(m).log()
-    f = cost.new_zeros(*cost.shape[:-1], 1)
-    start = cost.amax()
+    f = g = cost.new_zeros(*cost.shape[:-1], 1)
+    start = now = cost.amax()
     for k in range(iterations):
         now = torch.maximum(start * anneal**k, eps)
         g = -now * torch.logsumexp((f - cost) / now + log_n, -2, keepdim=True)

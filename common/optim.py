@@ -2,18 +2,22 @@
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from schedulefree import RAdamScheduleFree
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from common.config import ConfigError
+from common.parts import Parts
 
 SCHEDULE_FREE = "schedule_free_radam"
 
 
-def build(parts: nn.ModuleDict, cfg) -> list[torch.optim.Optimizer]:
+def build(parts: Parts, cfg: Any) -> list[Optimizer]:
     """One optimizer per distinct type; per component one group with and one without weight decay.
 
     parts: the policy's components. cfg: train.yaml.
@@ -81,7 +85,7 @@ def _cosine(a, b, share):
     return b + (a - b) / 2 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def set_learning_rate(optimizers, step: int, total: int) -> float:
+def set_learning_rate(optimizers: Sequence[Optimizer], step: int, total: int) -> float:
     """Set the rate of every group for this step. Returns the largest, to log."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
@@ -90,20 +94,25 @@ def set_learning_rate(optimizers, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def reset_rows(optimizers, average, parameter: nn.Parameter, rows):
+def reset_rows(
+    optimizers: Sequence[Optimizer],
+    average: "AveragedWeights",
+    parameter: nn.Parameter,
+    rows: Tensor | slice,
+) -> None:
     """Forget the history of rows of a parameter: zero moments, averages equal to the rows."""
     averages = [average.ema[name] for name in average.ema if average.trained[name] is parameter]
     for optimizer in optimizers:
         for name, value in optimizer.state.get(parameter, {}).items():
             if name == "z":  # of schedule-free
                 averages.append(value)
-            elif isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 value[rows] = 0
     for value in averages:
         value[rows] = parameter[rows]
 
 
-def slow_copy(parts, name: str) -> nn.Module:
+def slow_copy(parts: Parts, name: str) -> nn.Module:
     """A copy of a component without gradient, for `update_slow_copy`."""
     if name not in parts:
         raise ConfigError(f"no component '{name}' is listed; there are {', '.join(parts)}")
@@ -111,7 +120,7 @@ def slow_copy(parts, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def update_slow_copy(slow: nn.Module, trained: nn.Module, decay: float, step: int):
+def update_slow_copy(slow: nn.Module, trained: nn.Module, decay: float, step: int) -> None:
     """Moving average of a component's weights after optimizer step `step` (from 1).
 
     Buffers are copied.
@@ -135,7 +144,7 @@ class AveragedWeights:
     need none.
     """
 
-    def __init__(self, policy: nn.Module, optimizers, decay: float | None):
+    def __init__(self, policy: nn.Module, optimizers: Sequence[Optimizer], decay: float | None):
         self.decay = decay
         self.schedule_free = {}  # parameter -> its optimizer, beta1
         for optimizer in optimizers:
@@ -154,15 +163,15 @@ class AveragedWeights:
         }
 
     @torch.no_grad()
-    def update(self, step: int):
+    def update(self, step: int) -> None:
         """After optimizer step `step` (from 1)."""
-        if self.ema:
+        if self.ema and self.decay:
             weights = [self.trained[name].detach() for name in self.ema]
             averages = list(self.ema.values())
             torch._foreach_lerp_(averages, weights, 1 - ema_decay(self.decay, step))
 
     @torch.no_grad()
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weights, if it has any. Training is not disturbed."""
         averaged = {}
         for name, p in self.trained.items():
@@ -176,7 +185,7 @@ class AveragedWeights:
         return p.detach().clone() if z is None else p.detach().lerp(z, 1 - 1 / beta1)
 
     @contextmanager
-    def applied(self):
+    def applied(self) -> Iterator[None]:
         """The averaged weights in the policy's place, the trained ones back at the end."""
         averaged = self.weights()
         own = {name: p.data for name, p in self.trained.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.blocks.weights import read_tensors, require
+from common.blocks.weights import read_tensors, require, shapes_of
 from common.build import GraphModel, build
 from common.config import ConfigError, Yaml
 from common.data.images import IMAGE
@@ -110,7 +110,7 @@ class Parts(nn.ModuleDict):
 
     def _features(self, obs: dict[str, Tensor], users: list[User]) -> dict[User, Sequence[Tensor]]:
         """Features (B, F, ..., channels last) of F frames, and a backbone's summary (B, F, S)."""
-        features = {}
+        features: dict[User, Sequence[Tensor]] = {}
         missing: dict[str, list[str]] = {}
         for name, camera in users:
             key = f"features.{name}.{camera}"
@@ -257,13 +257,14 @@ def initialise(
     blocks = [*own.values()]
     keys = module.state_dict().keys()
     saved = load_dir / f"{name}.safetensors" if load_dir else None
-    if init == "scratch":
+    file = init or (saved if saved and saved.is_file() else None)
+    if file == "scratch":
         published = []
     elif init and len(own) == 1 and not keys & read_tensors(init).keys():
         blocks[0].weights = str(init)  # the published file, given as init
         published = blocks
-    elif init or (saved and saved.is_file()):
-        return load_component(module, init or saved, name), True
+    elif file:
+        return load_component(module, file, name), True
     else:
         published = [b for b in blocks if getattr(b, "weights", None)]
     for b in blocks:
@@ -283,7 +284,7 @@ def initialise(
 def load_component(module: nn.Module, file: Path, name: str) -> Path:
     """Load a component from a safetensors file, exactly; the file. UserError lists what differs."""
     tensors = read_tensors(file)
-    shapes = {key: value.shape for key, value in module.state_dict().items()}
-    require(shapes, tensors, f"{file}: not the weights of component '{name}' as configured")
+    title = f"{file}: not the weights of component '{name}' as configured"
+    require(shapes_of(module.state_dict()), tensors, title)
     module.load_state_dict(tensors)
     return file

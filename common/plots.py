@@ -9,7 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 from einops import rearrange
+
+from common.data.windows import Windows
 
 GREEN = (46, 160, 67)
 RED = (207, 34, 46)
@@ -52,7 +55,7 @@ def read_log(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def draw_success(rows: list[dict], file: Path):
+def draw_success(rows: list[dict], file: Path) -> None:
     """Success with its 95 % interval by NFE, and the entropy of modes where they are known.
 
     rows: as in results.json, one per NFE.
@@ -87,7 +90,7 @@ def draw_success(rows: list[dict], file: Path):
     figure.savefig(file)
 
 
-def draw_paths(panels: dict[str, list], modes: list[str], file: Path):
+def draw_paths(panels: dict[str, list], modes: list[str], file: Path) -> None:
     """Paths of the robot: successes coloured by mode, failures grey with a cross at their end.
 
     panels: {title: episodes}, of which the first 200 are drawn. Each episode has its `path`
@@ -146,7 +149,9 @@ def draw_paths(panels: dict[str, list], modes: list[str], file: Path):
     figure.savefig(file, dpi=130)
 
 
-def draw_mode_shares(rows: list[dict], names: list[str], shares: list[float] | None, file: Path):
+def draw_mode_shares(
+    rows: list[dict], names: list[str], shares: list[float] | None, file: Path
+) -> None:
     """Share of each mode in the successes, a panel per NFE, and in the demonstrations.
 
     rows: as in results.json; shares: of the demonstrations, None where they are unknown.
@@ -178,7 +183,7 @@ def draw_mode_shares(rows: list[dict], names: list[str], shares: list[float] | N
     figure.savefig(file)
 
 
-def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path):
+def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path) -> None:
     """Share of the experts in the successes of each mode, and the gate's choices in training.
 
     found: {mode: number of successes that each expert drove}; log: the run's log.jsonl.
@@ -206,7 +211,7 @@ def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path):
     figure.savefig(file)
 
 
-def write_video(episodes: list[tuple[list, bool]], fps: float, file: Path):
+def write_video(episodes: list[tuple[list, bool]], fps: float, file: Path) -> None:
     """A video of episodes side by side: (pictures (h, w, 3) uint8, success) of each.
 
     Each holds its last picture until the longest ends, in a green frame, or a red one if it failed.
@@ -243,7 +248,7 @@ def draw_chunks(
     valid: np.ndarray,
     names: list[str],
     file: Path,
-):
+) -> None:
     """Predicted and recorded chunks (n, T, A) of one episode in a row; valid (n, T): no padding."""
     title = f"held-out episode {episode}: recorded (black), predicted (coloured)"
     figure, axes = joint_grid(names, title, "step")
@@ -255,7 +260,7 @@ def draw_chunks(
     figure.savefig(file)
 
 
-def draw_error_by_step(error: np.ndarray, names: list[str], hz: float, file: Path):
+def draw_error_by_step(error: np.ndarray, names: list[str], hz: float, file: Path) -> None:
     """Mean absolute error (T, A) over the time in a chunk, in the action's units."""
     title = "mean absolute error of held-out chunks"
     figure, axes = joint_grid(names, title, "time into the chunk (s)")
@@ -266,7 +271,7 @@ def draw_error_by_step(error: np.ndarray, names: list[str], hz: float, file: Pat
     figure.savefig(file)
 
 
-def draw_velocity_loss(loss: dict[str, list], file: Path):
+def draw_velocity_loss(loss: dict[str, list], file: Path) -> None:
     """Held-out velocity loss over t, a line per source of the latent; loss: as in results.json."""
     figure, (axis,) = panel_grid(1, 1, 5.2, 3.6)
     labels = {"posterior": "z from the posterior", "prior": "z from the prior", "none": "no latent"}
@@ -284,7 +289,7 @@ def draw_velocity_loss(loss: dict[str, list], file: Path):
 
 def draw_reconstructions(
     pictures: list[np.ndarray], recorded: np.ndarray, decoded: np.ndarray, file: Path
-):
+) -> None:
     """Pictures above their reconstructions, a column per sample; below, chunks (n, T, A).
 
     pictures: recorded and decoded ones (n, cameras, 3, h, w) in [0, 1], or empty without cameras.
@@ -308,11 +313,11 @@ def draw_reconstructions(
     figure.savefig(file)
 
 
-def draw_scores(table, windows, file: Path):
+def draw_scores(table: pa.Table, windows: Windows, file: Path) -> None:
     """Scores of episodes as ranked bars; below, film strips of the best and of the worst.
 
-    Without cameras, actions take the place of film strips. table: a pyarrow table with the columns
-    episode and score, the best first; windows: loader.Windows of these episodes.
+    Without cameras, actions take the place of film strips. table: columns episode and score, the
+    best first; windows: of these episodes.
     """
     from matplotlib.figure import Figure
 
@@ -349,7 +354,7 @@ def draw_scores(table, windows, file: Path):
     figure.savefig(file)
 
 
-def draw_curves(folder: Path):
+def draw_curves(folder: Path) -> None:
     """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
     from matplotlib.figure import Figure
 

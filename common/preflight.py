@@ -5,16 +5,22 @@ import linecache
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
+from torch import nn
 
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.loader import to_device
 from common.noise import Noise
 from common.policy import ActionPolicy
+
+if TYPE_CHECKING:
+    from common.run import Run
 
 SHAPE_ERRORS = (  # texts of torch
     r"mat1 and mat2 shapes cannot be multiplied \(\d+x(?P<found>\d+) and (?P<expected>\d+)x",
@@ -26,7 +32,7 @@ SHAPE_ERRORS = (  # texts of torch
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory"
 
 
-def preflight(job, policy):
+def preflight(job: "Run", policy: nn.Module) -> None:
     """Run two samples through the policy before training starts.
 
     Raises ConfigError if a component does not fit or is not used; see `explained` for other
@@ -56,7 +62,7 @@ def preflight(job, policy):
 
 
 @torch.no_grad()
-def dry_run(job, policy) -> int:
+def dry_run(job: "Run", policy: nn.Module) -> int:
     """Print one batch, the loss of two samples, one chunk, the config; write nothing."""
     batch = to_device(next(iter(job.loader())), job.device, job.cfg.data.augment)
     batch.pop("position")
@@ -100,7 +106,7 @@ def parameters_of(loss: torch.Tensor) -> set:
 
 
 @contextmanager
-def explained(job, policy, batch):
+def explained(job: "Run", policy: nn.Module, batch: dict) -> Iterator[None]:
     """Names the component that an exception comes out of.
 
     A shape that contradicts a number of the component's YAML becomes a ConfigError, and a UserError

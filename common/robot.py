@@ -265,11 +265,11 @@ class Robot:
         pictures = self._read_pictures(given, len(rows)) if self.needs_pictures else {}
         for i, row in enumerate(rows):
             history = self.states[row]
-            history.extend([states[i]] * (1 if history else history.maxlen))
+            history.extend([states[i]] * (1 if history else self.data.obs_proprio_history))
             for name, images in pictures.items():
                 frames = self.pictures[row][name]
                 image = resize(images[i], tuple(self.data.image_size)).transpose(2, 0, 1)
-                frames.extend([image] * (1 if frames else frames.maxlen))
+                frames.extend([image] * (1 if frames else self.data.obs_images_history))
 
     def _read_states(self, observation: Observation, rows: list[int]) -> np.ndarray:
         count = len(rows)
@@ -395,5 +395,6 @@ class Execution:
         weights = np.exp(-self.ensemble * np.arange(len(acting)))
         weights = weights / weights.sum()
         # Added one by one: the order, and with it the last bit, must not depend on how many act.
-        mean = sum(weight * action for weight, action in zip(weights, acting, strict=True))
+        terms = [weight * action for weight, action in zip(weights, acting, strict=True)]
+        mean = sum(terms, start=np.zeros(1))
         return mean.astype(acting[0].dtype)

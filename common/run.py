@@ -7,14 +7,18 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from common import checkpoint, preflight
@@ -26,11 +30,12 @@ from common.data.normalizer import Normalizer
 from common.envs import registry  # noqa: F401 (names of data.root)
 from common.log import Log
 from common.noise import Noise, seed_of
+from common.optim import AveragedWeights
 from common.parts import Parts, build_parts
 from common.plots import draw_curves
 
 
-def cli(main):
+def cli(main: Callable[[], int]) -> None:
     """Run a script's main and exit: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     try:
         code = main()
@@ -59,7 +64,7 @@ class Run:
     under way. total: optimizer steps of the whole run. scalars: of this step, to be logged.
     """
 
-    def __init__(self, cfg, options, script: str):
+    def __init__(self, cfg: Any, options: Namespace, script: str):
         self.cfg = cfg
         self.train = cfg.train
         self.options = options
@@ -75,16 +80,17 @@ class Run:
         if self.device.type == "cpu":
             # The launcher leaves one thread per process. Results depend on the number, bit for bit.
             cores = len(os.sched_getaffinity(0))
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, cores // processes))
         import_plugins(cfg.plugins)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
         self.loader()  # a batch_size that does not fit is an error before the models are built
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
-        self.total = cfg.train.total_steps or math.inf
+        limits = [cfg.train.total_steps]
         if cfg.train.epoch is not None:
-            self.total = min(self.total, cfg.train.epoch * self.steps_per_epoch)
+            limits.append(cfg.train.epoch * self.steps_per_epoch)
+        self.total: int = min(filter(None, limits))
         self.step = 0
         self.epoch = 0
         self.offset = 0
@@ -115,13 +121,15 @@ class Run:
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
-    def preflight(self, policy):
+    def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
 
-    def dry_run(self, policy) -> int:
+    def dry_run(self, policy: nn.Module) -> int:
         return preflight.dry_run(self, policy)
 
-    def resume(self, policy, optimizers, average):
+    def resume(
+        self, policy: nn.Module, optimizers: list[Optimizer], average: AveragedWeights
+    ) -> None:
         """Load the newest checkpoint of the run folder, if there is one; start log and signals."""
         self.policy = policy
         self.optimizers = optimizers
@@ -214,12 +222,12 @@ class Run:
     def _noise(self, *key):
         return Noise(*key, rank=self.rank, world=self.world, device=self.device)
 
-    def log_scalars(self, **scalars: torch.Tensor):
+    def log_scalars(self, **scalars: torch.Tensor) -> None:
         """Add scalars of this micro-step to the means that are logged; no host read."""
         for name, value in scalars.items():
             self.scalars[name] = self.scalars.get(name, 0) + value / self.train.micro_steps
 
-    def clip(self):
+    def clip(self) -> None:
         """Clip each component's gradients; stop all processes if loss or a norm is not finite.
 
         The weights are untouched then. This holds the only host read of a step: whether everything
@@ -249,7 +257,7 @@ class Run:
                 "Lower peak_lr, or look at the data."
             )
 
-    def end_step(self, model):
+    def end_step(self, model: nn.Module) -> None:
         """After an optimizer step: position, log, held-out loss and checkpoint if they are due."""
         self.epoch, self.offset = self.position
         epoch_ends = self.offset + self.cfg.data.batch_size > len(self.data.train_rows)
@@ -323,7 +331,7 @@ class Run:
             print(f"{state} at step {self.step}: {self.folder}")
         return 130 if self.signal == signal.SIGINT else 0
 
-    def close(self):
+    def close(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.log.close()
@@ -338,20 +346,20 @@ def _lock_folder(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", 0)):
+        if int(os.getenv("RANK", 0)):
             return None
         file = (folder / ".lock").open("a+")
-        # Loader processes outlive a killed run and would inherit a lock of flock, but not this one.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            # Not flock: loader processes outlive a killed run and would inherit its lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.seek(0)
+            problem = f"another run writes here ({file.read()}); set train.save_dir"
+            raise UserError(f"{folder}: {problem}") from e
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()}")
         file.flush()
         return file
-    except BlockingIOError as e:
-        file.seek(0)
-        raise UserError(
-            f"{folder}: another run writes here ({file.read()}); set train.save_dir"
-        ) from e
     except OSError as e:
         raise UserError(f"train.save_dir: {folder} cannot be written: {e.strerror}") from e
 
@@ -370,7 +378,7 @@ def _accelerator(cfg, script):
             f"{kind.value} shards the weights, which per-component files do not support: "
             "use plain DDP"
         )
-    launched = int(os.environ.get("WORLD_SIZE", made.num_processes))
+    launched = int(os.getenv("WORLD_SIZE") or made.num_processes)
     if made.num_processes != launched:
         raise ConfigError(
             f"{launched} processes were launched that do not see each other: no GPU here? On CPU: "
@@ -390,7 +398,7 @@ NOT_REPORTED = (  # keys, and changes of one key, that do not change what is lea
 )
 
 
-def changes(was, now, path: str = "") -> list[tuple]:
+def changes(was: Any, now: Any, path: str = "") -> list[tuple]:
     """(key, old, new) of every key that matters to training and differs between two configs."""
     if isinstance(was, dict) and isinstance(now, dict):
         found = []

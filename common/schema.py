@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.config import key, suggest
+from common.config import Keys, Reader, key, suggest
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Model:
         {}, "keys of train.optim that have another value for one component, by component name"
     )
 
-    def check(self, reader, keys):
+    def check(self, reader: Reader, keys: Keys) -> None:
         names = self.component_config_paths
         for section in ("component_build_args", "component_optims"):
             for name in getattr(self, section):
@@ -142,7 +142,7 @@ class Data:
     )
     num_workers: int = key(2, "loader processes per training process", low=0)
 
-    def check(self, reader, keys):
+    def check(self, reader: Reader, keys: Keys) -> None:
         root = reader.path(self.root, (*keys, "root"))
         if self.root.split("/")[0] in ("", ".", "..", "~") or root.is_dir():
             self.root = str(root)
@@ -215,7 +215,7 @@ class Train:
     )
     log_every: int = key(20, "optimizer steps between lines of the log", low=1)
 
-    def check(self, reader, keys):
+    def check(self, reader: Reader, keys: Keys) -> None:
         if self.epoch is None and self.total_steps is None:
             raise reader.error((*keys, "epoch"), "null needs train.total_steps to end the run")
 
@@ -225,12 +225,12 @@ class Sinkhorn:
     weight: float = key(0.05, "weight of the K-OT loss")
     lam_state: float = key(2.0, "cost of pairing chunks of different states")
     blur: float = key(0.05, "entropic regularisation as a share of the median cost")
-    iterations: int = key(100, "iterations of the annealed Sinkhorn solver")
+    iterations: int = key(100, "iterations of the annealed Sinkhorn solver", low=1)
     solver: Literal["sinkhorn", "exact"] = key(
         "sinkhorn", "sinkhorn, on the device; or exact, the optimal assignment on the host"
     )
 
-    def check(self, reader, keys):
+    def check(self, reader: Reader, keys: Keys) -> None:
         for name in ("blur", "iterations"):
             if self.solver == "exact" and getattr(self, name) != getattr(Sinkhorn(), name):
                 problem = "solver: exact does not use it: leave it out"

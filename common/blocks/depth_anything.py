@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.blocks.vision import PatchBackbone
-from common.blocks.weights import locate, read_sizes, read_tensors, require
+from common.blocks.weights import locate, read_sizes, read_tensors, require, shapes_of
 from common.build import block
 
 PATCH = 14
@@ -52,7 +52,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads, has_rope):
+    def __init__(self, dim: int, heads: int, has_rope: bool):
         super().__init__()
         self.heads = heads
         self.has_rope = has_rope
@@ -62,7 +62,7 @@ class Attention(nn.Module):
             self.q_norm = nn.LayerNorm(dim // heads, eps=1e-5)
             self.k_norm = nn.LayerNorm(dim // heads, eps=1e-5)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.has_rope:  # float32, like cos and sin, until both are rotated
             query = rotate(self.q_norm(query), cos, sin).to(value.dtype)
@@ -72,16 +72,16 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.gamma * x
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, has_rope):
+    def __init__(self, dim: int, heads: int, has_rope: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -91,7 +91,7 @@ class Block(nn.Module):
         layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x, cos, sin):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), cos, sin))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -160,8 +160,8 @@ class DepthAnything3(PatchBackbone):
         if not needed <= sizes.keys():
             raise ValueError(f"give model ({known}), weights, or embed_dim and depth")
         names = [model] if model else presets(sizes)
-        self.published = PRESETS[names[0]][0] if names else None
-        self.weights = weights
+        self.published = PRESETS[names[0]][0] if names else ""
+        self.weights = weights or ""
         self.normalize = normalize
 
         dim = sizes["embed_dim"]
@@ -186,7 +186,7 @@ class DepthAnything3(PatchBackbone):
             Block(dim, num_heads, i >= self.alt_start) for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self._file_shapes = {name: value.shape for name, value in self.state_dict().items()}
+        self._file_shapes = shapes_of(self.state_dict())
         self.blocks = self.blocks[: max(self.layers) + 1]
         for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -202,7 +202,7 @@ class DepthAnything3(PatchBackbone):
         source = f"weights: {self.weights}, {licence}"
         file = locate(self.weights, licence)
         tensors = without_heads(read_tensors(file))
-        held = describe({name: value.shape for name, value in tensors.items()})
+        held = describe(shapes_of(tensors))
         title = f"{file} ({source}): not the weights of this da3; the file has {held}"
         require(self._file_shapes, tensors, title)
         self.load_state_dict({name: tensors[name] for name in self.state_dict()})
@@ -210,7 +210,7 @@ class DepthAnything3(PatchBackbone):
             print(f"notice: {source}")
         return file
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "DepthAnything3":
         return super().train(False)
 
     def grid(self, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:

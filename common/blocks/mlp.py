@@ -39,7 +39,8 @@ class Sum(nn.Module):
         self.proprio = nn.Linear(state_dim * proprio_history, dim)
         self.visual = nn.ModuleList(nn.Linear(visual_size, dim) for _ in range(num_cameras))
         self.semantic = nn.ModuleList(nn.Linear(semantic_dim, dim) for _ in range(num_cameras))
-        self.mask_token = nn.Parameter(torch.zeros(num_cameras, dim)) if num_cameras else None
+        if num_cameras:
+            self.mask_token = nn.Parameter(torch.zeros(num_cameras, dim))
         self.action = nn.Linear(chunk_size, dim) if chunk_size else None
         self.norm = nn.LayerNorm(dim)
 
@@ -64,6 +65,7 @@ class Sum(nn.Module):
                 camera = torch.where(visual_mask[:, i, None], token, camera)
             x = x + camera
         if self.action is not None:
+            # pyrefly: ignore[missing-attribute]  # a block that is built for chunks gets them
             x = x + self.action(action.flatten(1))
         return self.norm(x)
 
@@ -96,7 +98,13 @@ class MLPInfoEncoder(nn.Module):
         self.sum = Sum(dim, state_dim, proprio_history, num_cameras, visual_size, semantic_dim)
         self.layers = nn.ModuleList(residual(dim) for _ in range(layers))
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Tensor:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+    ) -> Tensor:
         x = self.sum(cond_proprio, cond_visual, cond_semantic, visual_mask)
         for layer in self.layers:
             x = x + layer(x)
@@ -161,7 +169,14 @@ class MLPPosterior(MLPLatent):
     It needs action_dim and action_horizon. With head `point` its token is for a codebook.
     """
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, visual_mask=None) -> Any:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        action: Tensor,
+        visual_mask: Tensor | None = None,
+    ) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask, action)
 
 
@@ -169,7 +184,13 @@ class MLPPosterior(MLPLatent):
 class MLPPrior(MLPLatent):
     """p(z | first camera, proprio): acting draws z from it, or with head `codes` its code."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+    ) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
 
 
@@ -211,7 +232,8 @@ class MLPActionDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(action_horizon * action_dim, dim)
         self.memory = nn.Linear(memory_dim, dim)
-        self.latent = nn.Linear(latent_size, dim) if latent_size else None
+        if latent_size:
+            self.latent = nn.Linear(latent_size, dim)
         self.prefix = nn.Linear(action_horizon, dim, bias=False) if prefix else None
         self.time = nn.Linear(32, dim, bias=False)
         self.modulation = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.blocks.mlp import MLPActionDecoder
 from common.blocks.transformer import ActionDecoder
 from common.build import block
+from common.config import ConfigError
 
 
 @block("gate")
@@ -154,7 +155,9 @@ class Mixture(nn.Module):
     ) -> MixtureContext:
         """memory (B, N, d), z (B, n, D), experts (B, k) -> all that does not depend on t."""
         context = MixtureContext(self.decoder.context(memory), None, None)
-        return context if z is None else self.with_latent(context, z, experts)
+        if z is None or experts is None:
+            return context
+        return self.with_latent(context, z, experts)
 
     def with_latent(self, context: MixtureContext, z: Tensor, experts: Tensor) -> MixtureContext:
         """Add latents z (B, n, D) and the experts (B, k) that they choose to a context without."""
@@ -164,11 +167,13 @@ class Mixture(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, context: MixtureContext, prefix_mask: Tensor | None = None
     ) -> Tensor:
+        _, experts, routing = context
+        if experts is None:
+            raise ConfigError("a latent chooses the experts, and none is given")
         draws = x_t.shape[1]
-        k = context.experts.shape[1]
-        routing = context.routing
+        k = experts.shape[1]
         if draws > 1:
-            routing = Routing.of(context.experts.repeat_interleave(draws, 1), self.experts)
+            routing = Routing.of(experts.repeat_interleave(draws, 1), self.experts)
         if k > 1:
             x_t = x_t.repeat(1, k, 1, 1)
             t = t.repeat(1, k)

@@ -8,6 +8,7 @@ timm/naflexvit_large_patch16_radio_v3.c_radio. Their licence is the NVIDIA Open 
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.blocks.vision import PatchBackbone
-from common.blocks.weights import locate, read_sizes, read_tensors, require
+from common.blocks.weights import locate, read_sizes, read_tensors, require, shapes_of
 from common.build import block
 from common.config import UserError
 
@@ -85,18 +86,18 @@ class RadioV3(PatchBackbone):
             "prefix": prefix,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        self.weights = weights
+        self.weights = weights or ""
         self.sizes = {}  # arguments that the weights give
         if weights and size is None and not {"embed_dim", "depth", "table"} <= given.keys():
             otherwise = "size, or embed_dim, depth and table"
             self.sizes = read_sizes(weights, LICENCE, sizes_of, otherwise)
-        sizes = {"size": "L", **self.sizes, **given}
+        sizes: dict[str, Any] = {"size": "L", **self.sizes, **given}
         size = sizes["size"]
         if size not in SIZES:
             raise ValueError(f"size: {size} is none of {', '.join(SIZES)}")
         self.published = f"nvidia/C-RADIOv3-{size}"
 
-        options = {"num_heads": num_heads}  # timm drops None
+        options: dict[str, Any] = {"num_heads": num_heads}  # timm drops None
         if "embed_dim" in sizes:
             dim = sizes["embed_dim"]
             options["embed_dim"] = dim
@@ -141,11 +142,10 @@ class RadioV3(PatchBackbone):
         """
         file = locate(self.weights, LICENCE)
         tensors = read_tensors(file)
-        expected = {name: value.shape for name, value in self.model.state_dict().items()}
-        held = {name: value.shape for name, value in tensors.items()}
+        expected = shapes_of(self.model.state_dict())
         title = (
             f"{file}: not the weights of RadioV3 as configured ({describe(expected)});"
-            f" the file has {describe(held)}"
+            f" the file has {describe(shapes_of(tensors))}"
         )
         if any(name.startswith(MODEL) for name in tensors):
             tensors = self._from_nvidia(tensors, expected, title, file)
@@ -172,7 +172,7 @@ class RadioV3(PatchBackbone):
         required[EMBEDDER] = (dim, 3 * PATCH**2)
         required[TABLE] = (1, side**2, dim)
         required[PREFIX] = (self.prefix, dim)
-        required |= {name: buffer.shape for name, buffer in buffers.items()}
+        required |= shapes_of(buffers)
         require(required, tensors, title)
         for name, buffer in buffers.items():
             buffer.copy_(tensors.pop(name))
@@ -197,13 +197,15 @@ class RadioV3(PatchBackbone):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W) -> features (B, C, h, w), summary (B, S), where h = H / 16."""
         grid = [max(1, round(side / PATCH)) for side in image.shape[2:]]
-        x = self.resized(image, grid, PATCH)
+        x: Tensor = self.resized(image, grid, PATCH)
         stages = [self._embed, *self.model.blocks]
         with torch.no_grad():
             for stage in stages[: self.frozen_stages]:
                 x = stage(x)
         recompute = self.recompute and torch.is_grad_enabled()
         for stage in stages[self.frozen_stages :]:
+            # torch does not declare that checkpoint() returns what the stage does.
+            # pyrefly: ignore[bad-assignment]
             x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
         features = x[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
         summary = x.index_select(1, self.summary_idxs).flatten(1)

@@ -268,7 +268,14 @@ class VAEPosterior(LatentEncoder):
     With head `point` its tokens are for a codebook.
     """
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, action, visual_mask=None) -> Any:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        action: Tensor,
+        visual_mask: Tensor | None = None,
+    ) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask, action)
 
 
@@ -276,7 +283,13 @@ class VAEPosterior(LatentEncoder):
 class VAEPrior(LatentEncoder):
     """p(z | first camera, proprio): acting draws z from it, or with head `codes` its code."""
 
-    def forward(self, cond_proprio, cond_visual, cond_semantic, visual_mask=None) -> Any:
+    def forward(
+        self,
+        cond_proprio: Tensor,
+        cond_visual: list[Tensor],
+        cond_semantic: list[Tensor],
+        visual_mask: Tensor | None = None,
+    ) -> Any:
         return self.distribution(cond_proprio, cond_visual, cond_semantic, visual_mask)
 
 
@@ -358,7 +371,8 @@ class ActionDecoder(nn.Module):
         self.embed = nn.Linear(action_dim, dim)
         self.prefix = nn.Parameter(torch.zeros(dim)) if prefix else None
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.latent = nn.Linear(latent_dim, dim) if latent_dim else None
+        if latent_dim:
+            self.latent = nn.Linear(latent_dim, dim)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 9 * dim))
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, ff, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)

@@ -79,7 +79,7 @@ class Residual(nn.Module):
     Batch norm would make the score of a sample depend on the other samples of its batch.
     """
 
-    def __init__(self, size, out, stride=1):
+    def __init__(self, size: int, out: int, stride: int = 1):
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv2d(size, out, 3, stride, padding=1, bias=False),
@@ -92,7 +92,7 @@ class Residual(nn.Module):
         if stride > 1 or size != out:
             self.shortcut = nn.Conv2d(size, out, 1, stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.shortcut(x) + self.convolutions(x))
 
 

@@ -68,7 +68,7 @@ class TimmBackbone(nn.Module):
         import timm  # takes two seconds
 
         self.name = name
-        self.weights = weights
+        self.weights = weights or ""
         self.model = timm.create_model(name, pretrained=False, num_classes=0, **options)
         for key in ("mean", "std"):
             value = torch.tensor(self.model.pretrained_cfg[key]).view(3, 1, 1)

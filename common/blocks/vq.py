@@ -1,10 +1,12 @@
 """The codebook of a discrete latent."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from common import optim
 from common.build import block
@@ -66,7 +68,7 @@ class Codebook(nn.Module):
     def after_step(
         self,
         noise: Noise | None,
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: Sequence[Optimizer],
         average: optim.AveragedWeights,
         kmeans: bool = False,
     ) -> None:

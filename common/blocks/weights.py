@@ -35,7 +35,7 @@ def locate(weights: str, licence: str) -> Path:
             )
     if path.is_file():
         return path
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights))
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights)
     if not is_hub_id or path.suffix == ".safetensors":
         raise UserError(
             f"weights: no such file {path}, and '{weights}' is no Hub id like 'org/name';"
@@ -44,7 +44,7 @@ def locate(weights: str, licence: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(str(weights), FILE)).absolute()
+        return Path(huggingface_hub.hf_hub_download(weights, FILE)).absolute()
     except Exception as error:  # several packages raise many kinds of network errors
         raise UserError(
             f"weights: {weights} is no file or folder here,"
@@ -56,7 +56,7 @@ def locate(weights: str, licence: str) -> Path:
         ) from error
 
 
-def read_tensors(file: Path | str, read: Callable = load_file) -> dict[str, Tensor]:
+def read_tensors(file: Path | str, read: Callable = load_file) -> dict:
     """All tensors of a safetensors file. Raises UserError for any other file, which is not read."""
     file = Path(file)
     if not file.is_file():
@@ -102,10 +102,13 @@ def read_sizes(
     return sizes
 
 
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def require(expected: dict[str, tuple], tensors: dict[str, Tensor], title: str) -> None:
     """Raises UserError, a list under `title`, unless names and shapes are exactly as expected."""
-    expected = {name: tuple(shape) for name, shape in expected.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = shapes_of(tensors)
     wrong = [
         f"{name} is {shapes[name]}, expected {shape}"
         for name, shape in expected.items()

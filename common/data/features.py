@@ -9,18 +9,21 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from common.config import ConfigError, DataError, UserError
+from common.config import ConfigError, DataError, UserError, Yaml
 from common.data.frames import ArrayFiles, FrameCache, reserve
+from common.parts import Parts
 
 DTYPE = np.float16
 CPU_BATCH = 8  # frames at a time
@@ -36,7 +39,7 @@ ADVICE = (
 IRRELEVANT = ("weights", "gradient_checkpointing", "tune")  # arguments; the tensors are in the key
 
 
-def cached_components(parts, cameras) -> list[tuple[str, str]]:
+def cached_components(parts: Parts, cameras: Iterable[str]) -> list[tuple[str, str]]:
     """Frozen (component, camera) pairs. Raises ConfigError if there are none to cache."""
     components = [pair for kind in parts.camera_components(list(cameras)) for pair in kind]
     frozen = [(name, camera) for name, camera in components if name in parts.frozen]
@@ -70,9 +73,9 @@ class FeatureCache(ArrayFiles):
     def open(
         cls,
         frames: FrameCache,
-        parts,
-        sources: dict,
-        accelerator,
+        parts: Parts,
+        sources: dict[str, Yaml],
+        accelerator: Accelerator,
         folder: Path,
         max_gb: float,
         dry_run: bool = False,
@@ -167,7 +170,11 @@ def lock_files(extractions: list[Extraction], locks: ExitStack, quiet: bool) -> 
 
 
 def plan(
-    frames: FrameCache, parts, sources: dict, accelerator, folder: Path
+    frames: FrameCache,
+    parts: Parts,
+    sources: dict[str, Yaml],
+    accelerator: Accelerator,
+    folder: Path,
 ) -> tuple[dict[str, Path], list[Extraction]]:
     """Key of a batch -> its file; the extractions that fill them. Equal components share files."""
     backbones = parts.camera_components(list(frames.paths))[0]
@@ -212,7 +219,9 @@ def digest(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def compute_features(extraction: Extraction, rows, accelerator) -> list[np.ndarray]:
+def compute_features(
+    extraction: Extraction, rows: slice | np.ndarray, accelerator: Accelerator
+) -> list[np.ndarray]:
     """Features of some of the pictures as they are kept: [grid, summary], or [grid]."""
     pictures = torch.from_numpy(np.array(extraction.pictures[rows])).to(accelerator.device)
     with accelerator.autocast():
@@ -225,7 +234,7 @@ def compute_features(extraction: Extraction, rows, accelerator) -> list[np.ndarr
     return [x.to(torch.float16).cpu().numpy() for x in features[: len(extraction.files)]]
 
 
-def check_features(extraction: Extraction, accelerator) -> None:
+def check_features(extraction: Extraction, accelerator: Accelerator) -> None:
     """Raises UserError unless the files hold the features that the component gives now."""
     rows = np.linspace(0, len(extraction.pictures) - 1, CHECKED).astype(int)
     rows = np.unique(rows)
@@ -249,7 +258,7 @@ def check_features(extraction: Extraction, accelerator) -> None:
 
 
 def estimate(
-    extractions: list[Extraction], accelerator, folder: Path, max_gb: float
+    extractions: list[Extraction], accelerator: Accelerator, folder: Path, max_gb: float
 ) -> list[tuple[Extraction, list[tuple], int]]:
     """Print the space and time that missing files take -> (extraction, file shapes, frames done).
 
@@ -306,7 +315,9 @@ def remove_leftovers(folder: Path, missing: list[Extraction]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def extract(extraction: Extraction, shapes: list[tuple], done: int, accelerator, bar) -> None:
+def extract(
+    extraction: Extraction, shapes: list[tuple], done: int, accelerator: Accelerator, bar: tqdm
+) -> None:
     """Compute frames from `done` on into `*.tmp`, their count into `*.rows`; rename when whole."""
     size = batch_size(accelerator)
     saved = time.monotonic()
@@ -345,7 +356,7 @@ def extract(extraction: Extraction, shapes: list[tuple], done: int, accelerator,
     extraction.progress.unlink()
 
 
-def batch_size(accelerator) -> int:
+def batch_size(accelerator: Accelerator) -> int:
     return CPU_BATCH if accelerator.device.type == "cpu" else BATCH
 
 

@@ -11,6 +11,7 @@ import shutil
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,14 +47,14 @@ class Video:
             # Edit lists mark packets that must not be shown; the decoder drops them as well.
             packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         key_packets = [p for p in packets if p.is_keyframe] or packets[:1]
-        keys = sorted((p.pts, p.dts) for p in key_packets)
+        keys = np.array(sorted((p.pts, p.dts) for p in key_packets)).reshape(-1, 2)
         self.stream.thread_type = "AUTO"
         self.stream.codec_context.thread_count = threads
-        self.times = np.sort([p.pts for p in packets])
-        self.key_frames = np.searchsorted(self.times, [pts for pts, _ in keys])
-        self.key_dts = [dts for _, dts in keys]
+        self.times = np.sort(np.array([p.pts for p in packets]))
+        self.key_frames = np.searchsorted(self.times, keys[:, 0])
+        self.key_dts = keys[:, 1].tolist()
         self.position = len(self.times)
-        self.image = None
+        self.image: np.ndarray  # at this position
         self.decoded = iter(())
         self.converter = av.video.reformatter.VideoReformatter()
 
@@ -93,7 +94,7 @@ class VideoFrames:
         self,
         dataset: LeRobotDataset,
         cameras: dict[str, str],
-        size: tuple[int, int],
+        size: Sequence[int],
         episodes: list[int] | None,
         threads: int = 1,
     ):
@@ -110,7 +111,7 @@ class VideoFrames:
     def __getstate__(self):
         return self.__dict__ | {"files": OrderedDict()}  # decoders don't travel to other processes
 
-    def gather(self, name: str, rows) -> np.ndarray:
+    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows of any shape -> uint8 (*rows.shape, 3, h, w)."""
         rows = np.asarray(rows)
         flat = rows.ravel()
@@ -126,7 +127,7 @@ class VideoFrames:
         k = row - int(self.ends[number]) + episode.length
         key = self.cameras[name]
         source = self._source(episode, key)
-        if key in episode.videos:
+        if isinstance(source, Video):
             _, start = episode.videos[key]
             image = source.frame(round(start * self.dataset.fps) + k)
         else:
@@ -177,7 +178,7 @@ class FrameCache(ArrayFiles):
         files = [path.with_suffix(".json") for path in self.paths.values()]
         return [text for file in files for text in json.loads(file.read_text())]
 
-    def gather(self, name: str, rows) -> np.ndarray:
+    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows of any shape -> uint8 (*rows.shape, 3, h, w)."""
         return self[name][np.asarray(rows)]
 
@@ -186,7 +187,7 @@ class FrameCache(ArrayFiles):
         cls,
         dataset: LeRobotDataset,
         cameras: dict[str, str],
-        size: tuple[int, int],
+        size: Sequence[int],
         episodes: list[int] | None,
         folder: Path,
         max_gb: float,
@@ -239,7 +240,13 @@ class FrameCache(ArrayFiles):
         return cache
 
 
-def build(dataset, cameras, size, numbers, paths):
+def build(
+    dataset: LeRobotDataset,
+    cameras: dict[str, str],
+    size: Sequence[int],
+    numbers: list[int],
+    paths: dict[str, Path],
+) -> None:
     """Decode every file once, several at a time, into `*.tmp`; rename these when all is done."""
     episodes = dataset.select(numbers)
     ends = np.cumsum([episode.length for episode in episodes]).tolist()
@@ -249,8 +256,9 @@ def build(dataset, cameras, size, numbers, paths):
             path, start = episode.videos.get(key, (episode.index, 0.0))
             segment = (start, end - episode.length, episode)
             files.setdefault((name, path), []).append(segment)
-    workers = min(4, os.cpu_count(), len(files))
-    threads = -(-os.cpu_count() // workers)
+    cores = os.cpu_count() or 1
+    workers = min(4, cores, len(files))
+    threads = -(-cores // workers)
     stop = threading.Event()
     black = {name: [] for name in cameras}
     unfinished = {name: paths[name].with_suffix(".tmp") for name in cameras}
@@ -292,7 +300,7 @@ def build(dataset, cameras, size, numbers, paths):
             path.unlink(missing_ok=True)
 
 
-def reserve(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> np.memmap:
+def reserve(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.memmap:
     """A new .npy file with its disk space taken: on a disk that is full later, SIGBUS kills us."""
     try:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)

@@ -1,16 +1,20 @@
 """Pictures: their keys in a batch, resizing, and augmentation on the device."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from common.schema import Augment
 
 IMAGE = "observation.images."  # begins the key of a camera's pictures in a batch
 DRAWS = 8  # uniform numbers that `augmented` uses for a picture
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 
-def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
+def augmented(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
     """Colour jitter, blur and shift, one draw a sample; images (B, ..., 3, h, w) in [0, 1].
 
     augment: schema.Augment; u: (B, DRAWS) uniform numbers.
@@ -25,7 +29,7 @@ def augmented(images: Tensor, augment, u: Tensor) -> Tensor:
     return x.clamp(0, 1).reshape(images.shape)
 
 
-def jitter_colours(x: Tensor, augment, u: Tensor) -> Tensor:
+def jitter_colours(x: Tensor, augment: Augment, u: Tensor) -> Tensor:
     """Pictures (N, 3, h, w) with other brightness, saturation, hue, then contrast; u (N, 4)."""
     spread = (2 * u - 1)[:, :, None, None]
     brightness, contrast, saturation, hue = spread.unbind(1)
@@ -73,16 +77,17 @@ def shifted(x: Tensor, most: int, u: Tensor) -> Tensor:
     return pixels[sample, ys, xs].movedim(-1, 1)
 
 
-def moved(x: Tensor, axis: int, by) -> Tensor:
+def moved(x: Tensor, axis: int, by: int | Tensor) -> Tensor:
     """Indices along an axis of x, moved by so many and kept inside."""
     size = x.shape[axis]
     index = torch.arange(size, device=x.device) + by
     return index.clamp(0, size - 1)
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """uint8 (h, w, 3) -> (*size, 3), antialiased. The aspect ratio may change."""
     if image.shape[:2] == tuple(size):
         return image
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    height, width = size
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ def fetch(root: str) -> Path:
     folder = Path(root).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(root)):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
             f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like "
             "'org/name'"
@@ -44,8 +44,8 @@ def fetch(root: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id=str(root), repo_type="dataset"))
-    except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
+        return Path(huggingface_hub.snapshot_download(repo_id=root, repo_type="dataset"))
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"data.root: {root!r} is no folder here, and the Hub gave no such dataset. Check the "
             "name and the network (private data: `hf auth login`), or give a folder\n    "
@@ -200,9 +200,10 @@ class LeRobotDataset:
     def _episode(self, row: dict, existing: set[Path]) -> Episode:
         videos = {}
         for key in self._keys("video"):
-            path = self._path(row, f"videos/{key}", self._video_template, existing, key)
-            if path:
-                start = row.get(f"videos/{key}/from_timestamp") or 0
+            part = f"videos/{key}"
+            if row.get(f"{part}/chunk_index", 0) is not None:  # else it has no such camera
+                path = self._path(row, part, self._video_template, existing, key)
+                start = row.get(f"{part}/from_timestamp") or 0
                 videos[key] = (path, float(start))
         tasks = row.get("tasks") or []
         return Episode(
@@ -213,14 +214,12 @@ class LeRobotDataset:
             [tasks] if isinstance(tasks, str) else list(tasks),
         )
 
-    def _path(
-        self, row: dict, part: str, template: str, existing: set[Path], key=""
-    ) -> Path | None:
-        """An episode's data or video file; None: it has no such camera (v3.0)."""
+    def _path(self, row: dict, part: str, template: str, existing: set[Path], key="") -> Path:
+        """An episode's data or video file."""
         number = row["episode_index"]
-        chunk = row.get(f"{part}/chunk_index", number // self._chunks_size)
+        chunk = row.get(f"{part}/chunk_index")
         if chunk is None:
-            return None
+            chunk = number // self._chunks_size
         values = {
             "chunk_index": chunk,
             "episode_chunk": chunk,
@@ -316,15 +315,15 @@ class LeRobotDataset:
         filters = None
         if self.version == "v3.0":
             filters = [("episode_index", "=", episode.index)]
-        cells = self._load(episode, [key], filters)[key].to_pylist()
-        cells = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
-        found = sum(isinstance(cell, bytes) for cell in cells)
-        if not found == len(cells) == episode.length:
+        rows = self._load(episode, [key], filters)[key].to_pylist()
+        cells = [row.get("bytes") if isinstance(row, dict) else row for row in rows]
+        pictures = [cell for cell in cells if isinstance(cell, bytes)]
+        if not len(pictures) == len(rows) == episode.length:
             raise DataError(
-                f"{episode.data_path}: episode {episode.index} has {found} pictures in "
-                f"{len(cells)} rows of {key}, declared are {episode.length}"
+                f"{episode.data_path}: episode {episode.index} has {len(pictures)} pictures in "
+                f"{len(rows)} rows of {key}, declared are {episode.length}"
             )
-        return cells
+        return pictures
 
     def _load(self, episode: Episode, keys, filters=None) -> pa.Table:
         path = episode.data_path
@@ -341,7 +340,10 @@ class LeRobotDataset:
 
 
 def check_files(
-    dataset: LeRobotDataset, cameras: list[str], low_dim_keys: list[str], episodes=None
+    dataset: LeRobotDataset,
+    cameras: list[str],
+    low_dim_keys: list[str],
+    episodes: list[int] | None = None,
 ) -> list[str]:
     """Check every file of the chosen episodes without decoding videos; -> warnings.
 
@@ -404,7 +406,7 @@ def check_rows(
     return problems
 
 
-def check_width(place: str, key: str, values: np.ndarray, shape) -> list[str]:
+def check_width(place: str, key: str, values: np.ndarray, shape: Sequence[int] | None) -> list[str]:
     """values (frames, dim) must be as wide as info.json's shape says, if it does."""
     width = values.shape[1]
     if shape is None or width == np.prod(shape, dtype=int):

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from common.config import DataError
+from common import schema
+from common.config import DataError, Yaml
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.generated import locate
@@ -18,6 +20,7 @@ from common.data.order import Order
 from common.data.scores import best_episodes
 from common.data.windows import Windows
 from common.noise import hashed_uniform, seed_of
+from common.parts import Parts
 
 
 class TrainingSet(Dataset):
@@ -27,8 +30,8 @@ class TrainingSet(Dataset):
         self.windows = windows
         self.seed = seed
 
-    def __getitem__(self, item):
-        epoch, offset, rows = item
+    def __getitem__(self, index: tuple[int, int, np.ndarray]) -> dict:
+        epoch, offset, rows = index
         cfg = self.windows.cfg
         batch = self.windows[rows]
         batch["position"] = torch.tensor([epoch, offset])
@@ -47,7 +50,7 @@ class Data:
     components need.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: schema.Data):
         self.cfg = cfg
         self.dataset = dataset = LeRobotDataset(locate(cfg.root))
         episodes = [episode.index for episode in dataset.select(cfg.episodes)]
@@ -64,7 +67,7 @@ class Data:
             print(f"warning: {warning}")
         videos = VideoFrames(dataset, cfg.cameras, cfg.image_size, episodes)
         self.windows = windows = Windows(cfg, dataset, episodes, videos)
-        if cfg.scores:
+        if cfg.scores and cfg.keep_top:
             self.episodes = best_episodes(cfg.scores, cfg.keep_top, dataset, self.episodes)
         self.train_rows = windows.rows(self.episodes, cfg.first_frames)
         rows = windows.rows(held_out, cfg.first_frames)
@@ -98,7 +101,13 @@ class Data:
         if cache:
             self.windows.frames = cache
 
-    def cache_features(self, parts, sources, accelerator, dry_run: bool = False) -> None:
+    def cache_features(
+        self,
+        parts: Parts,
+        sources: dict[str, Yaml],
+        accelerator: Accelerator,
+        dry_run: bool = False,
+    ) -> None:
         """Fill the feature cache; from now on, batches hold features in place of most pictures.
 
         Pictures come only of cameras that a trained component reads.
@@ -107,7 +116,7 @@ class Data:
         """
         cameras = list(self.cfg.cameras)
         cache = FeatureCache.open(
-            self.windows.frames,
+            self.windows.frames,  # pyrefly: ignore[bad-argument-type]  # cache_frames() came first
             parts,
             sources,
             accelerator,
@@ -159,7 +168,7 @@ class Data:
             worker_init_fn=_ignore_signals,
         )
 
-    def held_out(self, rank: int, world: int, device, size: int) -> Iterator[dict]:
+    def held_out(self, rank: int, world: int, device: torch.device, size: int) -> Iterator[dict]:
         """Batches of this process's equal share of the held-out rows; a remainder is left out."""
         share = len(self.val_rows) // world
         rows = self.val_rows[rank * share : (rank + 1) * share]
@@ -186,7 +195,9 @@ def _ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def to_device(batch: dict, device, augment=None) -> dict:
+def to_device(
+    batch: dict, device: torch.device | str, augment: schema.Augment | None = None
+) -> dict:
     """Tensors moved, pictures as float in [0, 1] and augmented, the position as a tuple."""
     position = batch.pop("position", None)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -29,7 +29,9 @@ def scored_dataset(file: Path) -> str | None:
     return metadata.get(VALUES_KEY, b"").decode() or None
 
 
-def best_episodes(file: Path, share: float, dataset: LeRobotDataset, episodes) -> list[int]:
+def best_episodes(
+    file: Path, share: float, dataset: LeRobotDataset, episodes: list[int]
+) -> list[int]:
     """The best `share` of `episodes` by a scores.parquet; of each task at least its best one.
 
     Raises UserError if the file is missing, ranks another dataset, or lacks an episode.

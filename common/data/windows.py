@@ -1,10 +1,15 @@
 """Every time step of a LeRobot dataset as a sample, at a fixed rate."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import schema
+from common.data.features import FeatureCache
+from common.data.frames import FrameCache, VideoFrames
 from common.data.images import IMAGE
 from common.data.lerobot import LeRobotDataset
 
@@ -25,10 +30,16 @@ class Windows(Dataset):
     ends).
     """
 
-    def __init__(self, cfg, dataset: LeRobotDataset, episodes: list[int], frames):
+    def __init__(
+        self,
+        cfg: schema.Data,
+        dataset: LeRobotDataset,
+        episodes: list[int],
+        frames: FrameCache | VideoFrames,
+    ):
         self.cfg = cfg
         self.frames = frames
-        self.features = None
+        self.features: FeatureCache | None = None
         self.pictures = list(cfg.cameras)
         lengths = np.array([episode.length for episode in dataset.select(episodes)])
         steps = np.floor((lengths - 1) * (cfg.HZ / dataset.fps) + 1e-6).astype(np.int64) + 1
@@ -61,7 +72,7 @@ class Windows(Dataset):
         """Seconds since the start of its episode, per row."""
         return self.step / self.cfg.HZ
 
-    def rows(self, episodes, first_frames: int | None = None) -> np.ndarray:
+    def rows(self, episodes: Iterable[int], first_frames: int | None = None) -> np.ndarray:
         """Rows of some episodes, by their index in the dataset; of each only the first so many."""
         chosen = np.isin(self.episode_index, list(episodes))
         if first_frames:
@@ -71,9 +82,9 @@ class Windows(Dataset):
     def __len__(self):
         return len(self.state)
 
-    def __getitem__(self, rows) -> dict[str, Tensor]:
+    def __getitem__(self, index: np.ndarray) -> dict[str, Tensor]:
         cfg = self.cfg
-        rows = np.asarray(rows)
+        rows = np.asarray(index)
         now = rows[:, None]
         first = self.first[self.episode[now]]
         last = self.last[self.episode[now]]

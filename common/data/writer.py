@@ -141,8 +141,8 @@ class DatasetWriter:
             for key, rows in self.rows.items():
                 statistics[key] = column_statistics(np.concatenate(rows))
             for key, histograms in self.histograms.items():
-                total, count = map(sum, zip(*histograms, strict=True))
-                statistics[key] = image_statistics(total, count)
+                totals, counts = zip(*histograms, strict=True)
+                statistics[key] = image_statistics(np.sum(totals, axis=0), sum(counts))
         (meta / "stats.json").write_text(json.dumps(statistics, indent=4))
         info = {
             "codebase_version": "v3.0",

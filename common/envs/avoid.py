@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from common.envs.demonstrations import vector, write
+from common.envs.demonstrations import Observation, vector, write
 from common.envs.geometry import length
 
 RADIUS = 0.06  # of a disc, m; the robot is a point
@@ -57,7 +57,7 @@ def collides(paths: np.ndarray) -> np.ndarray:
     centre = DISCS[:, :2] - paths[:, :-1]  # (N, T - 1, discs, 2)
     along = (centre * move).sum(-1) / np.maximum((move**2).sum(-1), 1e-300)
     nearest = centre - np.clip(along, 0, 1)[..., None] * move
-    return (length(nearest) < RADIUS).any((1, 2))
+    return length(nearest).min((1, 2)) < RADIUS
 
 
 def feasible(paths: np.ndarray) -> np.ndarray:
@@ -85,7 +85,9 @@ def modes(paths: np.ndarray) -> np.ndarray:
         labels.append((at[:, None] > discs).sum(1))
         complete &= crosses.any(1)
     names = ["-".join(map(str, gaps)) for gaps in zip(*labels, strict=True)]
-    return np.where(complete, np.array(names, object), None)
+    named = np.array(names, object)
+    named[~complete] = None
+    return named
 
 
 def states(paths: np.ndarray) -> np.ndarray:
@@ -146,7 +148,9 @@ class Avoid(gymnasium.Env):
         state = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         self.observation_space = gymnasium.spaces.Dict({"observation.state": state})
 
-    def reset(self, *, seed=None, options=None):
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[Observation, dict]:
         super().reset(seed=seed)
         self.path = np.array([[self.np_random.uniform(-0.1, 0.1), 0]], np.float32)
         self.success = False
@@ -154,7 +158,7 @@ class Avoid(gymnasium.Env):
         self.failure = None
         return self._observation(), self._info()
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict]:
         target = np.asarray(action, float)
         if target.shape != (2,) or not np.isfinite(target).all():
             raise ValueError(
@@ -200,15 +204,16 @@ class Avoid(gymnasium.Env):
         def pixel(x, y):
             return 2 * SCALE * (x - left), 2 * SCALE * (top - y)
 
-        def circle(x, y, radius, colour):
+        def circle(disc, colour):
+            x, y, radius = disc
             box = [*pixel(x - radius, y + radius), *pixel(x + radius, y - radius)]
             draw.ellipse(box, fill=colour)
 
         draw.rectangle([*pixel(left, top), *pixel(right, FINISH)], fill=GOAL)
         for disc in DISCS:
-            circle(*disc, DISC)
+            circle(disc, DISC)
         draw.line([pixel(*point) for point in self.path], fill=PATH, width=5)
-        circle(*self.path[-1], 0.015, ROBOT)
+        circle((*self.path[-1], 0.015), ROBOT)
         return np.array(image.reduce(2))
 
 

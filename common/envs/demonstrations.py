@@ -6,6 +6,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
+Observation = dict[str, np.ndarray]
+
 
 def vector(names: Iterable[str]) -> dict:
     """info.json's entry of a float32 column, one number per name."""

@@ -82,19 +82,16 @@ def demonstrate(seed: int, env_type: type[tabletop.Tabletop], image_size: tuple)
     quality = SHARES[shuffled(seed, len(SHARES))]
     run = partial(tabletop.demonstrate, seed, env_type, image_size)
     episode = run(render=quality == 0)
-    if episode is None:
-        return None
-    if quality:
+    if episode and quality:
         rng = np.random.default_rng([seed, 3])
         targets = episode["action"].reshape(-1, 2, 3)
-        done = False
-        while not done:
+        episode = None
+        while not episode:
             moved, step = disturb(targets[..., :2], quality, rng, reach=0.16)
             grips = targets[step, :, 2:]
             actions = np.concatenate([moved, grips], -1).reshape(-1, 6).astype(np.float32)
-            done = run(actions, render=False) is not None
-        episode = run(actions)
-    return with_quality(episode, quality)
+            episode = run(actions, render=False) and run(actions)
+    return episode and with_quality(episode, quality)
 
 
 generate_tabletop = partial(

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common.envs.demonstrations import vector, write
+from common.envs.demonstrations import Observation, vector, write
 from common.envs.geometry import camera, capsules, clip_near, length
 
 CAMERAS = ("cam_head", "cam_left", "cam_right")
@@ -56,10 +57,10 @@ class Tabletop(gymnasium.Env):
 
     name = "tabletop"
     task = "Carry the bar around the pillar and set it down in the green zone."
-    MODES = ("left", "right")
-    MODE_SHARES = (0.5, 0.5)
+    MODES: tuple[str, ...] = ("left", "right")
+    MODE_SHARES: tuple[float, ...] = (0.5, 0.5)
     STATE_NAMES = ("left_x", "left_y", "left_grip", "right_x", "right_y", "right_grip")
-    ENVIRONMENT_NAMES = ()  # of observation.environment_state; none: no such observation
+    ENVIRONMENT_NAMES: tuple[str, ...] = ()  # of observation.environment_state, if there is one
     fps = 20  # control rate, Hz
     ticks = 1  # of the physics per step
     metadata = {"render_modes": ["rgb_array"], "render_fps": fps}  # noqa: RUF012
@@ -85,13 +86,17 @@ class Tabletop(gymnasium.Env):
         self.max_steps = max_steps
         self.render_observations = True
         half_x, half_y = self.table
-        low = np.float32([-half_x, -half_y, 0] * 2)
-        high = np.float32([half_x, half_y, 1] * 2)
-        self.action_space = gymnasium.spaces.Box(low, high)
-        spaces = {"observation.state": gymnasium.spaces.Box(low, high)}
+        low = np.array([-half_x, -half_y, 0] * 2, np.float32)
+        high = np.array([half_x, half_y, 1] * 2, np.float32)
+        self.limits = (low, high)
+        self.action_space = Box(low, high)
+        spaces: dict[str, gymnasium.Space] = {"observation.state": Box(low, high)}
         for name in CAMERAS:
-            picture = gymnasium.spaces.Box(0, 255, (*self.image_size, 3), np.uint8)
+            picture = Box(0, 255, (*self.image_size, 3), np.uint8)
             spaces[f"observation.images.{name}"] = picture
+        if self.ENVIRONMENT_NAMES:
+            rest = Box(-np.pi, np.pi, (len(self.ENVIRONMENT_NAMES),))
+            spaces["observation.environment_state"] = rest
         self.observation_space = gymnasium.spaces.Dict(spaces)
 
     def expert(self, mode: str | None, rng: Generator) -> "Expert":
@@ -124,7 +129,9 @@ class Tabletop(gymnasium.Env):
         along = self.bar[1] - self.bar[0]
         return *self.bar.mean(0), np.arctan2(along[1], along[0])
 
-    def reset(self, *, seed=None, options=None):
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[Observation, dict]:
         super().reset(seed=seed)
         self.layout()
         self.grips = np.zeros(2)
@@ -138,11 +145,11 @@ class Tabletop(gymnasium.Env):
         self.table_top = None
         return self.observe(), self._info()
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict]:
         target = np.asarray(action, float)
         if target.shape != (6,) or not np.isfinite(target).all():
             raise ValueError(f"action must be six finite numbers (see action_space), got {action}")
-        target = np.clip(target, self.action_space.low, self.action_space.high).reshape(2, 3)
+        target = np.clip(target, *self.limits).reshape(2, 3)
         self.steps += 1
         for left in range(self.ticks, 0, -1):
             if self.failure is None and not self.success:
@@ -262,12 +269,11 @@ class Tabletop(gymnasium.Env):
         return image
 
     def _pictures(self):
-        if self.table_top is None:
-            self.table_top = self._paint_table()
+        self.table_top = table_top = self.table_top or self._paint_table()
         shapes = list(self._shapes())
         pictures = {}
         for name, projection in self.cameras().items():
-            pictures[f"observation.images.{name}"] = self._picture(projection, shapes)
+            pictures[f"observation.images.{name}"] = self._picture(table_top, projection, shapes)
         return pictures
 
     def _shapes(self):
@@ -286,10 +292,10 @@ class Tabletop(gymnasium.Env):
             (palm - spread, tip - spread, 0.006, 0.035, (FINGER, FINGER)),
             (palm + spread, tip + spread, 0.006, 0.035, (FINGER, FINGER)),
         ]
-        for *capsule, colours in parts:
-            yield from zip(capsules(*capsule), colours, strict=True)
+        for start, end, radius, height, colours in parts:
+            yield from zip(capsules(start, end, radius, height), colours, strict=True)
 
-    def _picture(self, projection, shapes):
+    def _picture(self, table_top, projection, shapes):
         """The picture (h, w, 3) uint8 of one camera, drawn at twice the size and reduced."""
         height, width = self.image_size
         half_x, half_y = self.table
@@ -297,7 +303,7 @@ class Tabletop(gymnasium.Env):
         projection = projection * np.array([[2], [2], [1]])
         to_texture = np.linalg.inv(projection[:, [0, 1, 3]] @ to_metres)
         to_texture = to_texture / to_texture[2, 2]  # finite: no camera sees the horizon
-        image = self.table_top.transform(
+        image = table_top.transform(
             (2 * width, 2 * height),
             Image.Transform.PERSPECTIVE,
             to_texture.ravel()[:8].tolist(),
@@ -344,8 +350,8 @@ class Expert:
         poses = self._poses()
         change = np.diff(poses, axis=0)
         travel = length(change) + env.bar_length / 2 * np.abs(change[:, 2])
-        for *middle, angle in self._path(poses, travel, step):
-            ends = env.ends(middle, angle)
+        for pose in self._path(poses, travel, step):
+            ends = env.ends(pose[:2], pose[2])
             yield state_vector(ends, 1)
         while True:
             yield state_vector(ends, 0)
@@ -441,7 +447,7 @@ def generate(
 def _successes(run, count):
     """The first `count` of run(0), run(1), ... that are not None."""
     first = 0
-    workers = min(os.cpu_count(), 16, count)
+    workers = min(os.cpu_count() or 1, 16, count)
     progress = tqdm(total=count, desc="demonstrations")
     with get_context("spawn").Pool(workers) as pool, progress:
         while progress.n < count:

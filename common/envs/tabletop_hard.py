@@ -7,8 +7,8 @@ common.envs.tabletop.
 
 from functools import partial
 from itertools import pairwise, product
+from typing import Any
 
-import gymnasium
 import numpy as np
 from numpy.random import Generator
 
@@ -51,8 +51,6 @@ class TabletopHard(tabletop.Tabletop):
         max_steps: int = 60,
     ):
         super().__init__(image_size, render_mode, max_steps)
-        rest = gymnasium.spaces.Box(-np.pi, np.pi, (len(self.ENVIRONMENT_NAMES),))
-        self.observation_space["observation.environment_state"] = rest
 
     def expert(self, mode: str | None, rng: Generator) -> "Expert":
         return Expert(self, mode, rng)
@@ -104,7 +102,7 @@ class Expert(tabletop.Expert):
 
     def _poses(self):
         """Bar poses: as grasped, before and behind each row, in the goal strip."""
-        env = self.env
+        env: Any = self.env  # a TabletopHard
         noise = self.rng.normal
         knots = [env.bar_pose()]
         gap = 0
