@@ -173,7 +173,7 @@ def _sync(path):
 
 
 def sha256(file: Path) -> str:
-    with Path(file).open("rb") as f:
+    with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from common.noise import Noise
 
+ANNEAL = 0.7
+
 
 def warmup(progress: float, share: float) -> float:
     """0 to 1 over the first `share` of the run; progress: the share of its steps that are done."""
@@ -123,11 +125,11 @@ def unit_kl(q: Sequence[Tensor]) -> Tensor:
         return nats.flatten(1).sum(1).mean()
 
 
-def transport_plan(cost: Tensor, eps: Tensor, iterations: int = 100, anneal: float = 0.7) -> Tensor:
+def transport_plan(cost: Tensor, eps: Tensor, iterations: int = 100) -> Tensor:
     """cost (..., n, m), eps () -> entropic transport plan between uniform weights, no gradient.
 
     Log-domain Sinkhorn (Peyre & Cuturi 2019, arXiv:1803.00567, section 4.4) with eps annealed from
-    the largest cost by `anneal` per iteration. It ends on a row update, so that rows sum to 1/n
+    the largest cost by ANNEAL per iteration. It ends on a row update, so that rows sum to 1/n
     exactly, and columns to 1/m at convergence.
     """
     cost = cost.detach().float()
@@ -137,7 +139,7 @@ def transport_plan(cost: Tensor, eps: Tensor, iterations: int = 100, anneal: flo
     f = g = cost.new_zeros(*cost.shape[:-1], 1)
     start = now = cost.amax()
     for k in range(iterations):
-        now = torch.maximum(start * anneal**k, eps)
+        now = torch.maximum(start * ANNEAL**k, eps)
         g = -now * torch.logsumexp((f - cost) / now + log_n, -2, keepdim=True)
         f = -now * torch.logsumexp((g - cost) / now + log_m, -1, keepdim=True)
     return ((f + g - cost) / now + log_n + log_m).exp()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from common.data.loader import Data, to_device
 from common.noise import RowNoise
-from common.policy import ActionPolicy, Memory
+from common.policy import ActionPolicy
 
 
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
+    z = 1.959963984540054
     p = successes / n
     spread = z * z / n
     half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
@@ -172,7 +173,7 @@ def velocity_loss(
     of a policy without one; all with the same noise, without guidance. Their gap is what z settles.
     """
     t = [(k + 0.5) / bins for k in range(bins)]
-    sums: dict[str, np.ndarray] = {}
+    sums = defaultdict(lambda: np.zeros(bins))
     entries = 0
     device = next(policy.parameters()).device
     batches = np.array_split(data.val_rows, -(-len(data.val_rows) // 64))
@@ -191,24 +192,8 @@ def velocity_loss(
                 "prior": policy.latent(memory, RowNoise(keys, device)),
             }
         for source, z in latents.items():
-            errors = _velocity_errors(policy, memory, z, x0, x1, valid, t)
-            sums[source] = sums.get(source, 0.0) + errors
+            context = policy.context(memory, z)
+            for k, now in enumerate(t):
+                error = policy.velocity((1 - now) * x0 + now * x1, now, context) - (x1 - x0)
+                sums[source][k] += (error.double().square() * valid).sum().item()
     return {"t": t, **{source: (values / entries).tolist() for source, values in sums.items()}}
-
-
-def _velocity_errors(
-    policy: ActionPolicy,
-    memory: Memory,
-    z: Tensor | None,
-    x0: Tensor,
-    x1: Tensor,
-    valid: Tensor,
-    t: Sequence[float],
-) -> np.ndarray:
-    """Sums of squared errors at each of the times t."""
-    context = policy.context(memory, z)
-    errors = []
-    for now in t:
-        error = policy.velocity((1 - now) * x0 + now * x1, now, context) - (x1 - x0)
-        errors.append((error.double().square() * valid).sum().item())
-    return np.array(errors)

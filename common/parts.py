@@ -88,9 +88,7 @@ class Parts(nn.ModuleDict):
         users = [user for kind in self.camera_components(cameras) for user in kind]
         return camera_mask[:, [list(cameras).index(camera) for _, camera in users]]
 
-    def camera_components(
-        self, cameras: Sequence[str]
-    ) -> tuple[list[User], list[User], list[User]]:
+    def camera_components(self, cameras: Sequence[str]) -> list[list[User]]:
         """(component, camera) of backbones, of hand extractors, and of da3.
 
         A camera's component is `<camera>_<kind>`, or the one that this shares; or one without a
@@ -105,8 +103,7 @@ class Parts(nn.ModuleDict):
                 if name in self:
                     users.append((name, camera))
             found.append(users)
-        backbones, hands, depth = found
-        return backbones, hands, depth
+        return found
 
     def _features(self, obs: dict[str, Tensor], users: list[User]) -> dict[User, Sequence[Tensor]]:
         """Features (B, F, ..., channels last) of F frames, and a backbone's summary (B, F, S)."""

@@ -83,8 +83,7 @@ def draw_success(rows: list[dict], file: Path) -> None:
             label="entropy of the modes taken",
         )
     axis.set_xticks(ticks, [row["nfe"] for row in rows])
-    axis.set_ylim(-0.03, 1.05)
-    axis.set_xlabel("network evaluations per chunk (NFE)")
+    axis.set(xlabel="network evaluations per chunk (NFE)", ylim=(-0.03, 1.05))
     axis.grid(alpha=0.3)
     figure.legend(ncols=2, **LEGEND)
     figure.savefig(file)
@@ -205,8 +204,8 @@ def draw_expert_use(found: dict[str, list], title: str, log: Path, file: Path) -
         steps = [line["step"] for line in lines]
         for i in range(experts):
             axes[1].plot(steps, [line[f"load/{i}"] for line in lines], label=f"expert {i}")
-        axes[1].set(title="first choice of the gate", xlabel="training step")
-        axes[1].set(ylabel="share of the samples", ylim=(0, None))
+        axes[1].set(title="first choice of the gate", xlabel="training step", ylim=(0, None))
+        axes[1].set_ylabel("share of the samples")
         axes[1].legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(file)
 
@@ -278,9 +277,7 @@ def draw_velocity_loss(loss: dict[str, list], file: Path) -> None:
     for source, label in labels.items():
         if source in loss:
             axis.plot(loss["t"], loss[source], marker="o", ms=4, label=label)
-    axis.set_xlabel("t (0: noise, 1: data)")
-    axis.set_ylabel("mean squared velocity error")
-    axis.set_xlim(0, 1)
+    axis.set(xlabel="t (0: noise, 1: data)", ylabel="mean squared velocity error", xlim=(0, 1))
     axis.set_yscale("log")  # the loss of a policy that predicts x1 grows as 1 / (1 - t)^2
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -333,8 +330,8 @@ def draw_scores(table: pa.Table, windows: Windows, file: Path) -> None:
     top, *axes = figure.subplots(len(heights), 1, height_ratios=heights)
     colours = ["C2"] * strips + ["C0"] * (count - 2 * strips) + ["C3"] * strips
     top.bar(np.arange(count), score, 1.0, color=colours)
-    top.set_xlabel(f"{count} episodes, ranked; below, the best (green) and the worst (red)")
-    top.set_ylabel("score")
+    title = f"{count} episodes, ranked; below, the best (green) and the worst (red)"
+    top.set(xlabel=title, ylabel="score")
     if count <= 40:
         top.set_xticks(np.arange(count), episodes)
     for rank, axis in zip(ranks, axes, strict=True):
@@ -348,9 +345,9 @@ def draw_scores(table: pa.Table, windows: Windows, file: Path) -> None:
             axis.imshow(rearrange(np.stack(strip), "camera n c h w -> (camera h) (n w) c"))
             axis.set_axis_off()
         else:
-            axis.plot(windows.action[rows], lw=1)
-            axis.set(ylim=(windows.action.min(), windows.action.max()))
-            axis.set(xlabel="step", ylabel="action")
+            action = windows.action
+            axis.plot(action[rows], lw=1)
+            axis.set(xlabel="step", ylabel="action", ylim=(action.min(), action.max()))
     figure.savefig(file)
 
 

@@ -180,6 +180,5 @@ class ActionPolicy(nn.Module):
             given = prefix.shape[1]
             x = torch.cat([self.stats.normalize("action", prefix), x0[:, given:]], 1)
             prefix_mask = torch.arange(x.shape[1], device=x.device) < given
-        for k in range(steps):
-            x = x + velocity(x, k / steps, prefix_mask=prefix_mask) / steps
-        return self.stats.denormalize("action", x)
+        x1 = flow.euler(partial(velocity, prefix_mask=prefix_mask), x, steps)
+        return self.stats.denormalize("action", x1)
