@@ -32,11 +32,10 @@ def build(parts: Parts, cfg: Any) -> list[Optimizer]:
         trained = [p for p in parts[name].parameters() if p.requires_grad]
         weights = [p for p in trained if id(p) in decayed]
         others = [p for p in trained if id(p) not in decayed]
-        if weights:
-            groups.setdefault(kind, []).append({**settings, "params": weights})
-        if others:
-            group = {**settings, "params": others, "weight_decay": 0.0}
-            groups.setdefault(kind, []).append(group)
+        for params, decay in ((weights, settings["weight_decay"]), (others, 0.0)):
+            if params:
+                group = {**settings, "params": params, "weight_decay": decay}
+                groups.setdefault(kind, []).append(group)
     return [_optimizer(kind, chosen) for kind, chosen in groups.items()]
 
 

@@ -46,9 +46,8 @@ class Attention(nn.Module):
         """memory (B, N, d) -> keys and values (B, heads, N, d / heads)."""
         # Two products: to split the result of one costs copies of the whole gradient.
         key_weight, value_weight = self.key_value.weight.chunk(2)
-        return self._split(F.linear(memory, key_weight)), self._split(
-            F.linear(memory, value_weight)
-        )
+        keys = F.linear(memory, key_weight)
+        return self._split(keys), self._split(F.linear(memory, value_weight))
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h c) -> b h n c", h=self.heads)
@@ -138,25 +137,21 @@ class MultimodalBridge(nn.Module):
                 f"{given[0]} visual and {given[1]} semantic inputs given, "
                 f"built for {built[0]} and {built[1]}"
             )
-        sources = []
-        for i, (project, tokens) in enumerate(zip(self.visual, cond_visual, strict=True)):
-            masked = None if visual_mask is None else visual_mask[:, i]
-            sources.append(self._masked(project(tokens), masked, self.mask_token[i]))
-        for i, (project, tokens) in enumerate(zip(self.semantic, cond_semantic, strict=True)):
-            masked = None if visual_mask is None else visual_mask[:, i]
-            token = self.mask_token[len(self.visual) + i]
-            sources.append(self._masked(project(tokens), masked, token))
+        projectors = [*self.visual, *self.semantic]
+        inputs = [*cond_visual, *cond_semantic]
+        sources = [project(x) for project, x in zip(projectors, inputs, strict=True)]
+        if visual_mask is not None:
+            # Of each summary, the mask is that of its camera.
+            masks = torch.cat([visual_mask, visual_mask[:, : given[1]]], 1).unbind(1)
+            for i, masked in enumerate(masks):
+                masked = masked.view(-1, *[1] * (sources[i].ndim - 1))
+                token = self.mask_token[i].to(sources[i].dtype)
+                sources[i] = torch.where(masked, token, sources[i])
         sources.append(self.proprio(cond_proprio))
         if self.action is not None:
             sources.append(self.action(action))
         placed = [with_positions(tokens) + self.source[i] for i, tokens in enumerate(sources)]
         return torch.cat(placed, 1)
-
-    def _masked(self, tokens: Tensor, masked: Tensor | None, mask_token: Tensor) -> Tensor:
-        if masked is None:
-            return tokens
-        masked = masked.view(-1, *[1] * (tokens.ndim - 1))
-        return torch.where(masked, mask_token.to(tokens.dtype), tokens)
 
 
 @block("info_encoder")

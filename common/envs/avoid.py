@@ -245,12 +245,12 @@ def columns(path: np.ndarray) -> dict:
     return {"observation.state": states(path[None])[0, :-1], "action": path[1:]}
 
 
-def generate(root: Path, env_type: type[Avoid] = Avoid) -> None:
+def generate(root: Path, seed: int = 0, env_type: type[Avoid] = Avoid) -> None:
     """Write 960 demonstrations of 25 steps to `root`: COUNTS of each mode, in random order.
 
     They go on to y = 1, a step past the end of an episode in the environment.
     """
-    _, _, paths = demonstrations(env_type.COUNTS)
+    _, _, paths = demonstrations(env_type.COUNTS, seed)
     write(root, env_type, FEATURES, map(columns, paths))
 
 
