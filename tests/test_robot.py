@@ -268,6 +268,18 @@ def test_a_chunk_from_the_thread_acts_from_its_tick():
     assert [plan["tick"] for plan in policy.seen] == [0, 4, 8]
 
 
+def test_a_chunk_that_is_there_at_its_tick_is_not_late():
+    policy = ScriptedPolicy()
+    robot = robot_of(policy, replan_steps=4, delay=2)
+    drive(robot, range(4))
+    policy.released.clear()
+    assert drive(robot, [4, 5]) == [4, 5]  # being planned all the while
+    policy.released.set()
+    ready(robot)
+    assert drive(robot, [6]) == [402]
+    assert robot.latency().missed == 0
+
+
 def test_while_a_chunk_is_late_the_running_one_goes_on():
     policy = ScriptedPolicy()
     robot = robot_of(policy, {"action_horizon": 9}, replan_steps=3, delay=1)
