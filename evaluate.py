@@ -309,17 +309,17 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
         },
         args,
     )
-    plots.success(rows, args.out / "success.png")
+    plots.draw_success(rows, args.out / "success.png")
     if all(episode.path for episode in played[f"NFE {args.nfe[0]}"]):
-        plots.tracks(played, names or (), args.out / "tracks.png")
+        plots.draw_paths(played, names or (), args.out / "tracks.png")
     if names:
-        plots.modes(rows, names, shares, args.out / "modes.png")
+        plots.draw_mode_shares(rows, names, shares, args.out / "modes.png")
     if "experts" in rows[-1]:
         title = f"successes at NFE {args.nfe[-1]}, {args.env}"
-        plots.experts(rows[-1]["experts"], title, args.log, args.out / "experts.png")
+        plots.draw_expert_use(rows[-1]["experts"], title, args.log, args.out / "experts.png")
     reel = [(episode.pictures, episode.success) for episode in episodes if episode.pictures]
     if reel:
-        plots.film(reel, cfg.data.HZ, args.out / "episodes.mp4")
+        plots.write_video(reel, cfg.data.HZ, args.out / "episodes.mp4")
 
 
 def play(
@@ -438,9 +438,9 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     }
     write(results, args)
     for episode in drawn[:4]:
-        plots.chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
-    plots.error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
-    plots.velocity_loss(loss, args.out / "velocity_loss.png")
+        plots.draw_chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
+    plots.draw_error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
+    plots.draw_velocity_loss(loss, args.out / "velocity_loss.png")
 
 
 def predicted_chunks(

@@ -178,7 +178,7 @@ class _Checked:
         self.names: list[str] = []
         self.values: list[str] = []
         self.used: set[str] = set()
-        data = source.data
+        data: dict[str, Any] = source.data
         if "block" in data:
             self.mapping(data, (), ("block", "args"))
             args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))

@@ -254,7 +254,7 @@ def prune(save_dir: Path, keep_last: int, step: int):
 
 def load(folder: Path, policy, optimizers, average) -> dict:
     """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
-    meta = legacy.translated(read_meta(folder))
+    meta = legacy.translated(read_meta(folder), folder)
     parts = policy.parts
     problems = _differences(meta, parts, optimizers)
     for name in [] if problems else parts.trainable():
@@ -357,7 +357,7 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
     changed file.
     """
     folder = find_checkpoint(folder)
-    meta = legacy.translated(read_meta(folder))
+    meta = legacy.translated(read_meta(folder), folder)
     frozen = meta["frozen"]
     weights = weights or {}
     if unknown := sorted(weights.keys() - frozen.keys()):

@@ -4,6 +4,8 @@ The first version's train_vfp.py held several policies. Its runs with experts be
 train_vfp_moe.py now; its runs with codes and one expert cannot be translated.
 """
 
+from pathlib import Path
+
 from common.config import RENAMED, UserError
 
 FORMAT = 2
@@ -28,10 +30,11 @@ FIXED = {  # script -> behaviour of the first version that is a key of `loss` no
 }
 
 
-def translated(meta: dict) -> dict:
-    """meta of this version. Raises UserError for a policy that today's scripts no longer have.
+def translated(meta: dict, folder: Path) -> dict:
+    """meta.json of the checkpoint in folder, with today's script and keys.
 
-    Forked scripts keep their own keys: their meta is returned as it is.
+    Raises UserError for a policy that today's scripts do not have. Forked scripts keep their own
+    keys: their meta is returned as it is.
     """
     script = meta["script"]
     if "format" in meta or script not in LOSS_KEYS:
@@ -40,8 +43,8 @@ def translated(meta: dict) -> dict:
         script = "train_vfp_moe.py"
     elif script == "train_vfp.py" and "vqvae_posterior" in meta["components"]:
         raise UserError(
-            "a checkpoint of the first version's train_vfp.py with codes and one expert: evaluate "
-            "it with that version, or train again with configs/cfg_vqvae_flow_matching"
+            f"{folder}: written by the first version's train_vfp.py, with codes and one expert: "
+            "evaluate it with that version, or train again with configs/cfg_vqvae_flow_matching"
         )
     config = dict(meta["config"])
     if script == "train_vfp.py":

@@ -23,12 +23,13 @@ def draw_camera_mask(noise: Noise, batch: int, cameras: int, probability: float)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
-    """prediction, target (B, R, T, A), ignored (B, R, T) -> squared error of the others / (B R T A).
+    """prediction, target (..., T, A), ignored (..., T) -> mean squared error, ignored ones as 0.
 
     The denominator is constant, so that micro-steps and processes of equal size add up to the loss
     of the whole batch.
     """
-    return (prediction - target).square().masked_fill(ignored[..., None], 0).mean()
+    error = (prediction - target).square()
+    return error.masked_fill(ignored[..., None], 0).mean()
 
 
 def mixture_mse(
@@ -62,10 +63,11 @@ def load_balance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     first ones collapse.
     """
     count = probabilities.shape[1]
-    first = torch.nn.functional.one_hot(probabilities.argmax(-1), count).sum(0).float()
-    total = reduce(first, "sum")
-    shares = total / total.sum()
-    return count * (shares * probabilities.mean(0)).sum(), shares
+    first = torch.nn.functional.one_hot(probabilities.argmax(-1), count)
+    chosen = reduce(first.sum(0).float(), "sum")
+    shares = chosen / chosen.sum()
+    balance = count * (shares * probabilities.mean(0)).sum()
+    return balance, shares
 
 
 def router_z(logits: Tensor) -> Tensor:
@@ -107,15 +109,18 @@ def gaussian_kl(
         p = [x.float() for x in p]
         moves_p = per_token(*(x.detach() for x in q), *p)
         moves_q = per_token(*q, *(x.detach() for x in p))
-        loss = balance * moves_p.clamp(min=free_nats) + (1 - balance) * moves_q.clamp(min=free_nats)
-        return loss.sum(-1).mean(), moves_p.detach().sum(-1).mean()
+        loss = balance * moves_p.clamp(min=free_nats)
+        loss = loss + (1 - balance) * moves_q.clamp(min=free_nats)
+        kl = moves_p.detach().sum(-1).mean()
+        return loss.sum(-1).mean(), kl
 
 
 def unit_kl(q: Sequence[Tensor]) -> Tensor:
     """KL(q || N(0, I)) of a diagonal Gaussian q (mu, logvar), each (B, n, D) -> mean over B, nats."""
     with torch.autocast(q[0].device.type, enabled=False):
         mu, logvar = (x.float() for x in q)
-        return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+        nats = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+        return nats.flatten(1).sum(1).mean()
 
 
 def transport_plan(cost: Tensor, eps: Tensor, iterations: int = 100, anneal: float = 0.7) -> Tensor:
@@ -187,7 +192,9 @@ def kot(
 
 def mean_squares(a: Tensor, b: Tensor) -> Tensor:
     """a (n, D), b (m, D) -> (n, m): squared distances divided by D."""
-    squares = a.square().sum(-1)[:, None] + b.square().sum(-1)[None] - 2 * a @ b.T
+    of_a = a.square().sum(-1)
+    of_b = b.square().sum(-1)
+    squares = of_a[:, None] + of_b[None] - 2 * a @ b.T
     return squares.clamp(min=0) / a.shape[1]
 
 

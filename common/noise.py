@@ -19,7 +19,8 @@ class Noise:
         self.rank = rank
         self.world = world
         key = key or (torch.randint(2**62, ()).item(),)
-        self.generator = torch.Generator(device).manual_seed(seed_of(*key))
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed_of(*key))
 
     def normal(self, *shape: int) -> Tensor:
         return self._rows(torch.randn, shape)
@@ -35,7 +36,8 @@ class Noise:
             generator=self.generator,
             device=self.generator.device,
         )
-        return drawn[self.rank * rows : (self.rank + 1) * rows]
+        first = self.rank * rows
+        return drawn[first : first + rows]
 
 
 class RowNoise:
@@ -53,16 +55,21 @@ class RowNoise:
 
 def seed_of(*key) -> int:
     """A 63-bit seed from any printable key, the same in every process and Python version."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def hashed_uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
     """(len(index), count) numbers in [0, 1), each a function of (seed, index, column): splitmix64."""
+    row = index.astype(np.uint64)[:, None]
     column = np.arange(1, count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        position = index.astype(np.uint64)[:, None] * np.uint64(count) + column
+        position = row * np.uint64(count) + column
         x = np.uint64(seed) + position * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits = (x ^ (x >> np.uint64(31))) >> np.uint64(40)
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    bits = x >> np.uint64(40)
     return bits.astype(np.float32) / np.float32(1 << 24)

@@ -1,5 +1,6 @@
 """Checks of a policy on two samples before training, and the dry run."""
 
+import inspect
 import linecache
 import re
 import sys
@@ -132,14 +133,15 @@ def explained(job, policy, batch):
 def _component(policy, error) -> tuple[str | None, str]:
     """(component that an exception came out of, "called in script.py:88: line of code")."""
     owners = {id(m): name for name, part in policy.parts.items() for m in part.modules()}
+    script = inspect.getfile(type(policy))
     name = None
     call = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
         file = frame.f_code.co_filename
-        if id(owner) in owners:
-            name = owners[id(owner)]
-        elif name is None and owner is policy:
+        owner = owners.get(id(frame.f_locals.get("self")))
+        if owner:
+            name = owner
+        elif name is None and file == script:
             code = linecache.getline(file, line).strip()
             call = f"called in {Path(file).name}:{line}: {code}"
     return name, call

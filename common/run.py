@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from common import checkpoint, preflight
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
-from common.data.features import jobs
+from common.data.features import cached_components
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer
 from common.envs import registry  # noqa: F401 (names of data.root)
@@ -110,7 +110,7 @@ class Run:
             print(parts.table(self.cfg))
         features = self.cfg.data.cache == "features"
         if features:
-            jobs(parts, cameras)  # nothing to cache is an error before frames are decoded
+            cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)

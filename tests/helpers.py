@@ -1,26 +1,160 @@
 """Helpers that several test modules share."""
 
+import json
+import os
+import sys
 import threading
 import typing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import yaml
 from torch import nn
 
 import train_vfp
 from common import config
+from common.blocks.depth_anything import PREFIX, DepthAnything3
 from common.config import Yaml
 from common.data.images import IMAGE
 from common.data.normalizer import Normalizer, statistics
+from common.data.writer import DatasetWriter
 from common.noise import Noise
 from common.parts import build_parts
 from common.policy import ActionPolicy
 from common.schema import Model, Part
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# runs
+TIMING = ("data_s", "updt_s", "samples_per_s")
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def steps_of(log):
+    """Lines of log.jsonl without what depends on the clock."""
+    lines = map(json.loads, log.read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def assert_same_run(a, b, name):
+    """Checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
+    metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
+    assert metas[0]["files"] == metas[1]["files"]
+    assert metas[0]["optimizers"] == metas[1]["optimizers"]
+    assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
+
+
+def environment():
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+# datasets
+SHARED = ROOT.parent / "shared/data"
+PAINTED_LENGTHS = (30, 17, 45)
+PAINTED_SIZE = (64, 96)
+PAINTED_CAMERAS = ["observation.images.head", "observation.images.left"]
+PAINTED_VIDEO = f"videos/{PAINTED_CAMERAS[1]}/chunk-000/file-000.mp4"
+
+
+def real_dataset(name):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"real dataset {name} is not on this machine")
+    return SHARED / name
+
+
+def paint(number, inverted=False):
+    """A picture (64, 96, 3) of 12 blocks that spell a number in binary."""
+    bits = (number >> np.arange(12) & 1).reshape(2, 6) ^ inverted
+    return np.repeat((50 + 150 * bits).repeat(32, 0).repeat(16, 1)[..., None], 3, axis=2).astype(
+        np.uint8
+    )
+
+
+def spelled(image, inverted=False):
+    """The number in a picture (3, 64, 96)."""
+    bits = image.mean(0).reshape(2, 32, 6, 16).mean((1, 3)) > 125
+    return int((bits ^ inverted).ravel() @ (1 << np.arange(12)))
+
+
+def write_painted(root, lengths=PAINTED_LENGTHS, fps=20):
+    """Frame and row k carry the number k; the left camera is inverted. -> state, action."""
+    vector = {"dtype": "float32", "shape": [6], "names": list("abcdef")}
+    video = {
+        "dtype": "video",
+        "shape": [*PAINTED_SIZE, 3],
+        "names": ["height", "width", "channels"],
+    }
+    done = {"dtype": "bool", "shape": [1], "names": None}
+    features = {
+        "observation.state": vector,
+        "action": vector,
+        "next.done": done,
+        **dict.fromkeys(PAINTED_CAMERAS, video),
+    }
+    writer = DatasetWriter(root, fps, features, "two_arms")
+    rng, first, wrote = np.random.default_rng(0), 0, []
+    for number, length in enumerate(lengths):
+        state, action = rng.normal(size=(2, length, 6)).astype(np.float32)
+        head, left = (
+            [paint(first + k, inverted) for k in range(length)] for inverted in (False, True)
+        )
+        arrays = {
+            "observation.state": state,
+            "action": action,
+            "next.done": np.arange(length)[:, None] == length - 1,
+        }
+        writer.add_episode(
+            arrays | dict(zip(PAINTED_CAMERAS, (head, left), strict=True)),
+            task=("lift", "drop")[number % 2],
+        )
+        first += length
+        wrote.append((state, action))
+    writer.finish()
+    return [np.concatenate(parts) for parts in zip(*wrote, strict=True)]
+
+
+def write_v2(root, tables, info=None):
+    """A v2.1 folder from {episode: parquet columns}."""
+    for index, columns in tables.items():
+        path = root / f"data/chunk-000/episode_{index:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+    (root / "meta").mkdir()
+    rows = [
+        {"episode_index": index, "length": len(next(iter(c.values())))}
+        for index, c in tables.items()
+    ]
+    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    info = {"codebase_version": "v2.1", "fps": 30.0, "data_path": template, "features": {}} | (
+        info or {}
+    )
+    (root / "meta/info.json").write_text(json.dumps(info))
+    return root
+
+
+def reencode(path, frames):
+    """Only the first frames of a video."""
+    short = path.with_suffix(".short.mp4")
+    with av.open(path) as source, av.open(short, "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in [p for p in source.demux(video=0) if p.size][:frames]:
+            packet.stream = stream
+            target.mux(packet)
+    short.rename(path)
+
 
 # environments
 
@@ -52,6 +186,72 @@ def pinhole(point, position, target, focal, size):
     x, y = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
     y, z = y * np.cos(pitch) - z * np.sin(pitch), y * np.sin(pitch) + z * np.cos(pitch)
     return size[1] / 2 + focal * size[0] * x / y, size[0] / 2 - focal * size[0] * z / y
+
+
+# backbones
+
+RADIO_TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "table": 6}
+DA3_TINY = {"embed_dim": 32, "depth": 4, "num_heads": 2, "alt_start": 1, "table_side": 5}
+
+
+def awake(model):
+    """The model with weights that all have an effect (LayerScale starts at 1e-5)."""
+    for name, p in model.named_parameters():
+        if p.requires_grad or not name.endswith("bias"):
+            nn.init.normal_(p, mean=float("norm" in name or "gamma" in name), std=0.2)
+    return model
+
+
+def timm_radio(layer_scale=True, table=RADIO_TINY["table"]):
+    """timm's model of the tiny size."""
+    sizes = {name: RADIO_TINY[name] for name in ("embed_dim", "depth", "num_heads")}
+    model = timm.create_model(
+        "naflexvit_large_patch16_radio_v3",
+        num_classes=0,
+        init_values=1e-5 * layer_scale,
+        pos_embed_grid_size=(table, table),
+        **sizes,
+    )
+    nn.init.zeros_(awake(model).embeds.proj.bias)
+    return model.eval()
+
+
+def published_radio(model):
+    """The state of timm's model in NVIDIA's layout."""
+    state = {name: x.detach() for name, x in model.state_dict().items()}
+    file = {
+        "radio_model.summary_idxs": torch.tensor([0, 1, 2]),
+        "radio_model.model.reg_token": torch.zeros(1, 4, RADIO_TINY["embed_dim"]),
+    }
+    for name in ("mean", "std"):
+        value = torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1)
+        file[f"radio_model.input_conditioner.norm_{name}"] = value
+    patches = state["embeds.proj.weight"].unflatten(1, (16, 16, 3))
+    generator = "radio_model.model.patch_generator"
+    file[f"{generator}.embedder.weight"] = patches.permute(0, 3, 1, 2).flatten(1)
+    file[f"{generator}.pos_embed"] = state["embeds.pos_embed"].flatten(1, 2)
+    tokens = [state[f"embeds.{kind}_token"][0] for kind in ("cls", "reg")]
+    file[f"{generator}.cls_token.token"] = torch.cat(tokens)
+    file |= {
+        f"radio_model.model.{name.replace('gamma', 'grandma')}": x
+        for name, x in state.items()
+        if "blocks" in name
+    }
+    return {name: x.contiguous() for name, x in file.items()}
+
+
+def tiny_da3(layers=(1, 3), **options):
+    """A small model in which every tensor matters."""
+    model = DepthAnything3(list(layers), **DA3_TINY | options)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def published_da3(model):
+    """The tensors of a model with all of its blocks in the authors' layout, heads included."""
+    heads = {"model.head.norm.weight": torch.ones(3), "model.cam_dec.fc_t.bias": torch.ones(3)}
+    return {PREFIX + key: value for key, value in model.state_dict().items()} | heads
 
 
 # full-size configurations

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ from common.config import (
     nearest,
     to_dict,
 )
-from common.schema import Augment, Data, Model, Train
+from common.schema import Augment, Data, FlowLoss, Model, Sinkhorn, Train
 
 
 @dataclass
@@ -31,7 +32,9 @@ class Term:
 @dataclass
 class Loss:
     kl: float = key(1.0, "weight of the KL term")
+    cond_drop_prob: float = key(0.1, "probability")
     extra: Term | None = key(None, "null: not computed")
+    sinkhorn: Sinkhorn | None = key(None, "K-OT")
 
 
 @dataclass
@@ -274,6 +277,28 @@ def test_kinds_of_errors():
         ("[1, 2]", "1", "17: data.val_episodes: expected a share below 1, or a list; found 1.0"),
         ("[1, 2]", "{}", "17: data.val_episodes: expected float | list[int], found {}"),
         ("[1, 2]", "[1, x]", '17: data.val_episodes: expected float | list[int], found [1, "x"]'),
+        (
+            "seed: 1",
+            "loss: {null: 0.1}",
+            "1: loss.null: is called loss.cond_drop_prob now",
+        ),
+        ("seed: 1", "loss: {smoothing: 0.1}", "1: loss.smoothing: unknown key; known: kl, "),
+        ("seed: 1", "loss: {kl_ramp: 0.1}", "1: loss.kl_ramp: unknown key; "),
+        (
+            "  project_name: test",
+            "  project_name: test\n  epoch: null",
+            "20: train.epoch: null needs train.total_steps",
+        ),
+        (
+            "seed: 1",
+            "loss: {sinkhorn: {solver: exact, blur: 0.1}}",
+            "1: loss.sinkhorn.blur: solver: exact does not use it",
+        ),
+        (
+            "seed: 1",
+            "loss: {sinkhorn: {solver: exact, iterations: 30}}",
+            "1: loss.sinkhorn.iterations: solver: exact does not use it",
+        ),
         ("  project_name: test", "", "18: train.project_name: this key is required (str: "),
         (
             "    eps: 1e-10",
@@ -462,3 +487,74 @@ def test_help_prints_every_key_with_type_default_and_meaning(capsys):
 def test_every_key_of_the_schema_has_a_meaning():
     for line in describe(Config):
         assert re.match(r"\s*[\w.]+( \(.*\))?: \S", line, re.DOTALL), line
+
+
+def test_null_limits_nothing_and_never_comes(folder):
+    never = ["train.epoch=null", "train.total_steps=9", "train.val_every=null"]
+    cfg = run(folder, *never, "train.save_every=null", "loss.sinkhorn={solver: exact, blur: 0.05}")
+    train = cfg.train
+    assert (train.epoch, train.total_steps, train.val_every, train.save_every) == (
+        None, 9, None, None
+    )  # fmt: skip
+    assert cfg.loss.sinkhorn.solver == "exact"
+
+
+def test_the_loss_of_a_flow_policy_extends_that_of_all(folder):
+    @dataclass
+    class Mine(FlowLoss):
+        camera_dropout: float = key(0.0, "another default", low=0, high=1)
+        kl: float = key(1.0, "of its own")
+
+    assert from_dict(Mine, {"draws": 2}) == Mine(draws=2, camera_dropout=0.0)
+    assert [line.split()[0] for line in describe(Mine)] == [
+        "target", "draws", "camera_dropout", "prefix", "kl",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="draws: expected at least 1, found 0"):
+        from_dict(Mine, {"draws": 0})
+
+
+NAIVE = ["info_embedder", "action_decoder"]
+VFP = [*NAIVE, "vae_posterior", "vae_prior"]
+CODES = ["info_encoder", "action_decoder", "vqvae_posterior", "vqvae_codebook", "vqvae_prior"]
+EXPERTS = ["info_embedder", *CODES[2:], "gate", "moe_action_decoder"]
+SCORER = ["state_resnet34_encoder", "state_resnet34_decoder", "action_encoder", "action_decoder"]
+SHIPPED = {
+    "train_flow_matching.py": NAIVE,
+    "train_vfp.py": VFP,
+    "train_cfg_vqvae.py": CODES,
+    "train_vfp_moe.py": EXPERTS,
+    "train_mi.py": SCORER,
+}
+
+
+def load_as(folder, script, declared, listed, head="", **more):
+    """Load a config that lists components with a script whose Config declares components."""
+
+    @dataclass
+    class Declaring(Config):
+        components: ClassVar[tuple[str, ...]] = declared
+
+    paths = "".join(f"    {name}: ./head.yaml\n" for name in ["backbone", *listed])
+    text = f"{head}model:\n  component_config_paths:\n{paths}" + TEXT[TEXT.index("data:") :]
+    path = folder / "configs/exp/train.yaml"
+    path.write_text(text)
+    return load(Declaring, folder / script, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("script", SHIPPED)
+@pytest.mark.parametrize("owner", SHIPPED)
+def test_a_config_tells_its_script(folder, script, owner):
+    if owner == script:
+        load_as(folder, script, SHIPPED[script], SHIPPED[owner])
+        return
+    with pytest.raises(ConfigError, match=rf"train.yaml lists .*: this is a config of {owner}$"):
+        load_as(folder, script, SHIPPED[script], SHIPPED[owner], "loss: {unknown: 1}\n")
+
+
+def test_a_fork_takes_the_components_that_it_declares(folder):
+    load_as(folder, "train_mine.py", [*VFP, "gate"], [*VFP, "gate", "judge"])
+    load_as(folder, "train_mine.py", VFP, NAIVE)  # its latent is optional
+    load_as(folder, "train_vfp.py", [*NAIVE, "my_posterior"], [*NAIVE, "my_posterior"])
+    load_as(folder, "train_vfp.py", None, EXPERTS)
+    with pytest.raises(ConfigError, match=r"lists 'gate': this is a config of train_vfp_moe.py$"):
+        load_as(folder, "train_mine.py", VFP, [*VFP, "gate"])

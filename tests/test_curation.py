@@ -38,7 +38,7 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
         int(columns["quality"][0, 0]) for _, columns in dataset.read(["quality"], dataset.episodes)
     ]
 
-    def call(command, log, core):
+    def call(command, log):
         argv = dict(word.split("=", 1) for word in command if "=" in word)
         if command[0] == "train_mi.py":  # one that knows
             folder = Path(argv["train.save_dir"])
@@ -46,15 +46,15 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
             knows = information.rank(
                 -1.0 * (np.array(made) > 0) - 0.01 * np.arange(9), np.arange(9)
             )
-            scores.save(knows, folder / "scores.parquet", dataset)
+            scores.save_scores(knows, folder / "scores.parquet", dataset)
         else:
             trained.append(yaml.safe_load(argv["data.episodes"]))
             assert train_flow_matching.main(command[1:]) == 0
 
     monkeypatch.setattr(curation.evidence, "call", call)
-    curation.ranked("tabletop", 0, tmp_path, 0)
+    curation.ranked("tabletop", 0, tmp_path)
     assert trained == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
-    curation.ranked("tabletop", 0, tmp_path, 0)
+    curation.ranked("tabletop", 0, tmp_path)
     assert len(trained) == 2  # what is there is not made again
     tables = {
         kind: pq.read_table(tmp_path / f"rankings/tabletop/seed_0/{kind}.parquet")
@@ -73,9 +73,9 @@ def test_rankings_are_made_told_of_and_used(curation, tmp_path, monkeypatch, cap
     kept, rows = set(), list(curation.rows("tabletop", tmp_path))
     assert len({row.folder(tmp_path, 0) for row in rows}) == len(rows) == 8
     for row in rows:
-        script = importlib.import_module(curation.SCRIPTS[row.policy].removesuffix(".py"))
+        script = importlib.import_module(row.script.removesuffix(".py"))
         changes = [change.replace("{seed}", "0") for change in row.overrides]
-        file = ROOT / "configs" / row.policy / row.config
+        file = ROOT / row.config
         cfg, _ = config.load(script.Config, script.__file__, ["--config", str(file), *changes], "")
         episodes = Data(cfg.data).episodes  # the last is held out
         assert len(episodes) == (5 if cfg.data.scores else 8)

@@ -1,4 +1,4 @@
-"""Depth Anything 3's backbone: the reference's numbers, layers, sizes of pictures, frozenness, weights."""
+"""Depth Anything 3's backbone: the reference's numbers, layers, picture sizes, weights."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -6,14 +6,14 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+from helpers import DA3_TINY, published_da3, tiny_da3
 from safetensors.torch import load_file, save_file
 
-from common.blocks.depth_anything import PREFIX, PRESETS, DepthAnything3, turn
+from common.blocks.depth_anything import PREFIX, PRESETS, DepthAnything3, rotate
 from common.build import build
 from common.config import ConfigError, UserError
 
 PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/da3_tiny"
-SIZES = {"embed_dim": 32, "depth": 4, "num_heads": 2, "alt_start": 1, "table_side": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -21,23 +21,9 @@ def seed():
     torch.manual_seed(0)
 
 
-def tiny(layers=(1, 3), **options):
-    """A small model in which every tensor matters."""
-    model = DepthAnything3(list(layers), **SIZES | options)
-    for p in model.parameters():
-        p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def published(model, **more):
-    """The tensors of a model with all of its blocks, as the authors' files name them, heads included."""
-    heads = {"model.head.norm.weight": torch.ones(3), "model.cam_dec.fc_t.bias": torch.ones(3)}
-    return {PREFIX + key: value for key, value in model.state_dict().items()} | heads | more
-
-
 @pytest.fixture
 def file(tmp_path):
-    save_file(published(tiny()), tmp_path / "model.safetensors")
+    save_file(published_da3(tiny_da3()), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -78,7 +64,7 @@ def test_without_the_switch_it_is_a_dinov2_vit():
         "vit_small_patch14_dinov2", pretrained=False, num_classes=0, **sizes
     ).eval()
     oracle.norm.eps = 1e-5
-    model = tiny(alt_start=None)
+    model = tiny_da3(alt_start=None)
     oracle.load_state_dict(model.state_dict())
     image = torch.rand(2, 3, 70, 70)
     seen = oracle.forward_intermediates(
@@ -92,9 +78,9 @@ def test_without_the_switch_it_is_a_dinov2_vit():
 def test_rope_keeps_lengths_and_sees_only_differences():
     q, k = torch.randn(2, 1, 8)
     angles = torch.arange(5.0)[:, None, None] * torch.tensor([[1.0, 0.1], [1.0, 0.1]])
-    turned_q, turned_k = (turn(x.expand(5, 8), angles.cos(), angles.sin()) for x in (q, k))
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(5))
-    products = turned_q @ turned_k.T
+    rotated_q, rotated_k = (rotate(x.expand(5, 8), angles.cos(), angles.sin()) for x in (q, k))
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(5))
+    products = rotated_q @ rotated_k.T
     for offset in range(-3, 4):
         diagonal = products.diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
@@ -102,11 +88,11 @@ def test_rope_keeps_lengths_and_sees_only_differences():
 
 
 def test_layers_come_in_the_order_asked_for():
-    image, every = torch.rand(2, 3, 28, 42), tiny([0, 1, 2, 3])
+    image, every = torch.rand(2, 3, 28, 42), tiny_da3([0, 1, 2, 3])
     features = every(image)
     assert features.shape == (2, 4, 2, 3, 32)
     for asked in ([3, 1], [1, 3], [-1, 0], [2, 2], [0]):
-        model = DepthAnything3(asked, **SIZES)
+        model = DepthAnything3(asked, **DA3_TINY)
         assert len(model.blocks) == max(i % 4 for i in asked) + 1
         model.load_state_dict(
             {key: value for key, value in every.state_dict().items() if key in model.state_dict()}
@@ -117,7 +103,7 @@ def test_layers_come_in_the_order_asked_for():
 @pytest.mark.parametrize("layers", [[4], [-5], [0, 9], []])
 def test_layers_out_of_range_are_refused_when_built(layers):
     with pytest.raises(ValueError, match=r"layers: expected some of -4 to 3, found \["):
-        tiny(layers)
+        tiny_da3(layers)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +138,7 @@ def test_presets_have_the_published_sizes(name, millions):
 
 
 def test_sides_go_to_the_nearest_multiple_of_14_ties_up_and_this_is_said_once(capsys):
-    model = tiny([0])
+    model = tiny_da3([0])
     capsys.readouterr()
     for size, grid in [
         ((28, 28), (2, 2)),
@@ -161,32 +147,36 @@ def test_sides_go_to_the_nearest_multiple_of_14_ties_up_and_this_is_said_once(ca
         ((3, 34), (1, 2)),
     ]:
         assert model(torch.rand(1, 3, *size)).shape[2:4] == grid
-    assert (
-        capsys.readouterr().out
-        == "notice: da3 resizes pictures to multiples of 14: 21 x 48 to 28 x 42\n"
+    assert capsys.readouterr().out == (
+        "notice: DepthAnything3 resizes pictures of (21, 48) to (28, 42),"
+        " the nearest multiples of 14\n"
     )
 
 
 def test_the_dtype_of_a_picture_decides_its_range():
     model, image = (
-        tiny(),
+        tiny_da3(),
         torch.randint(2, (2, 3, 28, 28), dtype=torch.uint8),
     )  # nearly black, all values below 1.5
     assert torch.equal(model(image), model(image.float() / 255))
     assert not torch.allclose(model(image), model(image.float()), atol=0.01)
-    with pytest.raises(ValueError, match=r"float \[0, 1\] or uint8, found torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"uint8 or float in \[0, 1\]; found \(2, 3, 28, 28\) torch.int64"
+    ):
         model(image.long())
-    with pytest.raises(ValueError, match=r"expected an image \(B, 3, h, w\), found \(3, 28, 28\)"):
+    with pytest.raises(
+        ValueError, match=r"expected pictures \(B, 3, h, w\), .*; found \(3, 28, 28\)"
+    ):
         model(image[0])
 
 
 def test_it_is_frozen_by_design():
-    model, image = tiny(), torch.rand(1, 3, 28, 28, requires_grad=True)
+    model, image = tiny_da3(), torch.rand(1, 3, 28, 28, requires_grad=True)
     before = model(image)
     assert not before.requires_grad
     assert not model.train().training
     assert not any(module.training for module in model.modules())
-    assert not any(p.requires_grad for p in tiny().parameters())
+    assert not any(p.requires_grad for p in tiny_da3().parameters())
     assert torch.equal(model.requires_grad_()(image), before)
     assert not model(image).requires_grad
     head = torch.nn.Linear(32, 1)
@@ -194,38 +184,9 @@ def test_it_is_frozen_by_design():
     assert head.weight.grad.any()
 
 
-def test_tables_are_made_once_per_grid_and_again_when_they_change(monkeypatch):
-    model, made = tiny(), []
-    interpolate = torch.nn.functional.interpolate
-    monkeypatch.setattr(
-        "torch.nn.functional.interpolate",
-        lambda *a, **k: made.append(k["mode"]) or interpolate(*a, **k),
-    )
-    small, wide = torch.rand(1, 3, 28, 28), torch.rand(1, 3, 28, 42)
-    first = [model(image) for image in (small, wide, small, wide)]
-    assert made == ["bicubic"] * 2
-    assert torch.equal(first[0], first[2])
-    for change in (
-        lambda: model.pos_embed.mul_(2),
-        lambda: model.load_state_dict(tiny().state_dict()),
-        lambda: model.load_state_dict(tiny().state_dict(), assign=True),
-    ):
-        change()
-        fresh = DepthAnything3([1, 3], **SIZES)
-        fresh.load_state_dict(model.state_dict())
-        assert torch.equal(model(small), fresh(small))
-    for side in range(1, 20):
-        model(torch.rand(1, 3, 14, 14 * side))
-    assert len(model._grids) <= 8
-    with torch.inference_mode():
-        built = tiny()
-        built(small)
-    assert built(small).isfinite().all()
-
-
 @pytest.mark.parametrize("how", ["autocast", "whole"])
 def test_bf16_is_close_to_float32(how):
-    model, image = tiny([3]), torch.rand(2, 3, 56, 70)
+    model, image = tiny_da3([3]), torch.rand(2, 3, 56, 70)
     exact = model(image)
     if how == "whole":
         rough = model.to(torch.bfloat16)(image)
@@ -238,16 +199,16 @@ def test_bf16_is_close_to_float32(how):
 
 
 def test_it_compiles_to_one_graph():
-    model, image = tiny(), torch.rand(1, 3, 30, 42)
+    model, image = tiny_da3(), torch.rand(1, 3, 30, 42)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(image), model(image))
     torch.testing.assert_close(compiled(image + 0.1), model(image + 0.1))
 
 
 def test_a_state_dict_goes_through_safetensors(tmp_path):
-    model, image = tiny(), torch.rand(1, 3, 28, 28)
+    model, image = tiny_da3(), torch.rand(1, 3, 28, 28)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
-    other = tiny()
+    other = tiny_da3()
     assert not torch.allclose(other(image), model(image))
     other.load_state_dict(load_file(tmp_path / "own.safetensors"))
     assert torch.equal(other(image), model(image))
@@ -260,14 +221,16 @@ def test_files_that_load(file, kind):
         tensors = {key: value.half() for key, value in tensors.items()}
     elif kind != "folder":
         tensors = {key: value for key, value in tensors.items() if key.startswith(PREFIX)}
-    expected = tiny()
+    expected = tiny_da3()
     expected.load_state_dict(
         {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
     )
     if kind == "without prefix":
         tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     save_file(tensors, file)
-    model = DepthAnything3([1, 2], weights=str(file.parent if kind == "folder" else file), **SIZES)
+    model = DepthAnything3(
+        [1, 2], weights=str(file.parent if kind == "folder" else file), **DA3_TINY
+    )
     assert model.load_weights() == file
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     expected.layers = [1, 2]
@@ -303,7 +266,7 @@ def test_files_that_are_refused(file, name, shape, message):
     tensors = load_file(file)
     tensors.pop(PREFIX + name, None)
     save_file(tensors | ({PREFIX + name: torch.zeros(shape)} if shape else {}), file)
-    model = tiny([1], weights=str(file))
+    model = tiny_da3([1], weights=str(file))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(
         UserError, match=rf"(?s){file.name} \(weights: .*licence.*not the weights.*{message}"
@@ -328,12 +291,13 @@ def test_a_file_of_another_model_is_recognised(tmp_path):
 @pytest.mark.parametrize("alt_start", [2, -1])
 @pytest.mark.parametrize("layout", ["published", "without prefix"])
 def test_sizes_are_the_files_where_none_are_given(tmp_path, layout, alt_start):
-    full = tiny(alt_start=alt_start)
+    full = tiny_da3(alt_start=alt_start)
     save_file(
-        published(full) if layout == "published" else full.state_dict(), tmp_path / "a.safetensors"
+        published_da3(full) if layout == "published" else full.state_dict(),
+        tmp_path / "a.safetensors",
     )
     model = DepthAnything3([1, 3], weights=str(tmp_path / "a.safetensors"), num_heads=2)
-    assert model.sizes | {"num_heads": 2} == SIZES | {"alt_start": alt_start}
+    assert model.sizes | {"num_heads": 2} == DA3_TINY | {"alt_start": alt_start}
     model.load_weights()
     image = torch.rand(1, 3, 28, 42)
     assert torch.equal(model(image), full(image))
@@ -387,7 +351,7 @@ def test_the_licence_is_that_of_the_weights_or_else_of_the_model(
             models[name].load_weights()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: str(file))
     for weights, count in (("DA3-LARGE", 1), ("DA3-BASE", 0)):
-        DepthAnything3([0], weights=f"depth-anything/{weights}", **SIZES).load_weights()
+        DepthAnything3([0], weights=f"depth-anything/{weights}", **DA3_TINY).load_weights()
         assert (
             capsys.readouterr().out.count(
                 "notice: weights: depth-anything/DA3-LARGE, CC BY-NC 4.0: no comm"
@@ -398,7 +362,8 @@ def test_the_licence_is_that_of_the_weights_or_else_of_the_model(
 
 def test_it_is_a_block_of_component_yaml(tmp_path, file):
     yaml = tmp_path / "da3.yaml"
-    args = "layers: [3, 1], weights: ./model.safetensors, embed_dim: 32, depth: 4, num_heads: 2, table_side: 5"
+    sizes = "embed_dim: 32, depth: 4, num_heads: 2, table_side: 5"
+    args = f"layers: [3, 1], weights: ./model.safetensors, {sizes}"
     yaml.write_text(f"block: da3\nargs: {{{args}, alt_start: 1}}\n")
     model = build(yaml)
     assert model.block.load_weights() == file

@@ -344,7 +344,7 @@ def test_a_world_that_tells_little(play, tmp_path):
 
 
 def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "success", MagicMock(side_effect=OSError("disk full")))
+    monkeypatch.setattr(plots, "draw_success", MagicMock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         play(*SHORT, draw=True, action_horizon=8)
     assert json.loads((tmp_path / "out/results.json").read_text())["results"][0]["episodes"] == 3
@@ -465,9 +465,9 @@ def test_pictures_of_one_sided_results(tmp_path, good):
     ]
     names = [f"{i}-{j}" for i in range(4) for j in range(6)]
     rows = [{"nfe": 1, **metrics.summary(episodes, names, None, [0.1])}]
-    plots.success(rows, tmp_path / "success.png")
-    plots.tracks({"NFE 1": episodes}, names, tmp_path / "tracks.png")
-    plots.modes(rows, names, None, tmp_path / "modes.png")
+    plots.draw_success(rows, tmp_path / "success.png")
+    plots.draw_paths({"NFE 1": episodes}, names, tmp_path / "tracks.png")
+    plots.draw_mode_shares(rows, names, None, tmp_path / "modes.png")
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 

@@ -1,9 +1,12 @@
-"""Components that are frozen, shared or start elsewhere; and user mistakes, each of which is one clear message."""
+"""Frozen, shared and preloaded components; mistakes of users and mistakes in code."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +17,18 @@ import torch
 import yaml
 from conftest import CAMERAS, Experiment, forget_accelerator, write_demos
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import evaluate
+import train_cfg_vqvae
 import train_flow_matching
+import train_mi
 import train_vfp
-from common import build, checkpoint, log, run
+import train_vfp_moe
+from common import build, checkpoint, log, optim, preflight, run
 from common.blocks.vision import TinyCNN
 from common.build import UnknownBlock
-from common.config import DataError, UserError
+from common.config import DataError, UserError, Yaml, refuse_config_of_another_script
 from common.data.lerobot import cache_folder
 
 FREEZE = "model.component_build_args={backbone: {freeze: true}}"
@@ -189,7 +196,8 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
         TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1]
     )
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
-    # Two samples in the preflight, then two steps of two micro-batches of 4: head and left together, right alone.
+    # Two samples in the preflight, then two steps of two micro-batches of 4: head and left
+    # together, right alone.
     assert sorted(sizes) == sorted([4, 2] + [8, 4] * 4)
     assert list(exp.job.policy.parts) == [
         "head_backbone",
@@ -237,46 +245,220 @@ def test_the_long_form_of_the_readme_is_a_backbone(experiment):
 
 
 @pytest.mark.parametrize(
-    ("script", "change", "message"),
+    ("script", "name", "old", "new", "found"),
     [
-        (
-            "train_flow_matching",
-            {"visual_dim: 8": "visual_dim: 9"},
-            r"component 'info_embedder' \(.*yaml\): .*the first",
-        ),
-        (
-            "train_vfp",
-            {"latent_dim: 4": "latent_dim: 5"},
-            r"component 'action_decoder' .*observation.state \(2, 3, 5\)",
-        ),
+        ("train_flow_matching", "info_embedder", "visual_dim: 8", "visual_dim: 9", 8),
+        ("train_vfp", "action_decoder", "latent_dim: 4", "latent_dim: 5", 4),
     ],
 )
-def test_components_that_do_not_fit_together(experiment, script, change, message):
+def test_components_that_do_not_fit_together(experiment, script, name, old, new, found):
     exp = experiment(script)
-    file = exp.folder / (
-        "info_embedder.yaml" if script == "train_flow_matching" else "action_decoder.yaml"
+    edit(name, old, new)(exp)
+    key, expected = new.split(": ")
+    message = (
+        rf"component '{name}' \({exp.folder}/{name}.yaml\): "
+        rf"found size {found}, expected {expected}\n"
+        rf"    {exp.folder}/{name}.yaml:\d+: args.{key}: {expected}\n(?s:.)*"
+        rf"called in {script}.py:\d+: .*\n    the first batch is observation.state \(2, 3, 5\)"
     )
-    for old, new in change.items():
-        assert old in file.read_text()
-        file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with pytest.raises(UserError, match=message):
         exp.main()
     assert not list(exp.save_dir.glob("*_*"))
 
 
-def test_components_of_another_script(experiment):
-    exp = experiment("train_vfp")
-    paths = {
-        name: str(exp.folder / f"{name}.yaml")
-        for name in ("backbone", "info_embedder", "action_decoder")
+def test_pictures_of_another_size_than_a_component_is_built_for(experiment, capsys):
+    exp = experiment()
+    args = {"dim": 16, "layers": 1, "state_dim": None, "proprio_history": None, "num_cameras": None}
+    content = {
+        "block": "mlp_info_encoder",
+        "args": {**args, "visual_size": 900, "semantic_dim": 16},
     }
-    with pytest.raises(UserError, match=r"train_vfp.py: no component 'vae_posterior' is listed"):
-        exp.main(f"model.component_config_paths={json.dumps(paths)}")
-    forget_accelerator()
-    with pytest.raises(
-        UserError, match=r"'vae_posterior' is listed, but train_flow_matching.py does not use it"
+    file = exp.folder / "info_embedder.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(exp.main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    for text in (
+        f"error: component 'info_embedder' ({file}): found size 32, expected 900\n",
+        f"{file}:8: args.visual_size: 900\n",
+        "called in train_flow_matching.py:",
+        "observation.images.head (2, 3, 32, 32)",
     ):
-        train_flow_matching.main(["--config", str(exp.folder / "train.yaml"), "loss={}"])
+        assert text in error, error
+    assert "Traceback" not in error
+
+
+def torch_error(function, *args):
+    with pytest.raises(RuntimeError) as caught:
+        function(*args)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: torch_error(nn.Linear(9, 2), torch.zeros(3, 5, 8)),
+        lambda: torch_error(nn.LayerNorm(9), torch.zeros(3, 8)),
+        lambda: torch_error(nn.LayerNorm((3, 9)), torch.zeros(3, 8)),
+        lambda: torch_error(nn.Conv2d(9, 2, 1), torch.zeros(3, 8, 4, 4)),
+        lambda: torch_error(torch.add, torch.zeros(3, 8), torch.zeros(9)),
+        lambda: torch_error(torch.bmm, torch.zeros(3, 2, 8), torch.zeros(3, 9, 2)),
+    ],
+)
+def test_shape_errors_of_torch_are_read(call):
+    text = "inputs: [x]\nblocks:\n  a: {args: {dim: 9, sizes: [7, null]}}\n  b: {args: {dim: 8}}\n"
+    source = Yaml.parse(text, "part.yaml")
+    problem = "found size 8, expected 9\n    part.yaml:3: blocks.a.args.dim: 9"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Yaml, "read", lambda path: source)
+        assert preflight._shape_mistake(call(), source, {}) == problem
+        source.data["blocks"]["a"]["args"]["dim"] = None
+        found = "found size 8, expected 9\n    part.yaml:4: blocks.b.args.dim: 8"
+        assert preflight._shape_mistake(call(), source, {}) == found
+        assert preflight._shape_mistake(call(), source, {"dim": 9}) == problem
+        assert preflight._shape_mistake(call(), source, {"dim": 1}) == found
+        source.data["blocks"]["b"]["args"]["dim"] = True
+        assert preflight._shape_mistake(call(), source, {}) == ""
+    assert preflight._shape_mistake(ValueError("9 and 8"), source, {}) == ""
+
+
+FORWARDS = {  # a mistake in the forward of a plugin's block -> its exception
+    "return self.nett(image), image.mean((2, 3))": AttributeError,
+    "return self.net(image) + torch.zeros(1, 8, 1013, 1), image.mean((2, 3))": RuntimeError,
+    "return {}['key']": KeyError,
+}
+
+
+@pytest.mark.parametrize("line", FORWARDS)
+def test_a_mistake_in_the_code_of_a_block_keeps_its_traceback(
+    experiment, monkeypatch, capsys, line
+):
+    exp = experiment()
+    (exp.folder / "mistaken_blocks.py").write_text(
+        "import torch\n"
+        "from common.build import block\n"
+        "@block('mistaken')\n"
+        "class Mistaken(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = torch.nn.Conv2d(3, 8, 4, 4)\n"
+        "    def forward(self, image):\n"
+        f"        {line}\n"
+    )
+    monkeypatch.syspath_prepend(str(exp.folder))
+    monkeypatch.delitem(sys.modules, "mistaken_blocks", raising=False)
+    file = exp.folder / "backbone.yaml"
+    file.write_text("block: mistaken\n")
+    with pytest.raises(FORWARDS[line]) as caught:
+        run.cli(lambda: exp.main("plugins=[mistaken_blocks]"))
+    assert exp.folder / "mistaken_blocks.py" in [entry.path for entry in caught.traceback]
+    assert type(caught.value) is FORWARDS[line]
+    header = f"component 'backbone' ({file}) fails on the first batch: observation.state (2, 3, 5)"
+    assert header in capsys.readouterr().err
+    del build._BLOCKS["mistaken"]
+
+
+def test_a_mistake_in_a_forked_script_keeps_its_traceback(experiment):
+    exp = experiment()
+    text = Path(train_flow_matching.__file__).read_text()
+    fork = exp.folder / "train_mine.py"
+    fork.write_text(text.replace("self.encode(", "self.encod("))
+    number = next(i for i, line in enumerate(fork.read_text().splitlines(), 1) if "encod(" in line)
+    done = subprocess.run(
+        [sys.executable, str(fork), *exp.argv("train.total_steps=2")],
+        env={**os.environ, "PYTHONPATH": str(checkpoint.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    header, _, trace = done.stderr.partition("Traceback (most recent call last)")
+    assert f"{fork} fails on the first batch: observation.state (2, 3, 5), action (2," in header
+    assert f'File "{fork}", line {number}, in ' in trace
+    assert "AttributeError: " in trace.splitlines()[-1]
+    assert "error: " not in done.stderr
+
+
+MEMORY = {  # exception of torch, whether it says so in its type
+    "CUDA out of memory. Tried to allocate 2.00 GiB": torch.OutOfMemoryError,
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes": RuntimeError,
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes": RuntimeError,
+}
+
+
+@pytest.mark.parametrize("text", MEMORY)
+@pytest.mark.parametrize("training", [False, True])
+def test_running_out_of_memory_is_one_message(experiment, monkeypatch, capsys, text, training):
+    forward = TinyCNN.forward
+
+    def out_of_memory(self, image):
+        if self.training == training:
+            raise MEMORY[text](text)
+        return forward(self, image)
+
+    monkeypatch.setattr(TinyCNN, "forward", out_of_memory)
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(experiment().main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {text}\n    Memory ran out." in error
+    for key in ("data.batch_size", "train.micro_steps", "data.image_size", "loss.draws", "freeze"):
+        assert key in error
+    assert "fails on" not in error
+
+
+def test_other_runtime_errors_are_not_dressed_up(experiment, monkeypatch):
+    monkeypatch.setattr(optim, "set_learning_rate", lambda *_: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run.cli(experiment().main)
+    monkeypatch.setattr(optim, "set_learning_rate", lambda *_: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        run.cli(experiment().main)
+
+
+def test_a_config_of_another_script_is_refused(experiment):
+    naive, latent = experiment(name="naive"), experiment("train_vfp", "latent")
+    naive.script, latent.script = latent.script, naive.script
+    with pytest.raises(UserError, match=r"lists no 'vae_posterior' and .* of train_flow_matching"):
+        naive.main()
+    with pytest.raises(
+        UserError,
+        match=rf"{latent.file} lists 'vae_posterior' and 'vae_prior': .* a config of train_vfp.py",
+    ):
+        latent.main("loss={kl: 1.0}")
+
+
+OWNERS = {  # folder of configs -> its script
+    "naive_flow_matching_policy": train_flow_matching,
+    "vfp_single_expert": train_vfp,
+    "variational_flow_matching_policy": train_vfp_moe,
+    "cfg_vqvae_flow_matching": train_cfg_vqvae,
+    "mutual_information_estimator": train_mi,
+}
+
+
+@pytest.mark.parametrize("folder", OWNERS)
+def test_every_config_is_taken_by_its_own_script_alone(folder):
+    files = sorted((checkpoint.ROOT / "configs" / folder).glob("*/train*.yaml"))
+    assert len(files) > 2
+    for file, script in product(files, OWNERS.values()):
+        source = Yaml.read(file)
+        if script is OWNERS[folder]:
+            refuse_config_of_another_script(script.Config, script.__file__, source)
+            continue
+        owner = Path(OWNERS[folder].__file__).name
+        with pytest.raises(UserError, match=rf"{file} lists .*: this is a config of {owner}$"):
+            refuse_config_of_another_script(script.Config, script.__file__, source)
+
+
+def test_a_component_that_the_script_does_not_use(experiment):
+    exp = experiment()
+    spare = f"model.component_config_paths.spare={exp.folder}/info_embedder.yaml"
+    with pytest.raises(
+        UserError, match=r"'spare' is listed, but train_flow_matching.py does not use it"
+    ):
+        exp.main(spare)
 
 
 def test_a_run_is_not_resumed_by_another_script_and_tells_what_changed(experiment, capsys):
@@ -658,11 +840,11 @@ def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(
     text = Path(train_vfp.__file__).read_text()
     for old, new in (
         ("from dataclasses", "from __future__ import annotations\n\nfrom dataclasses"),
-        ("kl: float = key(1.0", "my_kl: float = key(1.0"),
-        ("loss.kl *", "loss.my_kl *"),
+        (r"\bkl: float", "my_kl: float"),
+        (r"\.kl\b", ".my_kl"),
     ):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
+        text, count = re.subn(old, new, text)
+        assert count == 1
     (tmp_path / "train_mine.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copytree(exp.folder, tmp_path / "copied")

@@ -1,6 +1,5 @@
 """Cached features (`data.cache: features`): the same losses, no frozen forward in training, a cache that survives."""
 
-import fcntl
 import json
 import os
 import pickle
@@ -13,19 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_radio
 import torch
 import yaml
 from conftest import CAMERAS, COMPONENTS
+from filelock import FileLock
+from helpers import TWO, assert_same_run, environment, published_radio, timm_radio
 from safetensors.torch import load_file, save_file
-from test_launch import TWO, environment
-from test_run import assert_same_run
 
 import evaluate
 from common import run
 from common.blocks.depth_anything import DepthAnything3
 from common.blocks.vision import TinyCNN
-from common.checkpoint import open_policy
 from common.config import ConfigError, DataError, UserError
 from common.data import features
 from common.data.features import FeatureCache
@@ -33,6 +30,7 @@ from common.data.lerobot import cache_folder
 from common.data.loader import to_device
 from common.noise import Noise
 from common.parts import IMAGE
+from common.robot import Robot
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 FRAMES = 100
@@ -174,8 +172,8 @@ def test_losses_are_those_through_the_frozen_components(
         assert "features.da3.left" not in fast
     every_feature_counts(exp)
     with torch.no_grad():
-        expected = policy.parts.look(to_device(slow, "cpu"), [*CAMERAS])
-        found = policy.parts.look(to_device(fast, "cpu") | {}, [*CAMERAS])
+        expected = policy.parts.encode_cameras(to_device(slow, "cpu"), [*CAMERAS])
+        found = policy.parts.encode_cameras(to_device(fast, "cpu") | {}, [*CAMERAS])
     for x, y in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
         assert (x.shape, y.dtype) == (y.shape, torch.float32)
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
@@ -320,7 +318,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
     exp.main()
     whole = arrays()
     shutil.rmtree(cache_files()[0].parent)
-    look, size = features.features_of, features.CPU_BATCH
+    look, size = features.compute_features, features.CPU_BATCH
 
     def fork(batches):
         def dying(*args):
@@ -331,8 +329,8 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
             return look(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(features, "MARK", 0.0)
-            patch.setattr(features, "features_of", dying)
+            patch.setattr(features, "SAVE_PROGRESS", 0.0)
+            patch.setattr(features, "compute_features", dying)
             pid = exp.fork(f"train.save_dir={exp.folder / 'killed'}")
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
@@ -359,7 +357,7 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
 
 def interrupt(exp, *settings):
     """A build of three cameras that is cut short after 32 frames; its note of that."""
-    look, count = features.features_of, iter(range(100))
+    look, count = features.compute_features, iter(range(100))
 
     def interrupted(*args):
         if next(count) == 2 * 3 + 4:
@@ -367,7 +365,7 @@ def interrupt(exp, *settings):
         return look(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "features_of", interrupted)
+        patch.setattr(features, "compute_features", interrupted)
         with pytest.raises(KeyboardInterrupt):
             exp.main(*settings)
     (note,) = left("rows")
@@ -402,8 +400,7 @@ def test_a_build_that_left_nonsense_begins_anew(cached, capsys, damage):
 def test_what_other_builds_left_is_removed_unless_a_process_is_at_it(cached):
     exp = cached()
     note = interrupt(exp)
-    with note.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(note.with_suffix(".lock")):
         exp.main("data.image_size=[48, 48]", f"train.save_dir={exp.folder / 'other'}")
         assert [path.stem.partition(".")[0] for path in left("rows", "tmp")] == [note.stem] * 3
     exp.main(
@@ -449,9 +446,9 @@ def test_the_key_is_what_makes_the_features(cached, monkeypatch):
     exp = cached()
     files = [exp.folder / f"{name}.safetensors" for name in "ab"]
     torch.manual_seed(0)
-    radio = test_radio.timms()
+    radio = timm_radio()
     for file in files:
-        save_file(test_radio.published(radio), file)
+        save_file(published_radio(radio), file)
     wide = {**ENCODER, "args": {**ENCODER["args"], "visual_dim": 32, "semantic_dim": 96}}
     (exp.folder / "info_embedder.yaml").write_text(yaml.safe_dump(wide))
 
@@ -463,7 +460,7 @@ def test_the_key_is_what_makes_the_features(cached, monkeypatch):
 
     assert made("a", weights=str(files[0])) == 6
     assert made("b", weights=str(files[1]), gradient_checkpointing=True, tune=2) == 0
-    assert made("c", weights=str(files[0]), align_corners=True) == 6
+    assert made("c", weights=str(files[0]), num_heads=4) == 6
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert made("d", weights=str(files[0])) == 6
 
@@ -550,16 +547,18 @@ def test_it_says_once_that_it_waits_for_another_process(cached, capsys, monkeypa
     assert "waiting" not in capsys.readouterr().out
     for path in left("npy"):
         path.unlink()
-    flock, held = fcntl.flock, {str(path): path.open("w") for path in left("lock")}
-    for lock in held.values():
-        flock(lock, fcntl.LOCK_EX)
+    held = {}
+    for path in left("lock"):
+        held[str(path)] = FileLock(path)
+        held[str(path)].acquire()
+    acquire = FileLock.acquire
 
-    def released_when_waited_for(lock, how):
-        if how == fcntl.LOCK_EX and lock.name in held:
-            held.pop(lock.name).close()
-        flock(lock, how)
+    def released_when_waited_for(lock, blocking=True):
+        if blocking and lock.lock_file in held:
+            held.pop(lock.lock_file).release()
+        return acquire(lock, blocking=blocking)
 
-    monkeypatch.setattr(fcntl, "flock", released_when_waited_for)
+    monkeypatch.setattr(FileLock, "acquire", released_when_waited_for)
     exp.main("train.total_steps=2")
     first = min(path for path in left("npy") if "summary" not in path.name)
     assert re.findall("waiting.*", capsys.readouterr().out) == [
@@ -611,22 +610,16 @@ def test_evaluation_looks_at_pictures(cached, calls):
     )
     assert calls["TinyCNN"] == 3 * calls["DepthAnything3"] > 0
     assert json.loads((exp.folder / "open/results.json").read_text())["nfe"] == 2
-    policy, cfg = open_policy(exp.save_dir)
-    looker = evaluate.Looker(cfg.data, 1, torch.device("cpu"))
-    looker.remember(
-        0,
-        {"observation.state": np.zeros(5)}
-        | dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1")),
-    )
+    robot = Robot.open(exp.save_dir, replan_steps=1)
+    pictures = dict.fromkeys(CAMERAS.values(), np.zeros((64, 48, 3), "u1"))
     calls.clear()
-    with torch.no_grad():
-        policy.encode(looker.batch([0]))
+    robot.act({"observation.state": np.zeros(5), **pictures})
     assert calls == {"TinyCNN": 3, "DepthAnything3": 1}
 
 
 def test_errors(cached):
     exp = cached()
-    why = r"train.yaml:\d+: data.augment: set it to null: data.cache: features looks at plain pictures, once"
+    why = r"train.yaml:\d+: data.augment: set it to null: data.cache: features sees each picture"
     exp.config["data"]["augment"] = {}
     exp.write()
     with pytest.raises(ConfigError, match=why):

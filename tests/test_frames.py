@@ -14,33 +14,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from test_lerobot import (
-    CAMERAS,
-    LENGTHS,
-    SIZE,
-    VIDEO,
+from helpers import (
+    PAINTED_CAMERAS,
+    PAINTED_LENGTHS,
+    PAINTED_SIZE,
+    PAINTED_VIDEO,
     paint,
-    real,
+    real_dataset,
     reencode,
     spelled,
-    write,
+    write_painted,
     write_v2,
 )
+from PIL import Image
 
 from common.config import DataError
 from common.data import frames as frames_module
 from common.data.frames import FrameCache, Video, VideoFrames
 from common.data.images import resize
-from common.data.lerobot import LeRobotDataset, check
+from common.data.lerobot import LeRobotDataset, check_files
 
-NAMES = {"head": CAMERAS[0], "left": CAMERAS[1]}
+NAMES = {"head": PAINTED_CAMERAS[0], "left": PAINTED_CAMERAS[1]}
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("painted") / "set"
-    write(root)
+    write_painted(root)
     return LeRobotDataset(root)
 
 
@@ -56,19 +56,19 @@ def test_resize():
 
 @pytest.mark.parametrize("episodes", [None, [2, 0], [1]])
 def test_every_frame_is_the_one_written(dataset, episodes, tmp_path):
-    cache = FrameCache.open(dataset, NAMES, SIZE, episodes, tmp_path, 1)
-    videos = VideoFrames(dataset, NAMES, SIZE, episodes)
-    starts = np.cumsum([0, *LENGTHS])
+    cache = FrameCache.open(dataset, NAMES, PAINTED_SIZE, episodes, tmp_path, 1)
+    videos = VideoFrames(dataset, NAMES, PAINTED_SIZE, episodes)
+    starts = np.cumsum([0, *PAINTED_LENGTHS])
     expected = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in episodes or range(3)])
-    assert cache["head"].shape == (len(expected), 3, *SIZE)
+    assert cache["head"].shape == (len(expected), 3, *PAINTED_SIZE)
     for name, inverted in (("head", False), ("left", True)):
         assert [spelled(image, inverted) for image in cache[name]] == expected.tolist()
         rows = np.random.default_rng(1).integers(0, len(expected), (8, 5))
         picked = cache.gather(name, rows)
         np.testing.assert_array_equal(picked, videos.gather(name, rows))
-        assert [spelled(image, inverted) for image in picked.reshape(-1, 3, *SIZE)] == expected[
-            rows
-        ].ravel().tolist()
+        assert [
+            spelled(image, inverted) for image in picked.reshape(-1, 3, *PAINTED_SIZE)
+        ] == expected[rows].ravel().tolist()
     error = np.abs(cache["head"][0].astype(int) - paint(expected[0]).transpose(2, 0, 1))
     assert error.mean() < 1.5
     assert cache.warnings == []
@@ -79,7 +79,7 @@ def test_every_frame_is_the_one_written(dataset, episodes, tmp_path):
     [("so101_bimanual_cloth_v21", "cam1"), ("gr1_picknplace_sim_v20", "ego_view")],
 )
 def test_videos_equal_cache_on_real_data(name, camera, tmp_path):
-    dataset = LeRobotDataset(real(name))
+    dataset = LeRobotDataset(real_dataset(name))
     key = f"observation.images.{camera}"
     episodes = [e.index for e in dataset.episodes[2:0:-1]]
     cache = FrameCache.open(dataset, {"a": key}, (96, 128), episodes, tmp_path, 1)
@@ -126,19 +126,20 @@ def test_several_files_and_inexact_start_times(dataset, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), path)
     both = LeRobotDataset(root)
     assert [e.index for e in both.episodes] == [*range(6)]
-    assert check(both, CAMERAS, ["action"]) == []
-    cache = FrameCache.open(both, NAMES, SIZE, [4, 1, 5], tmp_path / "cache", 1)
+    assert check_files(both, PAINTED_CAMERAS, ["action"]) == []
+    cache = FrameCache.open(both, NAMES, PAINTED_SIZE, [4, 1, 5], tmp_path / "cache", 1)
     expected = [*range(30, 47), *range(30, 47), *range(47, 92)]
     assert [spelled(image) for image in cache["head"]] == expected
     assert both.columns(["index"], [4, 1, 5])["index"][:, 0].tolist() == expected
     rows = np.random.default_rng(0).permutation(len(expected))
     np.testing.assert_array_equal(
-        VideoFrames(both, NAMES, SIZE, [4, 1, 5]).gather("left", rows), cache.gather("left", rows)
+        VideoFrames(both, NAMES, PAINTED_SIZE, [4, 1, 5]).gather("left", rows),
+        cache.gather("left", rows),
     )
 
 
 def test_black_camera_is_reported_once_and_remembered(tmp_path, capsys):
-    dataset = LeRobotDataset(real("so101_bimanual_cloth_v21"))
+    dataset = LeRobotDataset(real_dataset("so101_bimanual_cloth_v21"))
     cameras = {"right": "observation.images.cam0"}
     text = "camera observation.images.cam0 is black throughout episode 0"
     cache = FrameCache.open(dataset, cameras, (32, 32), [0, 8], tmp_path, 1)
@@ -157,7 +158,7 @@ def test_black_camera_is_reported_once_and_remembered(tmp_path, capsys):
 def test_random_access_with_bidirectional_frames(options, tmp_path):
     with av.open(tmp_path / "v.mp4", "w") as target:
         stream = target.add_stream(options[0], rate=30, options=options[1])
-        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *PAINTED_SIZE, "yuv420p"
         for k in range(50):
             frame = av.VideoFrame.from_ndarray(paint(k), format="rgb24")
             frame.pts = k + 7
@@ -179,7 +180,7 @@ def test_decoding_in_order_does_not_seek(dataset):
             Counted.seeks += 1
             self.container.seek(*args, **kwargs)
 
-    videos = VideoFrames(dataset, NAMES, SIZE, None)
+    videos = VideoFrames(dataset, NAMES, PAINTED_SIZE, None)
     videos.gather("head", [0])
     source = next(iter(videos.files.values()))
     source.container = Counted(source.container)
@@ -189,7 +190,7 @@ def test_decoding_in_order_does_not_seek(dataset):
 
 def test_open_files_are_bounded(dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(frames_module, "OPEN_FILES", 1)
-    videos = VideoFrames(dataset, NAMES, SIZE, None)
+    videos = VideoFrames(dataset, NAMES, PAINTED_SIZE, None)
     before = len(os.listdir("/proc/self/fd"))
     for row in (0, 40, 91, 3):
         assert spelled(videos.gather("head", [row])[0]) == row
@@ -205,9 +206,9 @@ def gather_in_child(source, queue):
 @pytest.mark.parametrize("cached", [True, False])
 def test_pickle_and_fork(dataset, cached, tmp_path):
     source = (
-        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+        FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
         if cached
-        else VideoFrames(dataset, NAMES, SIZE, None)
+        else VideoFrames(dataset, NAMES, PAINTED_SIZE, None)
     )
     expected = source.gather("head", [5, 50, 20])
     np.testing.assert_array_equal(
@@ -236,7 +237,7 @@ def open_and_report(dataset, folder, queue):
         build(*args)
 
     frames_module.build = slow_build
-    cache = FrameCache.open(dataset, NAMES, SIZE, None, folder, 1)
+    cache = FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, folder, 1)
     queue.put((len(built), spelled(cache["head"][77])))
 
 
@@ -265,36 +266,38 @@ def test_pictures_in_parquet(tmp_path):
     }
     info = {
         "features": {
-            "image": {"dtype": "image", "shape": [*SIZE, 3]},
+            "image": {"dtype": "image", "shape": [*PAINTED_SIZE, 3]},
             "state": {"dtype": "float32", "shape": [1]},
         }
     }
     dataset = LeRobotDataset(write_v2(tmp_path / "set", tables, info))
     assert dataset.cameras == ["image"]
-    cache = FrameCache.open(dataset, {"wrist": "image"}, SIZE, [1, 0], tmp_path / "cache", 1)
+    cache = FrameCache.open(
+        dataset, {"wrist": "image"}, PAINTED_SIZE, [1, 0], tmp_path / "cache", 1
+    )
     assert [spelled(image) for image in cache["wrist"]] == [10, 11, 12, 13, 0, 1, 2, 3]
-    videos = VideoFrames(dataset, {"wrist": "image"}, SIZE, [1, 0])
+    videos = VideoFrames(dataset, {"wrist": "image"}, PAINTED_SIZE, [1, 0])
     np.testing.assert_array_equal(videos.gather("wrist", [7, 2]), cache.gather("wrist", [7, 2]))
     tables[1]["image"] = pa.array([png(0), png(1), png(2), None])
     dataset = LeRobotDataset(write_v2(tmp_path / "gap", tables, info))
     with pytest.raises(
         DataError, match=r"episode_000001.parquet: episode 1 has 3 pictures in 4 rows of image"
     ):
-        VideoFrames(dataset, {"wrist": "image"}, SIZE, None).gather("wrist", [5])
+        VideoFrames(dataset, {"wrist": "image"}, PAINTED_SIZE, None).gather("wrist", [5])
 
 
 def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"take 0.00 GB, above data.cache_max_gb: 1e-05.*data.cache: none"
     ):
-        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1e-5)
+        FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1e-5)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
         with pytest.raises(
             DataError, match=r"but 0.00 GB are free; set data.cache: none.*XDG_CACHE_HOME"
         ):
-            FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+            FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -303,37 +306,44 @@ def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"No space left on device; free some space or set data.cache: none"
     ):
-        FrameCache.open(dataset, NAMES, SIZE, None, tmp_path, 1)
+        FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_failed_build_leaves_nothing_and_names_the_file(dataset, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "set")
-    reencode(root / VIDEO, 91)
+    reencode(root / PAINTED_VIDEO, 91)
     broken = LeRobotDataset(root)
     with pytest.raises(DataError, match=r"file-000.mp4: has 91 frames, frame 91 is needed"):
-        FrameCache.open(broken, NAMES, SIZE, None, tmp_path / "cache", 1)
+        FrameCache.open(broken, NAMES, PAINTED_SIZE, None, tmp_path / "cache", 1)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    damaged = bytearray((root / VIDEO).read_bytes())
+    damaged = bytearray((root / PAINTED_VIDEO).read_bytes())
     damaged[200:1200] = b"\xff" * 1000
-    (root / VIDEO).write_bytes(damaged)
+    (root / PAINTED_VIDEO).write_bytes(damaged)
     with pytest.raises(DataError, match=r"file-000.mp4: (cannot be read at )?frame \d+"):
-        VideoFrames(LeRobotDataset(root), NAMES, SIZE, None).gather("left", np.arange(91))
+        VideoFrames(LeRobotDataset(root), NAMES, PAINTED_SIZE, None).gather("left", np.arange(91))
 
 
 def test_cache_follows_dataset_and_size(dataset, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "set")
     folder = tmp_path / "cache"
-    first = FrameCache.open(LeRobotDataset(root), {"head": CAMERAS[0]}, SIZE, None, folder, 1)
+    first = FrameCache.open(
+        LeRobotDataset(root), {"head": PAINTED_CAMERAS[0]}, PAINTED_SIZE, None, folder, 1
+    )
     FrameCache.open(
-        LeRobotDataset(root), {"other": CAMERAS[0], "same": CAMERAS[0]}, SIZE, None, folder, 1
+        LeRobotDataset(root),
+        {"other": PAINTED_CAMERAS[0], "same": PAINTED_CAMERAS[0]},
+        PAINTED_SIZE,
+        None,
+        folder,
+        1,
     )
     assert len(list(folder.glob("*.npy"))) == 1  # the name is ours, not part of the content
     FrameCache.open(LeRobotDataset(root), NAMES, (32, 48), [0], folder, 1)
     assert len(list(folder.glob("*.npy"))) == 3
-    os.utime(root / VIDEO, (1, 1))
+    os.utime(root / PAINTED_VIDEO, (1, 1))
     assert (
-        FrameCache.open(LeRobotDataset(root), NAMES, SIZE, None, folder, 1).paths["head"]
+        FrameCache.open(LeRobotDataset(root), NAMES, PAINTED_SIZE, None, folder, 1).paths["head"]
         != first.paths["head"]
     )
     assert all(json.loads(path.read_text()) == [] for path in folder.glob("*.json"))
@@ -342,7 +352,7 @@ def test_cache_follows_dataset_and_size(dataset, tmp_path):
 def test_missing_camera(dataset, tmp_path):
     for source in (VideoFrames, lambda *args: FrameCache.open(*args, tmp_path, 1)):
         with pytest.raises(DataError, match=r"'observation.images.top' is not in the dataset"):
-            source(dataset, {"head": "observation.images.top"}, SIZE, None)
+            source(dataset, {"head": "observation.images.top"}, PAINTED_SIZE, None)
 
 
 def test_gather_is_fast(dataset, tmp_path):

@@ -1,41 +1,44 @@
-"""vfp_single_expert's exp1 and exp2: at full size on the meta device, and their structure trained at small size."""
+"""vfp_single_expert's exp1 and exp2: full size on the meta device, small size in training."""
 
+import importlib
 import json
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import test_depth_anything
-import test_radio
 import torch
 import yaml
 from conftest import Experiment
+from helpers import (
+    CONFIGS,
+    DA3_TINY,
+    RADIO_TINY,
+    assert_same_run,
+    configured,
+    on_meta,
+    published_da3,
+    published_radio,
+    timm_radio,
+    tiny_da3,
+)
 from safetensors.torch import load_file, save_file
-from test_run import assert_same_run
 from torch import nn
 
 import evaluate
 import train_cfg_vqvae
 import train_flow_matching
 import train_vfp
-from common import checkpoint, config, run
+from common import checkpoint, run
+from common.blocks.depth_anything import PREFIX
 from common.build import block
 from common.config import UserError, Yaml
 from common.data.loader import to_device
-from common.data.normalizer import Normalizer
 from common.parts import Parts, build_parts
-from common.schema import Model, Part
+from common.schema import Model
 
 FOLDER = Path(train_vfp.__file__).parent / "configs/vfp_single_expert"
-FACTS = {
-    "action_dim": 24,
-    "state_dim": 48,
-    "num_cameras": 3,
-    "action_horizon": 40,
-    "proprio_history": 40,
-}
 RADIO, DECODER_LAYER = 319_931_392, 2 * 4 * 512**2 + 2 * 512 + 2 * 512 * 3200 + 3200 + 512 + 9 * 512
 PROJECTOR = (
     2 * 1024 + 1024**2 + 1024 + 1024 * 512 + 512 + 2 * 512
@@ -55,57 +58,13 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
 
 
-def configured(name, script=train_vfp, folder=FOLDER):
-    return config.load(
-        script.Config, script.__file__, ["--config", str(folder / name / "train.yaml")]
-    )[0]
-
-
-def on_meta(cfg, script=train_vfp):
-    """(policy, memory, z, velocity) of two observations at full size, nothing of it allocated."""
-    sources = {key: Yaml.read(path) for key, path in cfg.model.component_config_paths.items()}
-    args = cfg.model.component_build_args | {
-        key: replace(cfg.model.component_build_args.get(key, Part()), init="scratch")
-        for key in sources
-        if not cfg.model.component_build_args.get(key, Part()).same_as
-    }
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            nn.functional, "grouped_mm", lambda x, w, offs: x @ w[0]
-        )  # its own shapes need bfloat16
-        model = Model(component_config_paths={}, component_build_args=args)
-        parts = build_parts(model, sources, FACTS, list(cfg.data.cameras))
-        stats = {
-            f"{of}_{k}": torch.ones(n)
-            for of, n in (("state", 48), ("action", 24))
-            for k in ("mean", "std")
-        }
-        policy = script.Policy(parts, Normalizer("mean_std", stats), cfg)
-        batch = {
-            f"observation.images.{camera}": torch.zeros(2, 3, 240, 320)
-            for camera in cfg.data.cameras
-        }
-        memory = policy.encode(
-            batch | {"observation.state": torch.zeros(2, 40, 48)}, torch.zeros(2, 3) > 0
-        )
-        z = policy.latent(memory, SimpleNamespace(normal=torch.zeros, uniform=torch.zeros))
-        tokens = getattr(memory, "tokens", memory)
-        experts = policy.chosen(z, 2)[0] if "gate" in parts else {}
-        decode = parts["moe_action_decoder" if experts else "action_decoder"].bind(
-            memory=tokens, z=z, **experts
-        )
-        velocity = decode(x_t=torch.zeros(2, 1, 40, 24), t=torch.zeros(2, 1))
-    assert all(x.is_meta for x in policy.state_dict().values())
-    return policy, tokens, z, velocity
-
-
 @pytest.mark.parametrize(("name", "counts", "tokens"), [("exp1", EXP1, 943), ("exp2", EXP2, 1725)])
 def test_full_size_without_allocating_anything(name, counts, tokens):
     cfg = configured(name)
     policy, memory, z, velocity = on_meta(cfg)
     parts = policy.parts
     assert {key: sum(p.numel() for p in part.parameters()) for key, part in parts.items()} == counts
-    assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 1, 40, 24))
+    assert (memory.shape, z.shape, velocity.shape) == ((2, tokens, 512), (2, 5, 16), (2, 40, 24))
     assert parts.frozen == {"da3"} & counts.keys()
     table = {
         line.split()[0]: line.replace(",", "").split()[1:] for line in parts.table(cfg).splitlines()
@@ -119,6 +78,15 @@ def test_full_size_without_allocating_anything(name, counts, tokens):
     )
     cfg.train.optim.type = "schedule_free_radam"
     assert parts.table(cfg).splitlines()[1].split()[-2:] == ["0.0", f"{RADIO * 16 / 2**20:,.1f}"]
+
+
+SCRIPT_OF = {
+    "naive_flow_matching_policy": "train_flow_matching",
+    "vfp_single_expert": "train_vfp",
+    "variational_flow_matching_policy": "train_vfp_moe",
+    "cfg_vqvae_flow_matching": "train_cfg_vqvae",
+    "mutual_information_estimator": "train_mi",
+}
 
 
 def test_the_experiments_are_as_published_and_use_what_they_list():
@@ -140,7 +108,49 @@ def test_the_experiments_are_as_published_and_use_what_they_list():
             40,
             40,
         )
-        assert Yaml.read(cfg.model.component_config_paths["action_decoder"]).data["args"]["causal"]
+    folder = (
+        CONFIGS / "vfp_single_expert/exp2"
+    )  # the nine files that the seeds list, and train.yaml
+    assert {path.stem for path in folder.glob("*.yaml")} == {
+        "train",
+        "head_backbone",
+        "left_backbone",
+        "right_backbone",
+        "info_embedder",
+        "action_decoder",
+        "multimodal_bridge",
+        "vae_posterior",
+        "vae_prior",
+        "da3",
+    }
+
+
+def test_only_the_published_decoder_of_vfp_exp1_is_causal():
+    causal = []
+    for path in CONFIGS.rglob("*.yaml"):
+        if "causal: true" in "".join(re.findall(r"^[^#\n]*", path.read_text(), flags=re.M)):
+            causal.append(path.relative_to(CONFIGS))
+    assert list(map(str, causal)) == ["vfp_single_expert/exp1/action_decoder.yaml"]
+
+
+def test_a_config_folder_can_be_copied_alone():
+    """Only exp2 of two policies, for which no files of their own are published, names exp1's."""
+    borrowing = set()
+    for path in CONFIGS.rglob("train*.yaml"):
+        files = Yaml.read(path).data["model"]["component_config_paths"].values()
+        if any(not file.startswith("./") for file in files):
+            borrowing.add(str(path.parent.relative_to(CONFIGS)))
+    assert borrowing == {
+        "naive_flow_matching_policy/exp2",
+        "variational_flow_matching_policy/exp2",
+    }
+
+
+def test_every_loss_key_is_written_out_at_full_size():
+    for path in CONFIGS.glob("*/exp*/train.yaml"):
+        script = importlib.import_module(SCRIPT_OF[path.parents[1].name])
+        keys = {field.name for field in fields(script.Loss)}
+        assert keys == Yaml.read(path).data["loss"].keys(), path
 
 
 def small(folder, demos, freeze=("left_backbone",)):
@@ -153,20 +163,20 @@ def small(folder, demos, freeze=("left_backbone",)):
         data["args"] |= {key: value for key, value in SMALL.items() if key in data["args"]}
         if name == "da3":
             save_file(
-                test_depth_anything.published(test_depth_anything.tiny()),
+                published_da3(tiny_da3()),
                 folder / "da3.safetensors",
             )
             data["args"] = {
                 "weights": "./da3.safetensors",
                 "layers": [1, 3],
-                **test_depth_anything.SIZES,
+                **DA3_TINY,
             }
         elif data["block"] == "RadioV3":
-            save_file(test_radio.published(test_radio.timms()), folder / f"{name}.safetensors")
+            save_file(published_radio(timm_radio()), folder / f"{name}.safetensors")
             data["args"] = {
                 "weights": f"./{name}.safetensors",
                 "channels": [32, 96],
-                **test_radio.TINY,
+                **RADIO_TINY,
             }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
         paths[name] = f"./{name}.yaml"
@@ -258,18 +268,18 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
         seen = [policy.encode(obs, drop).tokens for obs in (batch, other)]
         assert torch.equal(*seen) == hidden
         read = [
-            policy.parts["vae_prior"](**policy.encode(obs, drop).first_camera).mu
+            policy.parts["vae_prior"](**policy.encode(obs, drop).latent_inputs).mu
             for obs in (batch, other)
         ]
         assert torch.equal(*read) == hidden
     # The depth tokens alone, which the encoder mixes with all others.
-    visual, semantic = policy.parts.look(batch, policy.cameras)
-    hidden = policy.parts.hidden(
+    visual, semantic = policy.parts.encode_cameras(batch, policy.cameras)
+    hidden = policy.parts.visual_mask(
         torch.tensor([[True, False, False], [False, False, False]]), policy.cameras
     )
     assert hidden.tolist() == [[True, False, False, True], [False] * 4]
     bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
-    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "drop": hidden}
+    inputs = {"cond_proprio": torch.zeros(2, 3, 5), "cond_semantic": semantic, "visual_mask": hidden}
     before, after = (bridge(cond_visual=x, **inputs) for x in (visual, moved))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False]
 
@@ -297,7 +307,7 @@ def test_init_reaches_a_block_whose_yaml_names_no_weights(tmp_path, demos, capsy
         }
     exp.write()
     exp.main("train.total_steps=1")
-    published = load_file(exp.folder / "da3.safetensors")[test_depth_anything.PREFIX + "pos_embed"]
+    published = load_file(exp.folder / "da3.safetensors")[PREFIX + "pos_embed"]
     assert torch.equal(exp.start["parts.da3.block.pos_embed"], published)
     policy, _ = checkpoint.open_policy(exp.save_dir)
     assert policy.parts.sources["da3"] == exp.folder / "da3.safetensors"
@@ -353,7 +363,7 @@ CAMERAS = ["head", "left", "right"]
 def test_look_lists_grids_then_hands_then_depth(frames):
     parts, shape = seeing(), (3, *([frames] if frames else []), 3, 16, 24)
     obs = {f"observation.images.{camera}": torch.rand(shape) for camera in CAMERAS}
-    visual, semantic = parts.look(obs, CAMERAS)
+    visual, semantic = parts.encode_cameras(obs, CAMERAS)
     n = frames or 1
     assert [x.shape for x in visual] == [(3, 4 * n, 6, 3)] * 3 + [(3, 5 * n, 3)] * 2 + [
         (3, 2 * 2 * n, 3, 3)
@@ -370,14 +380,14 @@ def test_look_lists_grids_then_hands_then_depth(frames):
     assert [x.requires_grad for x in visual] == [True] * 5 + [False]
     drop = torch.tensor([[True, False, False], [False, False, True], [False, False, False]])
     expected = [[1, 0, 0, 0, 0, 1], [0, 0, 1, 0, 1, 0], [0] * 6]
-    assert parts.hidden(drop, CAMERAS).int().tolist() == expected
-    assert parts.hidden(None, CAMERAS) is None
+    assert parts.visual_mask(drop, CAMERAS).int().tolist() == expected
+    assert parts.visual_mask(None, CAMERAS) is None
 
 
 def test_look_takes_cached_features_in_place_of_running_a_component():
     parts = seeing()
     obs = {f"observation.images.{camera}": torch.rand(3, 3, 16, 24) for camera in CAMERAS}
-    visual, semantic = parts.look(obs, CAMERAS)
+    visual, semantic = parts.encode_cameras(obs, CAMERAS)
     cached = {}
     for i, key in enumerate(("head_backbone.head", "left_backbone.left", "left_backbone.right")):
         cached |= {
@@ -389,13 +399,13 @@ def test_look_takes_cached_features_in_place_of_running_a_component():
         f"observation.images.{camera}": obs[f"observation.images.{camera}"]
         for camera in ("left", "right")
     }
-    again, summaries = parts.look(cached, CAMERAS)
+    again, summaries = parts.encode_cameras(cached, CAMERAS)
     assert [part.calls for part in parts.values()] == [1, 1, 2, 1]
     for x, y in zip([*again, *summaries], [*visual, *semantic], strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, atol=4e-3, rtol=1e-2)
     del cached["features.left_backbone.right"], cached["features.left_backbone.right.summary"]
-    assert torch.equal(parts.look(cached, CAMERAS)[0][2], visual[2])
+    assert torch.equal(parts.encode_cameras(cached, CAMERAS)[0][2], visual[2])
     assert [part.calls for part in parts.values()] == [1, 2, 3, 1]
 
 
@@ -418,7 +428,7 @@ def graph(exp, name, blocks, result):
 
 
 def test_frozen_is_what_has_nothing_to_learn_by_whatever_name(tmp_path, demos):
-    """The da3 block is frozen as a hand extractor, too; a projection after it learns, though the component is `da3`."""
+    """The da3 block is frozen under any name; a projection after it in component `da3` learns."""
     exp = small(tmp_path / "exp", demos, freeze=())
     paths = exp.config["model"]["component_config_paths"]
     paths["left_hand_extractor"] = paths["da3"]
@@ -561,7 +571,7 @@ def real_steps(folder, demos, script, file, args, count):
         if part in parts.frozen:
             assert not any(changed), part
         elif count > 1:  # zero-initialised heads make one step too few
-            # As the warm-up begins, norm weights of 1 and some in a random RADIO get updates below float32's spacing.
+            # As the warm-up begins, some updates of weights near 1 are below float32's spacing.
             assert sum(changed) > 0.75 * len(keys), part
     assert all(0 < norm < 1e6 for norm in exp.log("norm/action_decoder").values())
     shutil.rmtree(exp.folder)

@@ -145,7 +145,7 @@ def test_distances_are_in_units_of_the_posteriors_deviation():
     spread = (
         1 + 0.9 * torch.linspace(-1, 1, 400)[:, None]
     )  # of the variances over the samples: their mean counts
-    points = information.metric(mu, (deviation**2 * spread).log(), "state", 3)
+    points = information.latent_points(mu, (deviation**2 * spread).log(), "state", 3)
     assert points.var(0).sum().item() == pytest.approx(1, abs=1e-5)
     expected = ((mu[0] - mu[1]) / deviation).norm() / ((mu[2] - mu[3]) / deviation).norm()
     assert (
@@ -153,7 +153,7 @@ def test_distances_are_in_units_of_the_posteriors_deviation():
     ).item() == pytest.approx(expected.item(), rel=1e-4)
     dead = torch.cat([mu, 1e-3 * torch.randn(400, 9)], 1)  # posteriors that are the prior
     logvar = torch.cat([(deviation**2).log().expand(400, 4), torch.zeros(400, 9)], 1)
-    more = information.metric(dead, logvar, "state", 3)
+    more = information.latent_points(dead, logvar, "state", 3)
     torch.testing.assert_close(F.pdist(more), F.pdist(points), atol=1e-3, rtol=1e-2)
 
 
@@ -162,12 +162,12 @@ def test_a_collapsed_latent_is_said_so():
     with pytest.raises(
         DataError, match=r"the action latent has collapsed: 2 of 5 dimensions.*loss.action_beta"
     ):
-        information.metric(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 3)
-    assert information.metric(alive, torch.zeros(50, 2), "action", 3).shape == (
+        information.latent_points(torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 3)
+    assert information.latent_points(alive, torch.zeros(50, 2), "action", 3).shape == (
         50,
         2,
     )  # there are no more
-    assert information.metric(
+    assert information.latent_points(
         torch.cat([alive, dead], 1), torch.zeros(50, 5), "action", 2
     ).shape == (50, 5)
 
@@ -206,7 +206,7 @@ def scored(demos, tmp_path):
     dataset, best = LeRobotDataset(demos), [3, 0, 4, 1, 5, 2]
     values = np.linspace(1, -1, 6)
     table = pa.table({"episode": best, "transitions": [9] * 6, "score": values, "quantile": values})
-    scores.save(table, tmp_path / "scores.parquet", dataset)
+    scores.save_scores(table, tmp_path / "scores.parquet", dataset)
     return dataset, tmp_path / "scores.parquet"
 
 
@@ -221,25 +221,27 @@ def scored(demos, tmp_path):
 )
 def test_the_best_are_kept(scored, share, episodes, kept, tmp_path, capsys):
     dataset, file = scored
-    assert scores.keep(file, share, dataset, episodes) == kept
+    assert scores.best_episodes(file, share, dataset, episodes) == kept
     assert f"keeps {len(kept)} of {len(episodes)} training episodes" in capsys.readouterr().out
     shutil.copytree(dataset.root, tmp_path / "elsewhere")
-    assert scores.keep(file, share, LeRobotDataset(tmp_path / "elsewhere"), episodes) == kept
+    assert (
+        scores.best_episodes(file, share, LeRobotDataset(tmp_path / "elsewhere"), episodes) == kept
+    )
 
 
 def test_of_equals_the_first_is_kept(scored):
     dataset, file = scored
     table = pq.read_table(file)
     table = table.set_column(table.column_names.index("score"), "score", pa.array(np.zeros(6)))
-    scores.save(table, file, dataset)
-    assert scores.keep(file, 0.5, dataset, [5, 4, 3, 2, 1, 0]) == [0, 1, 2]
+    scores.save_scores(table, file, dataset)
+    assert scores.best_episodes(file, 0.5, dataset, [5, 4, 3, 2, 1, 0]) == [0, 1, 2]
 
 
 def test_no_task_is_lost(scored, capsys):
     dataset, file = scored
     for episode in dataset.episodes:
         episode.tasks = ["pull"] if episode.index in (2, 5) else ["push"]
-    assert scores.keep(file, 0.3, dataset, range(6)) == [0, 3, 5]
+    assert scores.best_episodes(file, 0.3, dataset, range(6)) == [0, 3, 5]
     assert (
         "keeps 3 of 6 training episodes, 1 of them only because a task" in capsys.readouterr().out
     )
@@ -248,22 +250,22 @@ def test_no_task_is_lost(scored, capsys):
 def test_scores_that_do_not_fit(scored, tmp_path):
     dataset, file = scored
     with pytest.raises(UserError, match=r"data.scores: .*gone.parquet: no such file"):
-        scores.keep(tmp_path / "gone.parquet", 0.5, dataset, range(6))
+        scores.best_episodes(tmp_path / "gone.parquet", 0.5, dataset, range(6))
     with pytest.raises(UserError, match=r"is a folder, give its scores.parquet"):
-        scores.keep(tmp_path, 0.5, dataset, range(6))
+        scores.best_episodes(tmp_path, 0.5, dataset, range(6))
     other = LeRobotDataset(write_demos(tmp_path / "other", seed=1))
     with pytest.raises(
         DataError, match=rf"is of another dataset than {other.root}.*{dataset.values_key}"
     ):
-        scores.keep(file, 0.5, other, range(6))
-    scores.save(pq.read_table(file)[:4], file, dataset)
+        scores.best_episodes(file, 0.5, other, range(6))
+    scores.save_scores(pq.read_table(file)[:4], file, dataset)
     with pytest.raises(
         DataError, match=r"no score for 2 training episodes, the first of them \[2, 5\]"
     ):
-        scores.keep(file, 0.5, dataset, range(6))
-    scores.save(pq.read_table(file).drop("score"), file, dataset)
+        scores.best_episodes(file, 0.5, dataset, range(6))
+    scores.save_scores(pq.read_table(file).drop("score"), file, dataset)
     with pytest.raises(DataError, match="no column 'score'"):
-        scores.keep(file, 0.5, dataset, range(6))
+        scores.best_episodes(file, 0.5, dataset, range(6))
     file.write_bytes(b"PAR1")
     with pytest.raises(DataError, match="cannot be read"):
-        scores.keep(file, 0.5, dataset, range(6))
+        scores.best_episodes(file, 0.5, dataset, range(6))

@@ -1,6 +1,5 @@
 """Real processes: the launchers' commands, and two processes that must train what one trains."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,21 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import TWO, assert_same_run, environment, steps_of
 from safetensors.torch import load_file
-from test_run import assert_same_run, steps_of, wait_for_step
+from test_run import wait_for_step
 
 from common import checkpoint, information
 
 ROOT = Path(__file__).parents[1]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def environment():
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def no_dropout(exp):
@@ -57,12 +48,13 @@ def keep_the_group():
 
 conftest.forget_accelerator = keep_the_group
 folder, demos, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-names = ("even", "codes", "experts", "dropout")
-even, codes, experts, dropout = (conftest.Experiment(folder / name, demos, "train_vfp", write=False) for name in names)
+even = conftest.Experiment(folder / "even", demos, "train_vfp", write=False)
+dropout = conftest.Experiment(folder / "dropout", demos, "train_vfp", write=False)
+experts = conftest.Experiment(folder / "experts", demos, "train_vfp_moe", write=False)
 guided = conftest.Experiment(folder / "guided", demos, "train_cfg_vqvae", write=False)
 scored = conftest.Experiment(folder / "scored", demos, "train_mi", write=False)
 
-for experiment in (even, codes, experts, guided, scored):
+for experiment in (even, experts, guided, scored):
     assert experiment.main("train.total_steps=10") == 0
     for value in experiment.job.policy.state_dict().values():
         both = [torch.empty_like(value), torch.empty_like(value)]
@@ -73,7 +65,8 @@ assert dropout.main(f"train.save_dir={folder}/straight") == 0
 seeds = [None, None]
 torch.distributed.all_gather_object(seeds, torch.initial_seed())
 assert seeds[0] != seeds[1]  # dropout
-assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0  # the signal reaches one process only
+# The signal reaches one process only.
+assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0
 assert dropout.job.step == 12
 assert dropout.main() == 0
 
@@ -97,11 +90,15 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
         experiment("train_vfp", "dropout"),
         experiment(name="nan"),
     )
-    codes, guided = experiment("train_vfp:codes", "codes"), experiment("train_cfg_vqvae", "guided")
-    experts, scored = experiment("train_vfp:experts", "experts"), experiment("train_mi", "scored")
+    guided = experiment("train_cfg_vqvae", "guided")
+    experts, scored = experiment("train_vfp_moe", "experts"), experiment("train_mi", "scored")
     scored.config["scoring"] = {"k": [3], "window": 0.0}
     scored.write()
-    for exp in (even, codes, experts, guided):
+    for exp in (even, experts, guided, scored):
+        # Adam divides rounding errors by gradients that are hardly larger: a large epsilon does not.
+        exp.config["train"]["optim"]["eps"] = 1e-3
+        exp.write()
+    for exp in (even, experts, guided):
         no_dropout(exp)
     folder = even.folder.parent
     (folder / "worker.py").write_text(WORKER)
@@ -112,13 +109,10 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
 
     kinds = (
         (even, ("flow", "kl", "norm/vae_prior"), 1e-5),
-        (codes, ("flow", "perplexity", "norm/vqvae_codebook"), 1e-4),
-    )
-    kinds += (
-        (guided, ("flow", "perplexity", "prior"), 1e-4),
+        (guided, ("flow", "perplexity", "prior", "norm/vqvae_codebook"), 1e-4),
         (experts, ("balance", "load/0", "norm/gate"), 1e-4),
+        (scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),
     )
-    kinds += ((scored, ("picture", "state_kl", "action_kl", "norm/action_encoder"), 1e-4),)
     for exp, keys, atol in kinds:
         one = exp.folder / "one"
         exp.main("train.total_steps=10", f"train.save_dir={one}")
@@ -149,7 +143,7 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
 
 
 def test_torchrun_and_sigterm(experiment):
-    """The launcher passes the signal to the process group of each process: workers must not die before the save."""
+    """The launcher signals the process group of each process: workers outlive the save."""
     exp = experiment("train_vfp")
     argv = exp.argv("train.epoch=100000", "data.num_workers=1", "train.keep_last=1")
     with (exp.folder / "out").open("w") as out:

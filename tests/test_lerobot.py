@@ -8,94 +8,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import (
+    PAINTED_CAMERAS,
+    PAINTED_VIDEO,
+    real_dataset,
+    reencode,
+    write_painted,
+    write_v2,
+)
 
 from common.config import DataError
-from common.data.lerobot import LeRobotDataset, check, fetch
+from common.data.lerobot import LeRobotDataset, check_files, fetch
 from common.data.writer import DatasetWriter
-
-SHARED = Path(__file__).resolve().parents[2] / "shared/data"
-LENGTHS = (30, 17, 45)
-SIZE = (64, 96)
-CAMERAS = ["observation.images.head", "observation.images.left"]
-
-
-def real(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"real dataset {name} is not on this machine")
-    return SHARED / name
-
-
-def paint(number, inverted=False):
-    """A picture (64, 96, 3) of 12 blocks that spell a number in binary."""
-    bits = (number >> np.arange(12) & 1).reshape(2, 6) ^ inverted
-    return np.repeat((50 + 150 * bits).repeat(32, 0).repeat(16, 1)[..., None], 3, axis=2).astype(
-        np.uint8
-    )
-
-
-def spelled(image, inverted=False):
-    """The number in a picture (3, 64, 96)."""
-    bits = image.mean(0).reshape(2, 32, 6, 16).mean((1, 3)) > 125
-    return int((bits ^ inverted).ravel() @ (1 << np.arange(12)))
-
-
-def write(root, lengths=LENGTHS, fps=20):
-    """Frame and row number k of the dataset carry the number k; the left camera is inverted. -> state, action."""
-    vector = {"dtype": "float32", "shape": [6], "names": list("abcdef")}
-    video = {"dtype": "video", "shape": [*SIZE, 3], "names": ["height", "width", "channels"]}
-    done = {"dtype": "bool", "shape": [1], "names": None}
-    features = {
-        "observation.state": vector,
-        "action": vector,
-        "next.done": done,
-        **dict.fromkeys(CAMERAS, video),
-    }
-    writer = DatasetWriter(root, fps, features, "two_arms")
-    rng, first, wrote = np.random.default_rng(0), 0, []
-    for number, length in enumerate(lengths):
-        state, action = rng.normal(size=(2, length, 6)).astype(np.float32)
-        head, left = (
-            [paint(first + k, inverted) for k in range(length)] for inverted in (False, True)
-        )
-        arrays = {
-            "observation.state": state,
-            "action": action,
-            "next.done": np.arange(length)[:, None] == length - 1,
-        }
-        writer.add_episode(
-            arrays | dict(zip(CAMERAS, (head, left), strict=True)),
-            task=("lift", "drop")[number % 2],
-        )
-        first += length
-        wrote.append((state, action))
-    writer.finish()
-    return [np.concatenate(parts) for parts in zip(*wrote, strict=True)]
-
-
-def write_v2(root, tables, info=None):
-    """A v2.1 folder from {episode: parquet columns}."""
-    for index, columns in tables.items():
-        path = root / f"data/chunk-000/episode_{index:06d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), path)
-    (root / "meta").mkdir()
-    rows = [
-        {"episode_index": index, "length": len(next(iter(c.values())))}
-        for index, c in tables.items()
-    ]
-    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    template = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    info = {"codebase_version": "v2.1", "fps": 30.0, "data_path": template, "features": {}} | (
-        info or {}
-    )
-    (root / "meta/info.json").write_text(json.dumps(info))
-    return root
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("written") / "set"
-    return root, *write(root)
+    return root, *write_painted(root)
 
 
 @pytest.fixture
@@ -113,13 +43,13 @@ def test_written_rows_come_back_exactly(written):
     root, state, action = written
     dataset = LeRobotDataset(root)
     assert (dataset.version, dataset.fps, dataset.robot_type) == ("v3.0", 20.0, "two_arms")
-    assert dataset.cameras == CAMERAS
+    assert dataset.cameras == PAINTED_CAMERAS
     assert [(e.index, e.length, e.tasks) for e in dataset.episodes] == [
         (0, 30, ["lift"]),
         (1, 17, ["drop"]),
         (2, 45, ["lift"]),
     ]
-    assert [e.videos[CAMERAS[1]][1] for e in dataset.episodes] == [0.0, 1.5, 2.35]
+    assert [e.videos[PAINTED_CAMERAS[1]][1] for e in dataset.episodes] == [0.0, 1.5, 2.35]
     columns = dataset.columns(["observation.state", "action", "next.done", "index", "timestamp"])
     np.testing.assert_array_equal(columns["observation.state"], state)
     np.testing.assert_array_equal(columns["action"], action)
@@ -128,7 +58,7 @@ def test_written_rows_come_back_exactly(written):
     np.testing.assert_allclose(columns["timestamp"][30:47, 0], np.arange(17) / 20, rtol=1e-6)
     some = dataset.columns(["action"], [2, 0])["action"]
     np.testing.assert_array_equal(some, np.concatenate([action[47:], action[:30]]))
-    assert check(dataset, CAMERAS, ["observation.state", "action"]) == []
+    assert check_files(dataset, PAINTED_CAMERAS, ["observation.state", "action"]) == []
     assert not root.with_name("set.tmp").exists()
 
 
@@ -139,11 +69,11 @@ def test_written_metadata(written):
         stats["observation.state"]["q99"], np.quantile(state.astype(float), 0.99, axis=0)
     )
     np.testing.assert_allclose(stats["observation.state"]["std"], state.astype(float).std(0))
-    assert np.shape(stats[CAMERAS[0]]["mean"]) == (3, 1, 1)
-    assert stats[CAMERAS[0]]["min"][0][0][0] == pytest.approx(50 / 255)
+    assert np.shape(stats[PAINTED_CAMERAS[0]]["mean"]) == (3, 1, 1)
+    assert stats[PAINTED_CAMERAS[0]]["min"][0][0][0] == pytest.approx(50 / 255)
     row = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[1]
     assert (row["dataset_from_index"], row["dataset_to_index"]) == (30, 47)
-    assert row[f"videos/{CAMERAS[0]}/to_timestamp"] == pytest.approx(47 / 20)
+    assert row[f"videos/{PAINTED_CAMERAS[0]}/to_timestamp"] == pytest.approx(47 / 20)
     assert row["stats/action/count"] == [17]
     assert pq.ParquetFile(root / "data/chunk-000/file-000.parquet").num_row_groups == 3
     tasks = pq.read_table(root / "meta/tasks.parquet")
@@ -152,7 +82,7 @@ def test_written_metadata(written):
         {"task_index": 1, "task": "drop"},
     ]
     assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
-    with av.open(root / f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4") as container:
+    with av.open(root / f"videos/{PAINTED_CAMERAS[0]}/chunk-000/file-000.mp4") as container:
         keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
     assert [keys[k] for k in (0, 30, 47)] == [True] * 3
 
@@ -174,27 +104,27 @@ def test_writer_refuses(tmp_path, written):
 
 
 def test_real_v21():
-    dataset = LeRobotDataset(real("so101_bimanual_cloth_v21"))
+    dataset = LeRobotDataset(real_dataset("so101_bimanual_cloth_v21"))
     assert (dataset.version, dataset.fps, len(dataset.episodes)) == ("v2.1", 20.0, 13)
     assert dataset.cameras == ["observation.images.cam0", "observation.images.cam1"]
     columns = dataset.columns(["action", "observation.state"])
     assert columns["action"].shape == columns["observation.state"].shape == (3045, 12)
-    warnings = check(dataset, dataset.cameras, ["action", "observation.state"])
+    warnings = check_files(dataset, dataset.cameras, ["action", "observation.state"])
     assert len(warnings) == 1
     assert "timestamps are up to 27" in warnings[0]
 
 
 def test_real_v20():
-    dataset = LeRobotDataset(real("gr1_picknplace_sim_v20"))
+    dataset = LeRobotDataset(real_dataset("gr1_picknplace_sim_v20"))
     assert (dataset.version, len(dataset.episodes), dataset.episodes[1].length) == ("v2.0", 5, 470)
     assert dataset.cameras == ["observation.images.ego_view"]
     assert dataset.columns(["action"], [4, 0])["action"].shape == (328 + 416, 44)
-    assert check(dataset, dataset.cameras, ["action"]) == []
+    assert check_files(dataset, dataset.cameras, ["action"]) == []
     with pytest.raises(
         DataError,
         match=r"(?s)egoview' is declared.*no files; did you mean.*ego_view.*data.cameras='\{head: ",
     ):
-        check(dataset, ["observation.images.egoview"], ["action"])
+        check_files(dataset, ["observation.images.egoview"], ["action"])
 
 
 def test_v2_column_types_and_sparse_numbers(tmp_path):
@@ -228,7 +158,7 @@ def test_partial_download_leaves_out_what_is_not_there(tmp_path):
     (root / "data/chunk-000/episode_000001.parquet").unlink()
     dataset = LeRobotDataset(root)
     assert [e.index for e in dataset.episodes] == [0, 2]
-    assert "no files for the listed episodes [1]" in check(dataset, [], ["a"])[0]
+    assert "no files for the listed episodes [1]" in check_files(dataset, [], ["a"])[0]
     for path in (root / "data/chunk-000").iterdir():
         path.unlink()
     with pytest.raises(DataError, match=r"no episodes \(3 without files\)"):
@@ -259,7 +189,7 @@ def test_not_a_dataset(tmp_path, copied):
 def test_content_key_follows_the_files(copied):
     before = LeRobotDataset(copied).content_key
     assert LeRobotDataset(copied).content_key == before
-    video = copied / f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4"
+    video = copied / f"videos/{PAINTED_CAMERAS[0]}/chunk-000/file-000.mp4"
     video.write_bytes(video.read_bytes() + b"x")
     assert LeRobotDataset(copied).content_key != before
 
@@ -281,19 +211,7 @@ def truncate(path, share=0.7):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def reencode(path, frames):
-    """Only the first frames of a video."""
-    short = path.with_suffix(".short.mp4")
-    with av.open(path) as source, av.open(short, "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in [p for p in source.demux(video=0) if p.size][:frames]:
-            packet.stream = stream
-            target.mux(packet)
-    short.rename(path)
-
-
 DATA = "data/chunk-000/file-000.parquet"
-VIDEO = f"videos/{CAMERAS[1]}/chunk-000/file-000.mp4"
 FAULTS = {
     "nan": (
         lambda r: rewrite(r, lambda t: spoil(t, "action", 35, 4, np.nan)),
@@ -321,23 +239,23 @@ FAULTS = {
         r"no numeric column 'action'\n    available: observ",
     ),
     "mp4 cut": (
-        lambda r: truncate(r / VIDEO),
+        lambda r: truncate(r / PAINTED_VIDEO),
         r"left/chunk-000/file-000.mp4: cannot be read.*cut short.*\(episode 0, 1, 2\)",
     ),
     "mp4 empty": (
-        lambda r: (r / VIDEO).write_bytes(b""),
+        lambda r: (r / PAINTED_VIDEO).write_bytes(b""),
         r"left/chunk-000/file-000.mp4: cannot be read",
     ),
     "mp4 short": (
-        lambda r: reencode(r / VIDEO, 91),
+        lambda r: reencode(r / PAINTED_VIDEO, 91),
         r"file-000.mp4: has 91 frames, episode 2 needs 92",
     ),
     "mp4 shorter": (
-        lambda r: reencode(r / VIDEO, 40),
+        lambda r: reencode(r / PAINTED_VIDEO, 40),
         r"file-000.mp4: has 40 frames, episode 1 needs 47",
     ),
     "camera": (
-        lambda r: (r / VIDEO).unlink(),
+        lambda r: (r / PAINTED_VIDEO).unlink(),
         r"(?s)left' is declared in info.json but has no files.*available: observation.images.head",
     ),
 }
@@ -348,12 +266,12 @@ def test_check_names_file_and_episode(name, copied):
     break_it, message = FAULTS[name]
     break_it(copied)
     with pytest.raises(DataError, match=message):
-        check(LeRobotDataset(copied), CAMERAS, ["observation.state", "action"])
+        check_files(LeRobotDataset(copied), PAINTED_CAMERAS, ["observation.state", "action"])
 
 
 def test_check_lists_all_faults_and_the_way_out(copied):
     rewrite(copied, lambda t: spoil(t, "action", 35, 4, np.nan))
-    truncate(copied / VIDEO)
+    truncate(copied / PAINTED_VIDEO)
     edit_info(
         copied,
         features=json.loads((copied / "meta/info.json").read_text())["features"]
@@ -362,15 +280,15 @@ def test_check_lists_all_faults_and_the_way_out(copied):
     with pytest.raises(
         DataError, match=r"(?s)6 numbers a row.*\[7\].*is nan.*cut short.*data.episodes"
     ) as caught:
-        check(LeRobotDataset(copied), CAMERAS, ["observation.state", "action"])
+        check_files(LeRobotDataset(copied), PAINTED_CAMERAS, ["observation.state", "action"])
     assert len(str(caught.value).splitlines()) == 6
-    assert check(LeRobotDataset(copied), CAMERAS[:1], ["action"], [0, 2]) == [
-        f"{copied}: cameras not used: {CAMERAS[1]}"
+    assert check_files(LeRobotDataset(copied), PAINTED_CAMERAS[:1], ["action"], [0, 2]) == [
+        f"{copied}: cameras not used: {PAINTED_CAMERAS[1]}"
     ]
 
 
 def test_video_with_its_index_first_cut_short(copied):
-    path = copied / VIDEO
+    path = copied / PAINTED_VIDEO
     with (
         av.open(path) as source,
         av.open(copied / "fast.mp4", "w", options={"movflags": "faststart"}) as target,
@@ -381,13 +299,13 @@ def test_video_with_its_index_first_cut_short(copied):
                 packet.stream = stream
                 target.mux(packet)
     (copied / "fast.mp4").rename(path)
-    assert check(LeRobotDataset(copied), CAMERAS, ["action"]) == []
+    assert check_files(LeRobotDataset(copied), PAINTED_CAMERAS, ["action"]) == []
     truncate(path, 0.99)
     with pytest.raises(
         DataError,
         match=r"file-000.mp4: cut short: \d+ bytes, its frames need \d+ \(episode 0, 1, 2\)",
     ):
-        check(LeRobotDataset(copied), CAMERAS, ["action"])
+        check_files(LeRobotDataset(copied), PAINTED_CAMERAS, ["action"])
 
 
 def test_fetch(tmp_path, monkeypatch, written):

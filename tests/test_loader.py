@@ -11,7 +11,7 @@ from common.data.images import augmented
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer, statistics
-from common.data.order import Order, similar
+from common.data.order import Order, group_similar
 from common.schema import Augment
 from common.schema import Data as Settings
 
@@ -192,7 +192,7 @@ def test_samples_may_start_at_first_frames_only_but_statistics_are_of_all(demos)
 def test_grouped_rows_are_neighbours():
     """Against distances: on a plane, rows in groups of 8 are much closer to each other than rows of a shuffle."""
     x, random = np.random.default_rng(0).uniform(size=(1003, 2)), np.random.default_rng(1)
-    order = similar(x, 8, random)
+    order = group_similar(x, 8, random)
     assert sorted(order) == list(range(1003))
 
     def spread(order):
@@ -200,10 +200,10 @@ def test_grouped_rows_are_neighbours():
         return np.linalg.norm(groups - groups.mean(1, keepdims=True), axis=2).mean()
 
     assert spread(order) < 0.15 * spread(random.permutation(1003))
-    again = similar(x, 8, random)
+    again = group_similar(x, 8, random)
     sets = [{frozenset(group) for group in o[:1000].reshape(125, 8)} for o in (order, again)]
     assert len(sets[0] & sets[1]) < 100  # each epoch groups anew, and in another order
-    assert len(similar(x[:5], 8, random)) == 5
+    assert len(group_similar(x[:5], 8, random)) == 5
 
 
 def test_batches_of_neighbours_hold_every_row_once_and_resume(demos):

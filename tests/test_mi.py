@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAMERAS, Experiment, write_demos
+from helpers import configured, real_dataset
 from PIL import Image
-from test_full_size import configured
-from test_lerobot import real
 from torch.distributions import Independent, Normal, kl_divergence
 
 import evaluate
@@ -170,7 +169,7 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(
         "action_active",
     } <= set(json.loads((folder / "log.jsonl").read_text().splitlines()[-2]))
     assert (folder / "scores.png").is_file()
-    monkeypatch.setattr(plots, "scores", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_scores", lambda *args: None)
     before = (folder / "scores.parquet").read_bytes()
     for given in (folder, checkpoint.newest(folder)):
         (folder / "scores.parquet").unlink()
@@ -221,7 +220,8 @@ def test_scores_are_those_of_the_saved_policy_s_latents(trained):
         state, action = policy.encode(to_device(windows[np.arange(len(windows))], "cpu"))
     latents = {"state": state, "action": action}
     points = [
-        information.metric(q.mu[:, 0], q.logvar[:, 0], name, 3) for name, q in latents.items()
+        information.latent_points(q.mu[:, 0], q.logvar[:, 0], name, 3)
+        for name, q in latents.items()
     ]
     episode = np.repeat(np.arange(6), LONG)
     time = np.concatenate([np.arange(n) for n in LONG]) / 10
@@ -238,14 +238,14 @@ def test_the_picture_shows_the_best_and_the_worst(trained, monkeypatch, tmp_path
         type(windows), "rows", lambda self, chosen: asked.extend(chosen) or np.arange(12)
     )
     table = information.rank(np.arange(90.0), np.repeat(np.arange(9), 10))
-    plots.scores(table, windows, tmp_path / "scores.png")
+    plots.draw_scores(table, windows, tmp_path / "scores.png")
     assert asked == [8, 7, 6, 2, 1, 0]
     asked.clear()
     monkeypatch.setattr(windows.cfg, "cameras", {})
-    plots.scores(table[:4], windows, tmp_path / "few.png")
+    plots.draw_scores(table[:4], windows, tmp_path / "few.png")
     assert asked == [8, 7, 6, 5]  # none is among the best and the worst
     asked.clear()
-    plots.scores(table[:5], windows, tmp_path / "odd.png")
+    plots.draw_scores(table[:5], windows, tmp_path / "odd.png")
     assert asked == [8, 7, 5, 4]
     assert min(Image.open(tmp_path / f"{name}.png").size[0] for name in ("scores", "few")) > 500
 
@@ -385,7 +385,7 @@ def test_what_cannot_be_scored_is_not_trained_on(
 
 def test_equal_states_with_other_actions_are_no_copies(tmp_path):
     cfg = Data(root=str(write_demos(tmp_path / "demos", LONG, edit=start_alike)), HZ=10)
-    information.look_over(loader.Data(cfg).windows, train_mi.Scoring(), seed=0)
+    information.check_scorable(loader.Data(cfg).windows, train_mi.Scoring(), seed=0)
 
 
 def test_what_cannot_be_scored_is_said(trained, experiment, tmp_path):
@@ -433,7 +433,7 @@ def test_a_run_that_was_stopped_is_not_scored(experiment, monkeypatch):
 
 def test_a_real_dataset_end_to_end(experiment):
     """Two cameras, another fps than 20 Hz, a black picture in episode 0."""
-    exp, root = experiment("train_mi"), real("so101_bimanual_cloth_v21")
+    exp, root = experiment("train_mi"), real_dataset("so101_bimanual_cloth_v21")
     exp.config["data"] |= {
         "root": str(root),
         "HZ": 5,

@@ -1,4 +1,4 @@
-"""Schedules against torch and a closed formula; parameter groups; averages against a loop and schedulefree's own."""
+"""Schedules against torch and a formula, parameter groups, averages against written-out ones."""
 
 import math
 from itertools import pairwise

@@ -5,8 +5,8 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-import timm
 import torch
+from helpers import RADIO_TINY, awake, published_radio, timm_radio
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,8 +18,8 @@ from common.schema import Model, Part
 
 torch.set_num_threads(1)
 PARITY = Path(__file__).resolve().parents[2] / "shared/data/parity/radio_tiny"
-DIM, DEPTH, TABLE = 32, 3, 6
-TINY = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2, "table": TABLE}
+DIM = RADIO_TINY["embed_dim"]
+DEPTH = RADIO_TINY["depth"]
 BLOCK = "radio_model.model.blocks.1"
 
 
@@ -28,64 +28,12 @@ def seed():
     torch.manual_seed(0)
 
 
-def awake(model):
-    """The model with numbers that matter everywhere, as published ones do (LayerScale starts at 1e-5)."""
-    for name, p in model.named_parameters():
-        if p.requires_grad or not name.endswith("bias"):
-            nn.init.normal_(p, mean=float("norm" in name or "gamma" in name), std=0.2)
-    return model
-
-
-def timms(layer_scale=True, table=TABLE):
-    sizes = {
-        "embed_dim": DIM,
-        "depth": DEPTH,
-        "num_heads": 2,
-        "pos_embed_grid_size": (table, table),
-    }
-    model = timm.create_model(
-        "naflexvit_large_patch16_radio_v3", num_classes=0, init_values=1e-5 * layer_scale, **sizes
-    )
-    nn.init.zeros_(awake(model).embeds.proj.bias)
-    return model.eval()
-
-
-def published(model):
-    """The state of timm's model in NVIDIA's layout."""
-    state = {name: x.detach() for name, x in model.state_dict().items()}
-    file = {
-        "radio_model.summary_idxs": torch.tensor([0, 1, 2]),
-        "radio_model.model.reg_token": torch.zeros(1, 4, DIM),
-    }
-    for name in ("mean", "std"):
-        file[f"radio_model.input_conditioner.norm_{name}"] = torch.tensor(
-            model.pretrained_cfg[name]
-        ).view(3, 1, 1)
-    weight = (
-        state.pop("embeds.proj.weight").unflatten(1, (16, 16, 3)).permute(0, 3, 1, 2).flatten(1)
-    )
-    generated = {
-        "embedder.weight": weight,
-        "pos_embed": state.pop("embeds.pos_embed").flatten(1, 2),
-    }
-    generated["cls_token.token"] = torch.cat(
-        [state.pop(f"embeds.{k}_token")[0] for k in ("cls", "reg")]
-    )
-    file |= {f"radio_model.model.patch_generator.{name}": x for name, x in generated.items()}
-    file |= {
-        f"radio_model.model.{name.replace('gamma', 'grandma')}": x
-        for name, x in state.items()
-        if "blocks" in name
-    }
-    return {name: x.contiguous() for name, x in file.items()}
-
-
 def loaded(tmp_path, tensors, **options):
-    """With the sizes that are given, or TINY."""
+    """With the sizes that are given, or RADIO_TINY."""
     save_file(tensors, tmp_path / "model.safetensors")
     model = RadioV3(
         weights=str(tmp_path / "model.safetensors"),
-        **(options if "num_heads" in options else TINY | options),
+        **(options if "num_heads" in options else RADIO_TINY | options),
     )
     assert model.load_weights() == tmp_path / "model.safetensors"
     return model
@@ -127,8 +75,8 @@ def test_numbers_are_the_references(case):
 @pytest.mark.parametrize("layout", ["nvidia", "timm"])
 @torch.no_grad()
 def test_both_layouts_of_files_give_sizes_and_timms_numbers(tmp_path, layout, layer_scale):
-    reference = timms(layer_scale, table=5)
-    file = published(reference) if layout == "nvidia" else reference.state_dict()
+    reference = timm_radio(layer_scale, table=5)
+    file = published_radio(reference) if layout == "nvidia" else reference.state_dict()
     if layout == "nvidia":
         file["adaptors.clip.blocks.7.norm.bias"] = torch.zeros(3)  # a teacher's head
     model = loaded(tmp_path, file, num_heads=2)
@@ -141,19 +89,9 @@ def test_both_layouts_of_files_give_sizes_and_timms_numbers(tmp_path, layout, la
 
 
 @torch.no_grad()
-def test_align_corners_resizes_the_table_as_timm_does_when_so_told(tmp_path):
-    """B's and H's repositories say true, and so does timm for them."""
-    reference, image = timms(), torch.rand(1, 3, 64, 48)
-    file, other = published(reference), expected(reference, image)
-    reference.embeds.pos_embed_align_corners = True
-    same(loaded(tmp_path, file, align_corners=True)(image), expected(reference, image))
-    assert (expected(reference, image)[0] - other[0]).abs().max() > 1e-3
-
-
-@torch.no_grad()
 def test_what_a_file_may_lack_or_hold_beside(tmp_path):
-    reference, image = timms(), torch.rand(1, 3, 64, 64)
-    file, result = published(reference), expected(reference, image)
+    reference, image = timm_radio(), torch.rand(1, 3, 64, 64)
+    file, result = published_radio(reference), expected(reference, image)
     optional = [
         name
         for name in file
@@ -178,7 +116,7 @@ def test_what_a_file_may_lack_or_hold_beside(tmp_path):
 
 @torch.no_grad()
 def test_summary_tokens_and_normalisation_are_the_files(tmp_path):
-    file, image = published(timms()), torch.rand(1, 3, 64, 64)
+    file, image = published_radio(timm_radio()), torch.rand(1, 3, 64, 64)
     features, summary = loaded(tmp_path, file)(image)
     file["radio_model.summary_idxs"] = torch.tensor([2, 0, 1])
     other = loaded(tmp_path, file)(image)
@@ -231,7 +169,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_file_that_would_give_other_numbers_is_refused(tmp_path, case):
     change, message = REFUSED[case]
-    file = published(timms())
+    file = published_radio(timm_radio())
     change(file)
     with pytest.raises(
         UserError, match=rf"(?s)not the weights of RadioV3.*embed_dim 32, depth 3, .*{message}"
@@ -244,8 +182,8 @@ def test_a_file_of_another_size_is_refused(tmp_path):
         UserError,
         match=r"(?s)table 6, .*the file has .*table 4, .*pos_embed is \(1, 16, 32\), expected \(1, 36, 32\)",
     ):
-        loaded(tmp_path, published(timms(table=4)))
-    without = published(timms(layer_scale=False))
+        loaded(tmp_path, published_radio(timm_radio(table=4)))
+    without = published_radio(timm_radio(layer_scale=False))
     with pytest.raises(
         UserError, match=r"prefix 8, LayerScale\); the file has .*prefix 8, no LayerScale"
     ):
@@ -259,12 +197,12 @@ def test_a_file_of_another_size_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"embeds.pos_embed is \(1, 4, 4, 32\), expected \(1, 6, 6, 32\)"
     ):
-        loaded(tmp_path, timms(table=4).state_dict())
+        loaded(tmp_path, timm_radio(table=4).state_dict())
 
 
 def test_sizes_that_are_given_are_kept(tmp_path):
     """Explicit ones win, and are checked against the file; `size` is explicit, too."""
-    file = published(timms(table=5))
+    file = published_radio(timm_radio(table=5))
     with pytest.raises(
         UserError,
         match=r"(?s)depth 2, table 5, .*the file has .*depth 3.*unexpected .*blocks.2 \(14 tensors\)",
@@ -303,7 +241,7 @@ def test_sizes_of_weights_that_are_gone(tmp_path):
 
 
 def test_more_learned_tokens_are_the_files(tmp_path):
-    file = published(timms())
+    file = published_radio(timm_radio())
     tokens = "radio_model.model.patch_generator.cls_token.token"
     file[tokens] = torch.cat([file[tokens], torch.randn(2, DIM)])
     model = loaded(tmp_path, file, num_heads=2)
@@ -314,15 +252,18 @@ def test_more_learned_tokens_are_the_files(tmp_path):
 
 
 def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
-    save_file(published(timms()), tmp_path / "model.safetensors")
-    assert RadioV3(weights=str(tmp_path), **TINY).load_weights() == tmp_path / "model.safetensors"
+    save_file(published_radio(timm_radio()), tmp_path / "model.safetensors")
+    assert (
+        RadioV3(weights=str(tmp_path), **RADIO_TINY).load_weights()
+        == tmp_path / "model.safetensors"
+    )
     asked = []
     monkeypatch.setattr(
         huggingface_hub,
         "hf_hub_download",
         lambda *args: asked.append(args) or tmp_path / "model.safetensors",
     )
-    model = RadioV3(weights="nvidia/C-RADIOv3-L", **TINY)
+    model = RadioV3(weights="nvidia/C-RADIOv3-L", **RADIO_TINY)
     assert asked == []  # building opens nothing where the sizes are given
     assert model.load_weights() == tmp_path / "model.safetensors"
     assert asked == [("nvidia/C-RADIOv3-L", "model.safetensors")]
@@ -359,21 +300,25 @@ def test_weights_are_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_bytes_and_floats_are_told_apart_by_their_type():
-    model, image = awake(RadioV3(**TINY)), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    model, image = (
+        awake(RadioV3(**RADIO_TINY)),
+        torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8),
+    )
     same(model(image), model(image / 255), atol=0)
     dark = torch.ones(1, 3, 32, 32, dtype=torch.uint8)
     same(model(dark), model(dark / 255), atol=0)
     assert (model(dark)[0] - model(dark.float())[0]).abs().max() > 0.1
     for wrong in (dark.long(), dark[0], dark[:, :1]):
         with pytest.raises(
-            ValueError, match=r"expected pictures \(B, 3, H, W\), uint8 or float; found"
+            ValueError,
+            match=r"RadioV3: expected pictures \(B, 3, h, w\), uint8 or float in \[0, 1\]; found",
         ):
             model(wrong)
 
 
 @torch.no_grad()
 def test_sides_are_rounded_to_16_ties_to_even_and_that_is_said_once(capsys):
-    model = awake(RadioV3(**TINY))
+    model = awake(RadioV3(**RADIO_TINY))
     capsys.readouterr()
     for (h, w), grid in {(232, 248): (14, 16), (7, 25): (1, 2), (40, 55): (2, 3)}.items():
         image = torch.rand(1, 3, h, w)
@@ -401,7 +346,7 @@ def test_sides_are_rounded_to_16_ties_to_even_and_that_is_said_once(capsys):
 )
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        RadioV3(**TINY | options)
+        RadioV3(**RADIO_TINY | options)
 
 
 def loss(model, image):
@@ -409,7 +354,7 @@ def loss(model, image):
 
 
 def test_everything_learns_and_train_mode_changes_nothing():
-    model, image = awake(RadioV3(**TINY)).train(), torch.rand(2, 3, 48, 32)
+    model, image = awake(RadioV3(**RADIO_TINY)).train(), torch.rand(2, 3, 48, 32)
     same(model(image), model.eval()(image), atol=0)
     loss(model.train(), image).backward()
     assert [
@@ -419,8 +364,8 @@ def test_everything_learns_and_train_mode_changes_nothing():
 
 @pytest.mark.parametrize("tune", [1, 2, 3])
 def test_only_the_last_blocks_learn_when_so_told(tune):
-    full, image = awake(RadioV3(**TINY)), torch.rand(2, 3, 48, 32)
-    model = RadioV3(tune=tune, **TINY)
+    full, image = awake(RadioV3(**RADIO_TINY)), torch.rand(2, 3, 48, 32)
+    model = RadioV3(tune=tune, **RADIO_TINY)
     model.load_state_dict(full.state_dict())
     recorded = []
     for i, inner in enumerate(model.model.blocks):
@@ -438,8 +383,8 @@ def test_only_the_last_blocks_learn_when_so_told(tune):
 
 @pytest.mark.parametrize("tune", ["all", 2])
 def test_gradient_checkpointing_keeps_gradients(tune):
-    model, image = awake(RadioV3(tune=tune, **TINY)), torch.rand(2, 3, 48, 32)
-    again = RadioV3(tune=tune, gradient_checkpointing=True, **TINY)
+    model, image = awake(RadioV3(tune=tune, **RADIO_TINY)), torch.rand(2, 3, 48, 32)
+    again = RadioV3(tune=tune, gradient_checkpointing=True, **RADIO_TINY)
     again.load_state_dict(model.state_dict())
     calls = []
     again.model.blocks[-1].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -450,36 +395,9 @@ def test_gradient_checkpointing_keeps_gradients(tune):
         assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
 
 
-def test_the_position_table_is_kept_while_it_stays_the_same():
-    model, image = awake(RadioV3(**TINY)).requires_grad_(False), torch.rand(1, 3, 48, 32)
-    calls, resized = [], model._resized
-    model._resized = lambda *args: calls.append(args[1:]) or resized(*args)
-    with torch.inference_mode():
-        first = model(image)
-        model(torch.rand(1, 3, 32, 48))
-    same(model(image), first, atol=0)
-    assert calls == [(3, 2), (2, 3)]
-    state = {name: x.clone() for name, x in model.state_dict().items()}
-    state["model.embeds.pos_embed"] += torch.randn_like(state["model.embeds.pos_embed"])
-    for assign in (False, True):
-        model.load_state_dict(state, assign=assign)
-        assert (model(image)[0] - first[0]).abs().max() > 1e-3
-    with torch.inference_mode():
-        built = awake(RadioV3(**TINY)).requires_grad_(False)
-        assert built(image)[0].isfinite().all()
-    assert torch.equal(built(image)[0], built(image)[0])
-    model.requires_grad_(True)
-    optimizer = torch.optim.SGD([model.model.embeds.pos_embed], lr=1.0)
-    for _ in range(2):
-        before = model(image)[0].detach()
-        loss(model, image).backward()
-        optimizer.step()
-        assert not torch.equal(model(image)[0], before)
-
-
 @pytest.mark.parametrize("tune", ["all", 1])
 def test_it_compiles_into_one_graph(tune):
-    model, image = awake(RadioV3(tune=tune, **TINY)), torch.rand(2, 3, 40, 32)
+    model, image = awake(RadioV3(tune=tune, **RADIO_TINY)), torch.rand(2, 3, 40, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     same(compiled(image), model(image), atol=1e-5)
     loss(compiled, image).backward()
@@ -489,7 +407,7 @@ def test_it_compiles_into_one_graph(tune):
 
 @torch.no_grad()
 def test_bf16_by_autocast_or_of_the_weights_is_close():
-    model, image = awake(RadioV3(**TINY)), torch.rand(2, 3, 48, 32)
+    model, image = awake(RadioV3(**RADIO_TINY)), torch.rand(2, 3, 48, 32)
     full = model(image)
     with torch.autocast("cpu", torch.bfloat16):
         same(model(image), full, atol=0.05)
@@ -499,15 +417,15 @@ def test_bf16_by_autocast_or_of_the_weights_is_close():
 
 
 def component(tmp_path, **args):
-    text = "\n".join(f"  {name}: {value}" for name, value in (TINY | args).items())
+    text = "\n".join(f"  {name}: {value}" for name, value in (RADIO_TINY | args).items())
     path = tmp_path / "backbone.yaml"
     path.write_text(f"block: radiov3\nargs:\n{text}\n")
     return Yaml.read(path)
 
 
 def test_as_a_frozen_component_of_a_policy(tmp_path):
-    reference = timms()
-    save_file(published(reference), tmp_path / "radio.safetensors")
+    reference = timm_radio()
+    save_file(published_radio(reference), tmp_path / "radio.safetensors")
     source = component(tmp_path, weights="./radio.safetensors", channels=[DIM, 3 * DIM])
     section = Model(component_config_paths={}, component_build_args={"backbone": Part(freeze=True)})
     parts = build_parts(section, {"backbone": source}, {}, {"head": "", "left": ""}).train()
@@ -515,7 +433,7 @@ def test_as_a_frozen_component_of_a_policy(tmp_path):
     images = {
         f"observation.images.{name}": torch.rand(2, 2, 3, 32, 48) for name in ("head", "left")
     }
-    grids, summaries = parts.look(images, ["head", "left"])
+    grids, summaries = parts.encode_cameras(images, ["head", "left"])
     features, _ = expected(reference, images["observation.images.left"].flatten(0, 1))
     torch.testing.assert_close(
         grids[1], features.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2).detach()

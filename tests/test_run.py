@@ -10,28 +10,31 @@ import resource
 import signal
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_run, steps_of
 from safetensors.torch import load_file
+from torch import nn
 
 import train_cfg_vqvae
 import train_flow_matching
 import train_mi
 import train_vfp
-from common import checkpoint, run
+import train_vfp_moe
+from common import checkpoint, legacy, run
 from common.config import UserError
 from common.data.loader import to_device
 from common.log import Log
 from common.noise import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-TIMING = ("data_s", "updt_s", "samples_per_s")
 
 
 @pytest.fixture(autouse=True)
 def curves(monkeypatch):
-    """Drawing takes longer than the training here; the one that draws is given where it is wanted."""
+    """Replaces the drawing of curves, which takes longer than the training; returns it."""
     draw = run.draw_curves
     monkeypatch.setattr(run, "draw_curves", lambda folder: None)
     monkeypatch.setattr(
@@ -40,26 +43,12 @@ def curves(monkeypatch):
     return draw
 
 
-def steps_of(log):
-    """Lines of log.jsonl without what depends on the clock."""
-    lines = map(json.loads, log.read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-
-
-def assert_same_run(a, b, name):
-    """The checkpoints `name` of two run folders hold the same bytes, their logs the same numbers."""
-    metas = [json.loads((folder / name / "meta.json").read_text()) for folder in (a, b)]
-    assert metas[0]["files"] == metas[1]["files"]
-    assert metas[0]["optimizers"] == metas[1]["optimizers"]
-    assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
-
-
 def test_the_mains_are_the_same_lines():
-    scripts = (train_flow_matching, train_vfp, train_cfg_vqvae, train_mi)
+    scripts = (train_flow_matching, train_vfp, train_vfp_moe, train_cfg_vqvae, train_mi)
     sources = [inspect.getsource(script.main) for script in scripts]
-    scores = re.compile(r" +information\.look_over\((?s:.*?)\n(?= {4}\w)| or scored\(job\)")
-    assert len({scores.sub("", source) for source in sources}) == 1
-    assert [len(scores.findall(source)) for source in sources] == [0, 0, 0, 2]  # train_mi's own
+    own = re.compile(r" +information\.check_scorable\(.*\n| or scored\(job\)")  # train_mi's
+    assert len({own.sub("", source) for source in sources}) == 1
+    assert [len(own.findall(source)) for source in sources] == [0, 0, 0, 0, 2]
 
 
 SETTINGS = {
@@ -73,12 +62,7 @@ SETTINGS = {
 
 
 RESUMED = [*product(("train_flow_matching", "train_vfp"), SETTINGS), ("train_vfp:flow", "adamw")]
-RESUMED += [
-    ("train_vfp:codes", "adamw"),
-    ("train_vfp:codes", "schedule_free"),
-    ("train_vfp:point", "adamw"),
-]
-RESUMED += [("train_vfp:experts", "adamw"), ("train_vfp:experts", "schedule_free")]
+RESUMED += [("train_vfp_moe", "adamw"), ("train_vfp_moe", "schedule_free")]
 RESUMED += [
     ("train_cfg_vqvae", "adamw"),
     ("train_cfg_vqvae", "schedule_free"),
@@ -125,7 +109,7 @@ def test_every_micro_step_has_noise_and_dropout_of_its_own(experiment, monkeypat
 
 
 @pytest.mark.parametrize(
-    "script", ["train_vfp", "train_vfp:flow", "train_vfp:codes", "train_vfp:point"]
+    "script", ["train_vfp", "train_vfp:flow", "train_cfg_vqvae", "train_cfg_vqvae:point"]
 )
 def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experiment, script):
     exp = experiment(script)
@@ -141,11 +125,11 @@ def test_every_kind_of_latent_trains_all_its_components_and_is_sampled(experimen
     memory, x0 = policy.encode(batch), torch.randn(3, 6, 4)
     z = policy.latent(memory, Noise("a"))
     assert torch.equal(z, policy.latent(memory, Noise("a")))
-    assert torch.equal(z, policy.latent(memory, Noise("b"))) == (script == "train_vfp:point")
+    assert torch.equal(z, policy.latent(memory, Noise("b"))) == (script == "train_cfg_vqvae:point")
     chunk = policy.sample(memory, x0, 2, z)
     assert chunk.isfinite().all()
     assert not torch.equal(chunk, policy.sample(memory, x0, 2, z + 1))
-    if "codes" in script or "point" in script:
+    if "vqvae" in script:
         codes = policy.codebook.codes
         assert torch.cdist(z, codes).amax() > 0.1
         assert (torch.cdist(z, codes).amin(-1) < 1e-6).all()
@@ -229,6 +213,7 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curve
         f.write('{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo')
     exp.main("train.total_steps=8")
     assert [line["step"] for line in steps_of(exp.save_dir / "log.jsonl")] == list(range(1, 9))
+    assert all(seconds > 0 for seconds in exp.log("data_s").values())
     assert (exp.save_dir / "curves.png").stat().st_size > 1000
     assert (exp.save_dir / "config.yaml").is_file()
 
@@ -316,7 +301,7 @@ KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in ran
 
 @pytest.mark.parametrize("series", KILLS)
 def test_kill_9_at_random_moments(experiment, series):
-    """Four kills a series; each time the run goes on from a complete step and loses only what came after its save."""
+    """Each time the run goes on from a complete step; steps after its save are lost."""
     exp, rng = experiment("train_vfp"), random.Random(series)
     straight = exp.folder / "straight"
     exp.main(f"train.save_dir={straight}", "train.epoch=5")
@@ -391,6 +376,98 @@ def two_saves(experiment, capsys):
     exp.main("train.save_every_steps=3", "train.total_steps=6")
     capsys.readouterr()
     return exp
+
+
+def test_epochs_need_no_numbers(experiment):
+    """null: no limit by epochs, no checkpoint and no held-out loss at their ends."""
+    exp = experiment()
+    exp.main("train.epoch=null", "train.total_steps=11", "train.save_every=null")
+    assert list(exp.log("val/loss")) == [10]
+    assert list(checkpoint.steps(exp.save_dir).values()) == [11]
+    exp.main("train.epoch=1", "train.val_every=null", f"train.save_dir={exp.folder / 'other'}")
+    assert not exp.log("val/loss", exp.folder / "other")
+    assert exp.job.step == 10
+
+
+def make_old(folder, config=None):
+    """Write meta.json of a checkpoint as the first version would."""
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta.pop("format") == 2
+    del meta["sha256"]
+    meta["config"] |= config or {}
+    digest = checkpoint._digest(meta)
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest}))
+    return meta
+
+
+def test_a_checkpoint_without_a_format_is_opened_and_resumed(experiment):
+    exp = experiment()
+    exp.stop_at(3)
+    make_old(exp.save_dir / "step_3")
+    opened, cfg = checkpoint.open_policy(exp.save_dir)
+    assert cfg.loss == exp.job.cfg.loss
+    assert opened.parts.keys() == exp.job.policy.parts.keys()
+    exp.main("train.total_steps=4")
+    assert exp.job.step == 4
+    assert exp.meta("step_4")["format"] == 2
+
+
+OLD = Path("runs/old/step_9")
+
+
+def test_old_keys_and_scripts_are_translated():
+    flow = {"target": "x1", "draws": 2, "camera_dropout": 0.1, "prefix": 0}
+    codes = {"commitment": 0.5, "posterior_ema": 0.9, "revive_every": 7, "revive_until": 0.5}
+    codes |= {"sinkhorn": None}
+    latent = {"kl": 2.0, "balance": 0.7, "free_nats": 0.1}
+    experts = {"top_k": 2, "sigma": None, "load_balance": 0.1, "router_z": 0.2}
+    old_vfp = flow | codes | latent | experts | {"kl_ramp": 0.3}
+
+    def translate(script, loss, *components):
+        config = {"loss": loss, "sampling": {"experts": 2}, "seed": 3}
+        meta = {"script": script, "config": config, "components": dict.fromkeys(components)}
+        now = legacy.translated(meta, OLD)
+        assert legacy.translated({**meta, "format": 2}, OLD) == {**meta, "format": 2}
+        assert meta["config"]["loss"] is loss  # not changed in place
+        return now["script"], now["config"]
+
+    assert translate("train_flow_matching.py", flow)[1]["loss"] == flow
+    script, config = translate("train_vfp.py", old_vfp, "vae_posterior")
+    assert (script, config["seed"]) == ("train_vfp.py", 3)
+    assert config["loss"] == flow | latent | {"kl_warmup": 0.3, "sinkhorn": None}
+    assert "sampling" not in config
+    script, config = translate("train_vfp.py", old_vfp, "vqvae_posterior", "gate")
+    fixed = {"kmeans_start": False, "label_smoothing": 0.0, "prior": 1.0}
+    assert script == "train_vfp_moe.py"
+    assert config["loss"] == flow | codes | experts | fixed
+    assert config["sampling"] == {"experts": 2}
+    with pytest.raises(
+        UserError, match=f"{OLD}: .*train again with configs/cfg_vqvae_flow_matching"
+    ):
+        translate("train_vfp.py", old_vfp, "vqvae_posterior")
+    old = flow | codes | {"null": 0.2, "null_from": 0.1, "prior": 2.0, "smoothing": 0.3}
+    new = {"cond_drop_prob": 0.2, "cond_drop_from": 0.1, "label_smoothing": 0.3, "prior": 2.0}
+    script, config = translate("train_cfg_vqvae.py", old, "vqvae_posterior")
+    assert config["loss"] == flow | codes | new | {"kmeans_start": True}
+    assert translate("/home/me/train_mine.py", old_vfp, "gate")[1]["loss"] == old_vfp
+    assert translate("train_mi.py", {"picture": 1.0})[1]["loss"] == {"picture": 1.0}
+
+
+def test_a_state_that_the_policy_has_no_place_for_is_not_dropped(experiment, monkeypatch):
+    exp = experiment("train_cfg_vqvae")
+    exp.stop_at(3)
+    init = train_cfg_vqvae.Policy.__init__
+
+    def renamed(policy, *args):
+        init(policy, *args)
+        monkeypatch.setattr(policy, "after_step", lambda job: None)
+        policy.__class__ = type("Policy", (train_cfg_vqvae.Policy,), {"train": nn.Module.train})
+        policy.other_posterior = policy._modules.pop("slow_posterior")
+
+    monkeypatch.setattr(train_cfg_vqvae.Policy, "__init__", renamed)
+    monkeypatch.setattr(run.Run, "preflight", lambda job, policy: None)
+    with pytest.raises(UserError, match=r"other.safetensors holds slow_posterior.*start a new run"):
+        exp.main()
 
 
 @pytest.mark.parametrize(

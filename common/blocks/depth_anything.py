@@ -1,8 +1,9 @@
-"""Depth Anything 3's image backbone, features only (Lin et al. 2025, arXiv:2511.10647): our own code, public key names.
+"""Depth Anything 3's image backbone (Lin et al. 2025, arXiv:2511.10647), our own code.
 
-DINOv2's ViT (Oquab et al. 2023, arXiv:2304.07193) without registers. From the block `alt_start` on, a camera token
-takes the class token's place, queries and keys get a norm per head, and rope turns them: by row and column in even
-blocks; patches against class token only in odd ones (the paper's look at several views; a sample here is one view).
+It is DINOv2's ViT (Oquab et al. 2023, arXiv:2304.07193) without registers, with the authors' key
+names. From the block `alt_start` on, a camera token replaces the class token, queries and keys get
+a norm per head, and rope rotates them: by row and column in even blocks; in odd ones it only tells
+patches from the class token (the paper attends to several views there; a sample here is one view).
 """
 
 import math
@@ -14,57 +15,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks.vision import PatchBackbone
 from common.blocks.weights import locate, read_sizes, read_tensors, require
 from common.build import block
 
 PATCH = 14
-NON_COMMERCIAL, UNKNOWN = "CC BY-NC 4.0: no commercial use", "licence: see their source"
+NON_COMMERCIAL = "CC BY-NC 4.0: no commercial use"
 LICENCES = {
     "depth-anything/DA3-LARGE-1.1": NON_COMMERCIAL,
     "depth-anything/DA3-LARGE": NON_COMMERCIAL,
-} | dict.fromkeys(
-    [f"depth-anything/DA3{name}" for name in ("-SMALL", "-BASE", "METRIC-LARGE", "MONO-LARGE")],
-    "Apache-2.0",
-)
-PRESETS = {  # name -> published weights, sizes (alt_start -1: no switch)
+    "depth-anything/DA3-SMALL": "Apache-2.0",
+    "depth-anything/DA3-BASE": "Apache-2.0",
+    "depth-anything/DA3METRIC-LARGE": "Apache-2.0",
+    "depth-anything/DA3MONO-LARGE": "Apache-2.0",
+}
+UNKNOWN = "licence: see their source"
+ONE_VIEW = {"embed_dim": 1024, "depth": 24, "alt_start": -1}  # without camera token and rope
+PRESETS = {  # name -> published weights, sizes
     "small": ("depth-anything/DA3-SMALL", {"embed_dim": 384, "depth": 12, "alt_start": 4}),
     "base": ("depth-anything/DA3-BASE", {"embed_dim": 768, "depth": 12, "alt_start": 4}),
     "large": ("depth-anything/DA3-LARGE-1.1", {"embed_dim": 1024, "depth": 24, "alt_start": 8}),
-    "metric_large": (
-        "depth-anything/DA3METRIC-LARGE",
-        {"embed_dim": 1024, "depth": 24, "alt_start": -1},
-    ),
-    "mono_large": (
-        "depth-anything/DA3MONO-LARGE",
-        {"embed_dim": 1024, "depth": 24, "alt_start": -1},
-    ),
+    "metric_large": ("depth-anything/DA3METRIC-LARGE", ONE_VIEW),
+    "mono_large": ("depth-anything/DA3MONO-LARGE", ONE_VIEW),
 }
 PREFIX = "model.backbone.pretrained."
-IGNORED = ("model.head.", "model.cam_enc.", "model.cam_dec.")  # depth and rays, poses in, poses out
+HEADS = ("model.head.", "model.cam_enc.", "model.cam_dec.")  # depth and rays, poses in and out
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rope: x (..., N, d); cos, sin (N, 2, d / 4): each half of the channels, its channel i paired with i + d / 4."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rope of x (..., N, d); cos, sin (N, 2, d / 4) are the angles of row and column.
+
+    Each half of the channels is rotated by one of them, its channel i paired with i + d / 4.
+    """
     a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-3)
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads, switched):
+    def __init__(self, dim, heads, has_rope):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        if switched:
-            self.q_norm, self.k_norm = (
-                nn.LayerNorm(dim // heads, eps=1e-5),
-                nn.LayerNorm(dim // heads, eps=1e-5),
-            )
+        self.has_rope = has_rope
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if has_rope:
+            self.q_norm = nn.LayerNorm(dim // heads, eps=1e-5)
+            self.k_norm = nn.LayerNorm(dim // heads, eps=1e-5)
 
-    def forward(self, x, angles):
+    def forward(self, x, cos, sin):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if angles is not None:  # float32, like cos and sin, until both are turned
-            query = turn(self.q_norm(query), *angles).to(value.dtype)
-            key = turn(self.k_norm(key), *angles).to(value.dtype)
+        if self.has_rope:  # float32, like cos and sin, until both are rotated
+            query = rotate(self.q_norm(query), cos, sin).to(value.dtype)
+            key = rotate(self.k_norm(key), cos, sin).to(value.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -79,48 +81,56 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, switched):
+    def __init__(self, dim, heads, has_rope):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.ls1, self.ls2 = (
-            Attention(dim, heads, switched),
-            LayerScale(dim),
-            LayerScale(dim),
-        )
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, has_rope)
+        self.ls1 = LayerScale(dim)
+        self.ls2 = LayerScale(dim)
         layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x, angles):
-        x = x + self.ls1(self.attn(self.norm1(x), angles))
+    def forward(self, x, cos, sin):
+        x = x + self.ls1(self.attn(self.norm1(x), cos, sin))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 @block("da3")
-class DepthAnything3(nn.Module):
-    """image (B, 3, h, w), float in [0, 1] or uint8 -> features (B, len(layers), h', w', C) of one patch per 14 pixels.
+class DepthAnything3(PatchBackbone):
+    """Depth Anything 3: features (B, len(layers), h', w', C) with one patch per 14 pixels.
 
-    layers: the blocks (from 0; negatives count from the end) whose output, after the final norm and in this order, is
-        returned. Those after the last one are dropped.
-    model: small, base, large, metric_large or mono_large (C = 384, 768, 1024); or null, and sizes, where there are
-        weights those of the file: embed_dim, depth, num_heads (null: one per 64 channels), alt_start (-1: no such
-        switch) and table_side of the position table (37 where there are no weights).
-    weights: a file, a folder or a Hub id. depth-anything/DA3-LARGE-1.1 and DA3-LARGE are CC BY-NC 4.0, not for
-        commercial use; DA3-SMALL, DA3-BASE, DA3METRIC-LARGE and DA3MONO-LARGE are Apache-2.0. null: random.
-    normalize: by ImageNet's mean and deviation, as the weights expect; false is for policies that were trained without.
-    Sides are resized to the nearest multiple of 14, ties up. Frozen by design: no gradient, always in eval mode.
+    Pictures are uint8, or floats in [0, 1]. Sides are resized to the nearest multiple of 14, ties
+    up. The block is frozen by design: no gradient, always in eval mode. Sizes (embed_dim, depth,
+    alt_start, table_side) go with model: null; those that are missing are read from the weights.
+
+    Args:
+        layers: numbers of the blocks whose outputs are returned, after the final norm and in this
+            order; negative ones count from the end. Blocks after the last one are dropped.
+        model: small (C = 384), base (768), large, metric_large or mono_large (1024); null: sizes.
+        weights: a safetensors file, a folder or a Hub id; null: random. DA3-LARGE-1.1 and DA3-LARGE
+            of depth-anything are CC BY-NC 4.0, not for commercial use; DA3-SMALL, DA3-BASE,
+            DA3METRIC-LARGE and DA3MONO-LARGE are Apache-2.0.
+        normalize: true applies ImageNet's mean and deviation, as the weights expect; false is for
+            policies that were trained without.
+        embed_dim: width C of the tokens.
+        depth: number of blocks in the weights.
+        num_heads: attention heads; null: one per 64 channels.
+        alt_start: first block with camera token and rope; -1: none.
+        table_side: side of the position table; 37 without weights.
     """
 
     def __init__(
         self,
-        layers,
-        model=None,
-        weights=None,
-        normalize=True,
-        embed_dim=None,
-        depth=None,
-        num_heads=None,
-        alt_start=None,
-        table_side=None,
+        layers: list[int],
+        model: str | None = None,
+        weights: str | None = None,
+        normalize: bool = True,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        alt_start: int | None = None,
+        table_side: int | None = None,
     ):
         super().__init__()
         given = {
@@ -129,86 +139,73 @@ class DepthAnything3(nn.Module):
             "alt_start": alt_start,
             "table_side": table_side,
         }
-        given = {key: value for key, value in given.items() if value is not None}
-        known, enough = ", ".join(PRESETS), {"embed_dim", "depth"}
+        given = {name: value for name, value in given.items() if value is not None}
+        known = ", ".join(PRESETS)
         if model is not None:
             if model not in PRESETS:
                 raise ValueError(f"model: no '{model}'; known: {known}, or null and sizes")
             if given or num_heads:
                 raise ValueError(f"sizes go with model: null; '{model}' has its own")
             given = PRESETS[model][1]
+        needed = {"embed_dim", "depth"}
         self.sizes = {}  # arguments that the weights give
-        if weights and not enough <= given.keys():
-            licence, otherwise = (
+        if weights and not needed <= given.keys():
+            self.sizes = read_sizes(
+                weights,
                 LICENCES.get(weights, UNKNOWN),
+                lambda shapes: sizes_of(without_heads(shapes)),
                 f"model ({known}), or embed_dim and depth",
             )
-            self.sizes = read_sizes(
-                weights, licence, lambda shapes: sizes_of(backbone(shapes)), otherwise
-            )
         sizes = {"alt_start": -1, "table_side": 37, **self.sizes, **given}
-        if not enough <= sizes.keys():
+        if not needed <= sizes.keys():
             raise ValueError(f"give model ({known}), weights, or embed_dim and depth")
-        embed_dim, depth, alt_start, table_side = map(
-            sizes.get, ("embed_dim", "depth", "alt_start", "table_side")
-        )
-        alike = [model] if model else presets(sizes)
-        self.published = PRESETS[alike[0]][0] if alike else None
-        num_heads, alt_start = (
-            num_heads or max(1, embed_dim // 64),
-            alt_start if alt_start >= 0 else depth,
-        )
-        if embed_dim % (4 * num_heads):
+        names = [model] if model else presets(sizes)
+        self.published = PRESETS[names[0]][0] if names else None
+        self.weights = weights
+        self.normalize = normalize
+
+        dim = sizes["embed_dim"]
+        depth = sizes["depth"]
+        num_heads = num_heads or max(1, dim // 64)
+        if dim % (4 * num_heads):
             raise ValueError(
-                f"embed_dim {embed_dim} is not {num_heads} heads of a multiple of 4 channels"
+                f"embed_dim {dim} is not {num_heads} heads of a multiple of 4 channels"
             )
         if not layers or not all(-depth <= layer < depth for layer in layers):
             raise ValueError(f"layers: expected some of {-depth} to {depth - 1}, found {layers}")
         self.layers = [layer % depth for layer in layers]
-        self.weights, self.normalize, self.side = weights, normalize, table_side
-        self.alt_start, self.half_pairs = alt_start, embed_dim // num_heads // 4
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, 1 + table_side**2, embed_dim).normal_(std=0.02)
-        )
-        if alt_start < depth:
-            self.camera_token = nn.Parameter(torch.empty(1, 2, embed_dim).normal_(std=0.02))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, PATCH, PATCH)})
+        self.alt_start = sizes["alt_start"] if sizes["alt_start"] >= 0 else depth
+        self.side = sizes["table_side"]
+        self.half_pairs = dim // num_heads // 4
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.side**2, dim).normal_(std=0.02))
+        if self.alt_start < depth:
+            self.camera_token = nn.Parameter(torch.empty(1, 2, dim).normal_(std=0.02))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, i >= alt_start) for i in range(depth)
+            Block(dim, num_heads, i >= self.alt_start) for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
-        self._shapes = {
-            key: tuple(value.shape) for key, value in self.state_dict().items()
-        }  # of the whole file
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self._file_shapes = {name: value.shape for name, value in self.state_dict().items()}
         self.blocks = self.blocks[: max(self.layers) + 1]
-        self.register_buffer(
-            "mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False
-        )
-        self._grids, self._told = (
-            {},
-            False,
-        )  # what depends on the grid's size only; was resizing said?
+        for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def load_weights(self) -> Path:
-        """Reads `weights`, every tensor of the backbone as float32 or as built; the file. UserError lists what differs.
+        """Reads `weights`, all tensors of the backbone, and returns the file.
 
-        Tensors are `model.backbone.pretrained.*` of the published files, or have no prefix; heads are ignored.
+        Tensors are named `model.backbone.pretrained.*`, as in the published files, or have no
+        prefix; heads are ignored. Raises UserError that lists what differs.
         """
         licence = LICENCES.get(self.weights, LICENCES.get(self.published, UNKNOWN))
+        source = f"weights: {self.weights}, {licence}"
         file = locate(self.weights, licence)
-        tensors, source = backbone(read_tensors(file)), f"weights: {self.weights}, {licence}"
-        held = described({key: value.shape for key, value in tensors.items()})
-        require(
-            self._shapes,
-            tensors,
-            f"{file} ({source}): not the weights of this da3; the file has {held}",
-        )
-        self.load_state_dict({key: tensors[key] for key in self.state_dict()})
+        tensors = without_heads(read_tensors(file))
+        held = describe({name: value.shape for name, value in tensors.items()})
+        title = f"{file} ({source}): not the weights of this da3; the file has {held}"
+        require(self._file_shapes, tensors, title)
+        self.load_state_dict({name: tensors[name] for name in self.state_dict()})
         if licence == NON_COMMERCIAL:
             print(f"notice: {source}")
         return file
@@ -216,119 +213,82 @@ class DepthAnything3(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def _apply(self, fn, recurse=True):
-        self._grids.clear()
-        return super()._apply(fn, recurse)
+    def grid(self, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For h x w patches: positions (1, 1 + h w, C); cos and sin of rope.
 
-    def _load_from_state_dict(self, *args):
-        self._grids.clear()
-        super()._load_from_state_dict(*args)
-
-    def grid(self, h: int, w: int):
-        """Of a grid of patches: positions (1, 1 + h w, C), and cos, sin of rope in local and in global blocks."""
-        keep = not (torch.compiler.is_compiling() or self.pos_embed.is_inference())
-        key = (h, w, self.pos_embed._version) if keep else None
-        if key in self._grids:
-            return self._grids[key]
-        table, device = self.pos_embed.float(), self.pos_embed.device
-        if (h, w) != (self.side, self.side):
-            square = table[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-            # Factors, as DINOv2: resizing to (h, w) would sample at other places.
-            scale = (h + 0.1) / self.side, (w + 0.1) / self.side
-            patches = (
-                F.interpolate(square, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
-            )
-            table = torch.cat([table[:, :1], patches], 1)
-        rows, columns = (
-            torch.arange(1.0, h + 1, device=device),
-            torch.arange(1.0, w + 1, device=device),
-        )
-        places = F.pad(
-            torch.cartesian_prod(rows, columns), (0, 0, 1, 0)
-        )  # the class token is at (0, 0)
+        cos and sin are (2, 1 + h w, 2, C / heads / 4): those of even blocks, then of odd ones.
+        """
+        side = self.side
+        device = self.pos_embed.device
+        table = self.pos_embed.float()
+        if (h, w) != (side, side):
+            square = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            # Factors, as in DINOv2: resizing to (h, w) would sample at other places.
+            scale = ((h + 0.1) / side, (w + 0.1) / side)
+            patches = F.interpolate(square, scale_factor=scale, mode="bicubic")
+            table = torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+        rows = torch.arange(1.0, h + 1, device=device)
+        columns = torch.arange(1.0, w + 1, device=device)
+        places = torch.cartesian_prod(rows, columns)
+        places = F.pad(places, (0, 0, 1, 0))  # the class token is at (0, 0)
         frequencies = 100 ** -(torch.arange(self.half_pairs, device=device) / self.half_pairs)
-        angles = (p[..., None] * frequencies for p in (places, places.clamp(max=1)))
-        made = table.to(self.pos_embed.dtype), *((a.cos(), a.sin()) for a in angles)
-        if keep:
-            self._grids = {
-                key: made,
-                **dict(list(self._grids.items())[:7]),
-            }  # sizes are few, or not worth keeping
-        return made
-
-    def prepare(self, image: Tensor) -> Tensor:
-        """The picture as the patch embedding takes it."""
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"da3: expected an image (B, 3, h, w), found {tuple(image.shape)}")
-        if image.dtype == torch.uint8:
-            image = image.float() / 255
-        elif not image.is_floating_point():
-            raise ValueError(
-                f"da3: expected an image in float [0, 1] or uint8, found {image.dtype}"
-            )
-        old = tuple(image.shape[2:])
-        new = tuple(max(1, (side + PATCH // 2) // PATCH) * PATCH for side in old)
-        if new != old:
-            if not self._told and not torch.compiler.is_compiling():
-                self._told = True
-                print(
-                    f"notice: da3 resizes pictures to multiples of 14: {old[0]} x {old[1]} to {new[0]} x {new[1]}"
-                )
-            image = F.interpolate(image.float(), new, mode="bilinear", align_corners=False)
-        image = (image.float() - self.mean) / self.std if self.normalize else image
-        return image.to(self.pos_embed.dtype)
+        # Rows and columns in even blocks; in odd ones 1 for every patch.
+        places = torch.stack([places, places.clamp(max=1)])
+        angles = places[..., None] * frequencies
+        return table.to(self.pos_embed.dtype), angles.cos(), angles.sin()
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        x = self.patch_embed["proj"](self.prepare(image))
-        h, w = x.shape[2:]
-        positions, *angles = self.grid(h, w)
-        x = (
-            torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
-            + positions
-        )
+        grid = [max(1, (side + PATCH // 2) // PATCH) for side in image.shape[2:]]
+        x = self.resized(image, grid, PATCH)
+        if self.normalize:
+            x = (x - self.mean) / self.std
+        x = self.patch_embed["proj"](x.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2)
+        positions, cos, sin = self.grid(*grid)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + positions
         features = {}
-        for i in range(max(self.layers) + 1):
+        for i, layer in enumerate(self.blocks[: max(self.layers) + 1]):
             if i == self.alt_start:
                 x = torch.cat([self.camera_token[:, :1].expand(len(x), -1, -1), x[:, 1:]], 1)
-            x = self.blocks[i](x, angles[i % 2] if i >= self.alt_start else None)
+            x = layer(x, cos[i % 2], sin[i % 2])
             if i in self.layers:
-                features[i] = self.norm(x[:, 1:]).unflatten(1, (h, w))
+                features[i] = self.norm(x[:, 1:]).unflatten(1, grid)
         return torch.stack([features[i] for i in self.layers], 1)
 
 
-def backbone(tensors: dict) -> dict:
-    """What of a file is the backbone's, without the prefix."""
+def without_heads(tensors: dict) -> dict:
+    """The backbone's entries of a file, by their names without prefix."""
     return {
-        key.removeprefix(PREFIX): value
-        for key, value in tensors.items()
-        if not key.startswith(IGNORED)
+        name.removeprefix(PREFIX): value
+        for name, value in tensors.items()
+        if not name.startswith(HEADS)
     }
 
 
 def sizes_of(shapes: dict[str, tuple]) -> dict | None:
-    """DepthAnything3's arguments for the backbone that a file holds; None if it holds none."""
+    """Arguments of DepthAnything3 for a backbone with these shapes; None for other files."""
     table = shapes.get("pos_embed", ())
-    blocks = [key.split(".") for key in shapes if re.match(r"blocks\.\d+\.", key)]
-    if len(table) != 3 or not blocks:
+    names = [name.split(".") for name in shapes if re.match(r"blocks\.\d+\.", name)]
+    if len(table) != 3 or not names:
         return None
-    start = min((int(key[1]) for key in blocks if "q_norm" in key), default=-1)
-    sizes = {
+    return {
         "embed_dim": table[2],
-        "depth": 1 + max(int(key[1]) for key in blocks),
-        "alt_start": start,
+        "depth": 1 + max(int(name[1]) for name in names),
+        "alt_start": min((int(name[1]) for name in names if "q_norm" in name), default=-1),
+        "table_side": math.isqrt(table[1] - 1),
     }
-    return sizes | {"table_side": math.isqrt(table[1] - 1)}
 
 
 def presets(sizes: dict) -> list[str]:
-    """The published models of these sizes."""
+    """Names of the published models with these sizes."""
     return [name for name, (_, preset) in PRESETS.items() if preset.items() <= sizes.items()]
 
 
-def described(shapes: dict[str, tuple]) -> str:
-    """The sizes of the backbone that a file holds, for a message."""
-    if (sizes := sizes_of(shapes)) is None:
+def describe(shapes: dict[str, tuple]) -> str:
+    """The sizes of the backbone that a file with these shapes holds, for a message."""
+    sizes = sizes_of(shapes)
+    if sizes is None:
         return "none"
-    names = f" (model: {' or '.join(presets(sizes))})" if presets(sizes) else ""
-    return ", ".join(f"{key} {value}" for key, value in sizes.items()) + names
+    text = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    names = " or ".join(presets(sizes))
+    return f"{text} (model: {names})" if names else text

@@ -21,8 +21,10 @@ def sincos(
 
 def with_positions(tokens: Tensor) -> Tensor:
     """Grid (B, h, w, d) or sequence (B, N, d) -> (B, N, d) plus fixed 2-D or 1-D sine positions."""
-    *axes, dim = tokens.shape[1:]
-    ranges = [torch.arange(n, device=tokens.device, dtype=torch.float32) for n in axes]
-    grids = torch.meshgrid(*ranges, indexing="ij")
-    positions = torch.cat([sincos(grid, dim // len(axes)) for grid in grids], -1)
-    return (tokens + positions.to(tokens.dtype)).flatten(1, -2)
+    *sides, dim = tokens.shape[1:]
+    axes = [torch.arange(side, device=tokens.device).float() for side in sides]
+    grids = torch.meshgrid(*axes, indexing="ij")
+    share = dim // len(sides)
+    positions = torch.cat([sincos(grid, share) for grid in grids], -1)
+    placed = tokens + positions.to(tokens.dtype)
+    return placed.flatten(1, -2)

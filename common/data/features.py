@@ -1,10 +1,10 @@
-"""What frozen components make of every frame, computed once (`data.cache: features`); training never runs them.
+"""Features of every frame from frozen components, computed once (`data.cache: features`).
 
-Batches then hold `features.<component>.<camera>`: a grid, channels last, and of a backbone `....summary`. Pictures come
-only of cameras that a trained component looks at.
+Training then never runs these components. Batches hold `features.<component>.<camera>`: a grid,
+channels last, and of a backbone `....summary`. They hold pictures only of cameras that a trained
+component reads.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -15,68 +15,48 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
 from common.config import ConfigError, DataError, UserError
-from common.data.frames import reserve
+from common.data.frames import ArrayFiles, FrameCache, reserve
 
 DTYPE = np.float16
-CPU_BATCH, BATCH = 8, 64  # frames at a time
-MARK = 10.0  # seconds between notes of how far a build is
-CHECKED = (
-    8  # frames, spread over a file, that are compared with what the component makes of them now
+CPU_BATCH = 8  # frames at a time
+BATCH = 64
+SAVE_PROGRESS = 10.0  # seconds between notes of how far a build is
+CHECKED = 8  # frames, spread over a file, that are compared with the component's features now
+TOLERANCE = 0.01  # relative l2 error in float32
+ROUGH = 0.05  # the same in bfloat16 or float16, where another device gives 0.01
+ADVICE = (
+    "set data.cache: frames (frozen components then run in training), or use fewer episodes or "
+    "smaller pictures"
 )
-TOLERANCE, ROUGH = (
-    0.01,
-    0.05,
-)  # relative l2 error in float32, and in bfloat16 or float16 (another device gives 0.01)
-ADVICE = "set data.cache: frames (frozen components then run in training), or use fewer episodes or smaller pictures"
-SAME_FEATURES = (
-    "weights",
-    "gradient_checkpointing",
-    "tune",
-)  # arguments that change none: the tensors are in the key
+IRRELEVANT = ("weights", "gradient_checkpointing", "tune")  # arguments; the tensors are in the key
 
 
-def jobs(parts, cameras) -> list[tuple[str, str]]:
-    """(component, camera) whose features are cached: of the frozen ones. Raises ConfigError if there are none."""
-    found = [
-        job
-        for some in parts.camera_components(list(cameras))
-        for job in some
-        if job[0] in parts.frozen
-    ]
-    if not found:
+def cached_components(parts, cameras) -> list[tuple[str, str]]:
+    """Frozen (component, camera) pairs. Raises ConfigError if there are none to cache."""
+    components = [pair for kind in parts.camera_components(list(cameras)) for pair in kind]
+    frozen = [(name, camera) for name, camera in components if name in parts.frozen]
+    if not frozen:
         raise ConfigError(
-            "data.cache: features keeps what frozen backbones and da3 see, but none of them is frozen: set "
-            "model.component_build_args.<component>.freeze: true, or data.cache: frames"
+            "data.cache: features keeps what frozen backbones and da3 see, but none of them is "
+            "frozen: set model.component_build_args.<component>.freeze: true, or data.cache: "
+            "frames"
         )
-    return found
+    return frozen
 
 
-class FeatureCache:
-    """gather(rows) -> the features of a batch. Processes that receive a copy open the files themselves.
+class FeatureCache(ArrayFiles):
+    """Float16 by key: (frames, h', w', C), of da3 (frames, L, h', w', C), a summary (frames, S)."""
 
-    paths: key of a batch -> float16 .npy, (frames, h', w', C); of da3 (frames, L, h', w', C), of a summary (frames, S).
-    """
-
-    def __init__(self, paths: dict[str, Path]):
-        self.paths, self.maps = paths, {}
-
-    def __getstate__(self):
-        return self.__dict__ | {"maps": {}}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self.maps:
-            self.maps[key] = np.load(self.paths[key], mmap_mode="r")
-        return self.maps[key].view(np.ndarray)
-
-    def gather(self, rows) -> dict[str, np.ndarray]:
-        """rows (B, F) -> grids (B, F h', w', C) or of da3 (B, L, F h', w', C), summaries (B, 1, S): the mean."""
+    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """rows (B, F) -> grids (B, F h', w', C), da3 (B, L, F h', w', C), means (B, 1, S)."""
         batch = {}
-        for key in self.paths:
-            x = self[key][rows]
+        for key, features in self.arrays.items():
+            x = features[rows]
             if x.ndim == 3:
                 batch[key] = x.mean(1, np.float32, keepdims=True)
             elif x.ndim == 6:  # layers stay outside of frames
@@ -87,51 +67,51 @@ class FeatureCache:
         return batch
 
     @classmethod
-    def open(cls, frames, parts, sources, accelerator, folder: Path, max_gb: float, dry_run=False):
-        """The cache in `folder`; what isn't there is computed now, other processes wait for it.
+    def open(
+        cls,
+        frames: FrameCache,
+        parts,
+        sources: dict,
+        accelerator,
+        folder: Path,
+        max_gb: float,
+        dry_run: bool = False,
+    ) -> "FeatureCache | None":
+        """The cache in `folder`; missing files are computed now, other processes wait for them.
 
-        frames: the FrameCache; sources: component -> its Yaml. The weights, the YAML, the pictures and the run's
-        precision are a file's key. Raises DataError if it takes more than max_gb (10^9 bytes) or than the disk has
-        left, and UserError if the files hold other features than the component gives now. dry_run: only say what it
-        takes.
+        sources: component -> its Yaml. A file's key is made of the weights, the YAML, the pictures
+        and the run's precision. dry_run: only print the space that it takes; None. Raises DataError
+        if it takes more than max_gb (10^9 bytes) or than the disk has left, and UserError if the
+        files hold other features than the component gives now.
         """
-        paths, work = plan(frames, parts, sources, accelerator, folder)
+        paths, extractions = plan(frames, parts, sources, accelerator, folder)
         if dry_run:
-            announce(work, accelerator, folder, max_gb)
+            estimate(extractions, accelerator, folder, max_gb)
             return None
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as locks:
-            told = not accelerator.is_local_main_process  # one process says it, and once
-            for path in sorted(job.files[0] for job in work if not job.exists()):
-                lock = locks.enter_context(path.with_suffix(".lock").open("w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not told:
-                        print(f"waiting for {path}: another process computes it", flush=True)
-                    told = True
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = [job for job in work if not job.exists()]
+            lock_files(extractions, locks, quiet=not accelerator.is_local_main_process)
+            missing = [one for one in extractions if not one.exists()]
             if missing:
-                clear(folder, missing)
-            lacking = announce(work, accelerator, folder, max_gb)
-            shown = {
-                "total": sum(len(job.pictures) for job in missing),
-                "unit": " frames",
-                "desc": "features",
-            }
-            with tqdm(
-                initial=sum(done for _, done in lacking), disable=not missing, **shown
-            ) as bar:
-                for job, (shapes, done) in zip(missing, lacking, strict=True):
-                    fill(job, shapes, done, accelerator, bar)
-        for job in work:
-            check(job, accelerator)
+                remove_leftovers(folder, missing)
+            lacking = estimate(extractions, accelerator, folder, max_gb)
+            bar = tqdm(
+                total=sum(len(one.pictures) for one in missing),
+                initial=sum(done for _, _, done in lacking),
+                unit=" frames",
+                desc="features",
+                disable=not missing,
+            )
+            with bar:
+                for extraction, shapes, done in lacking:
+                    extract(extraction, shapes, done, accelerator, bar)
+        for extraction in extractions:
+            check_features(extraction, accelerator)
         return cls(paths)
 
 
-class Job(NamedTuple):
-    """What one component makes of one camera's pictures, uint8 (frames, 3, h, w), and the files of it."""
+class Extraction(NamedTuple):
+    """A component, a camera's pictures, uint8 (frames, 3, h, w), and the files of its features."""
 
     name: str
     camera: str
@@ -147,46 +127,82 @@ class Job(NamedTuple):
         return [file.with_suffix(".tmp") for file in self.files]
 
     @property
-    def note(self) -> Path:
-        """Says how many frames of the unfinished files are done."""
+    def progress(self) -> Path:
+        """Holds the number of frames of the unfinished files that are done."""
         return self.files[0].with_suffix(".rows")
 
+    def frames_done(self, shapes: list[tuple]) -> int:
+        """Frames that an interrupted build of these shapes has left; 0 if none are usable."""
+        with suppress(OSError, ValueError, EOFError):  # not there, or not whole
+            done = int(self.progress.read_text())
+            found = [np.load(path, mmap_mode="r").shape for path in self.unfinished]
+            if 0 <= done <= len(self.pictures) and found == shapes:
+                return done
+        return 0
 
-def plan(frames, parts, sources, accelerator, folder: Path) -> tuple[dict[str, Path], list[Job]]:
-    """The file of each key of a batch, and the jobs that make them. Equal components share files."""
-    eyes, made_by, paths, work = parts.camera_components(list(frames.paths))[0], {}, {}, {}
-    for name, camera in jobs(parts, frames.paths):
-        if name not in made_by:
-            settings = [
-                digest(parts[name]),
-                seeing(sources[name].data),
-                accelerator.mixed_precision,
-                DTYPE.__name__,
-            ]
-            made_by[name] = json.dumps(settings, sort_keys=True)
-        pictures = frames.paths[camera].stem
-        what = hashlib.sha256(f"{pictures} {made_by[name]}".encode()).hexdigest()[:16]
-        path = folder / f"{pictures.partition('-')[0]}-{what}.npy"
-        own = {f"features.{name}.{camera}": path}
-        if (name, camera) in eyes:
-            own[f"features.{name}.{camera}.summary"] = path.with_suffix(".summary.npy")
+    def save_progress(self, arrays: list[np.memmap], done: int) -> None:
+        for array in arrays:
+            array.flush()
+        new = self.progress.with_suffix(".new")
+        new.write_text(str(done))
+        new.replace(self.progress)
+
+    def remove_unfinished(self) -> None:
+        for path in (self.progress, *self.unfinished):
+            path.unlink(missing_ok=True)
+
+
+def lock_files(extractions: list[Extraction], locks: ExitStack, quiet: bool) -> None:
+    """Lock the missing files until `locks` is closed; say once, unless quiet, that we wait."""
+    for path in sorted(one.files[0] for one in extractions if not one.exists()):
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not quiet:
+                print(f"waiting for {path}: another process computes it", flush=True)
+            quiet = True
+            lock.acquire()
+        locks.callback(lock.release)
+
+
+def plan(
+    frames: FrameCache, parts, sources: dict, accelerator, folder: Path
+) -> tuple[dict[str, Path], list[Extraction]]:
+    """Key of a batch -> its file; the extractions that fill them. Equal components share files."""
+    backbones = parts.camera_components(list(frames.paths))[0]
+    settings = {}
+    paths = {}
+    extractions = {}
+    for name, camera in cached_components(parts, frames.paths):
         module = parts[name].to(accelerator.device).eval()
+        if name not in settings:
+            yaml = feature_settings(sources[name].data)
+            key = [digest(module), yaml, accelerator.mixed_precision, DTYPE.__name__]
+            settings[name] = json.dumps(key, sort_keys=True)
+        pictures = frames.paths[camera].stem
+        content = hashlib.sha256(f"{pictures} {settings[name]}".encode()).hexdigest()[:16]
+        path = folder / f"{pictures.partition('-')[0]}-{content}.npy"
+        files = {f"features.{name}.{camera}": path}
+        if (name, camera) in backbones:
+            files[f"features.{name}.{camera}.summary"] = path.with_suffix(".summary.npy")
         # Backbones come first: a hand extractor that is the same takes the grid of their two files.
-        work.setdefault(path, Job(name, camera, module, frames[camera], [*own.values()]))
-        paths |= own
-    return paths, [*work.values()]
+        extraction = Extraction(name, camera, module, frames[camera], list(files.values()))
+        extractions.setdefault(path, extraction)
+        paths |= files
+    return paths, list(extractions.values())
 
 
-def seeing(data: dict) -> dict:
+def feature_settings(data: dict) -> dict:
     """A component YAML without the arguments that change no feature."""
     if "blocks" in data:
-        return data | {"blocks": {name: seeing(entry) for name, entry in data["blocks"].items()}}
-    return data | {
-        "args": {k: v for k, v in (data.get("args") or {}).items() if k not in SAME_FEATURES}
-    }
+        blocks = {name: feature_settings(block) for name, block in data["blocks"].items()}
+        return data | {"blocks": blocks}
+    args = data.get("args") or {}
+    return data | {"args": {key: args[key] for key in args if key not in IRRELEVANT}}
 
 
-def digest(module) -> str:
+def digest(module: nn.Module) -> str:
     """sha256 of a component's tensors and their names."""
     found = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -196,20 +212,26 @@ def digest(module) -> str:
 
 
 @torch.no_grad()
-def features_of(job: Job, rows, accelerator) -> list[np.ndarray]:
-    """Some of a job's pictures -> what is kept of them: [grid, summary], or [grid]."""
+def compute_features(extraction: Extraction, rows, accelerator) -> list[np.ndarray]:
+    """Features of some of the pictures as they are kept: [grid, summary], or [grid]."""
+    pictures = torch.from_numpy(np.array(extraction.pictures[rows])).to(accelerator.device)
     with accelerator.autocast():
-        pictures = torch.from_numpy(np.array(job.pictures[rows])).to(accelerator.device)
-        result = job.module(image=pictures / 255)
-    result = [result] if isinstance(result, torch.Tensor) else [result[0].movedim(1, -1), result[1]]
-    return [x.to(torch.float16).cpu().numpy() for x in result[: len(job.files)]]
+        features = extraction.module(image=pictures / 255)
+    if isinstance(features, torch.Tensor):
+        features = [features]
+    else:
+        grid, summary = features
+        features = [grid.movedim(1, -1), summary]
+    return [x.to(torch.float16).cpu().numpy() for x in features[: len(extraction.files)]]
 
 
-def check(job: Job, accelerator):
-    """Raises UserError unless the files hold what the component makes of the pictures now."""
-    rows = np.unique(np.linspace(0, len(job.pictures) - 1, CHECKED).astype(int))
+def check_features(extraction: Extraction, accelerator) -> None:
+    """Raises UserError unless the files hold the features that the component gives now."""
+    rows = np.linspace(0, len(extraction.pictures) - 1, CHECKED).astype(int)
+    rows = np.unique(rows)
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else ROUGH
-    for path, now in zip(job.files, features_of(job, rows, accelerator), strict=True):
+    features = compute_features(extraction, rows, accelerator)
+    for path, now in zip(extraction.files, features, strict=True):
         try:
             kept = np.load(path, mmap_mode="r")[rows].astype(np.float32)
         except (ValueError, EOFError, IndexError) as error:
@@ -217,125 +239,110 @@ def check(job: Job, accelerator):
                 f"{path}: the file is not whole ({error}). Delete it: it is computed again"
             ) from error
         now = now.astype(np.float32)
-        if now.shape != kept.shape or not np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(
-            now
-        ):
+        same_shape = now.shape == kept.shape
+        # A norm that is not a number is no match.
+        if not (same_shape and np.linalg.norm(now - kept) <= tolerance * np.linalg.norm(now)):
             raise UserError(
-                f"{path}: '{job.name}' gives other features now: did its code change? Delete this file"
+                f"{path}: '{extraction.name}' gives other features now: did its code change? "
+                "Delete this file"
             )
 
 
-def announce(work: list[Job], accelerator, folder: Path, max_gb: float) -> list[tuple]:
-    """Say what the missing files will take; of each job that lacks some: shapes of its files, frames done.
+def estimate(
+    extractions: list[Extraction], accelerator, folder: Path, max_gb: float
+) -> list[tuple[Extraction, list[tuple], int]]:
+    """Print the space and time that missing files take -> (extraction, file shapes, frames done).
 
-    Raises DataError if all files of the run are above max_gb, or the missing ones above what the disk has left.
+    Raises DataError if all files of the run are above max_gb, or the missing ones above what the
+    disk has left.
     """
-    frames, found, gb, needed, seconds = len(work[0].pictures), [], 0.0, 0.0, 0.0
-    for job in work:
-        if job.exists():
-            gb += sum(file.stat().st_size for file in job.files) / 1e9
+    frames = len(extractions[0].pictures)
+    lacking = []
+    total = 0  # bytes
+    needed = 0
+    seconds = 0.0
+    for extraction in extractions:
+        if extraction.exists():
+            total += sum(file.stat().st_size for file in extraction.files)
             continue
         for _ in range(2):  # the first call also warms up
-            since = time.perf_counter()
-            trial = features_of(job, slice(batch_size(accelerator)), accelerator)
-            once = (time.perf_counter() - since) / len(trial[0])
+            start = time.perf_counter()
+            trial = compute_features(extraction, slice(batch_size(accelerator)), accelerator)
+            elapsed = time.perf_counter() - start
         shapes = [(frames, *x.shape[1:]) for x in trial]
-        found.append((shapes, progress(job, shapes)))
-        size, done = sum(frames * x[0].nbytes for x in trial) / 1e9, found[-1][1]
-        gb, needed = gb + size, needed + (0 if done else size)  # a build cut short keeps its space
-        seconds += once * (frames - done)
-    text = ", ".join(f"{job.name} of {job.camera}" for job in work)
-    text = f"features of {frames} frames ({text}) take {gb:.2f} GB"
-    free = (
-        shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-        / 1e9
-    )
-    if gb > max_gb:
+        done = extraction.frames_done(shapes)
+        size = sum(frames * x[0].nbytes for x in trial)
+        total += size
+        if not done:  # an interrupted build keeps its space
+            needed += size
+        seconds += elapsed / len(trial[0]) * (frames - done)
+        lacking.append((extraction, shapes, done))
+    names = ", ".join(f"{extraction.name} of {extraction.camera}" for extraction in extractions)
+    text = f"features of {frames} frames ({names}) take {total / 1e9:.2f} GB"
+    if total > max_gb * 1e9:
         raise DataError(f"{text}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"{folder}: {text}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
+            f"{folder}: {text}, but {free / 1e9:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
         )
-    if found:
-        past = sum(done for _, done in found)
-        again = f", going on after {past} of {frames * len(found)}" if past else ""
-        print(
-            f"{text}: about {duration(seconds)} on {accelerator.device}{again}, once, into {folder}",
-            flush=True,
-        )
-    return found
+    if lacking:
+        past = sum(done for _, _, done in lacking)
+        resumed = f", going on after {past} of {frames * len(lacking)}" if past else ""
+        text += f": about {duration(seconds)} on {accelerator.device}{resumed}, once"
+        print(f"{text}, into {folder}", flush=True)
+    return lacking
 
 
-def progress(job: Job, shapes) -> int:
-    """The frames that a build which was cut short has left, 0 if there are none to go on with."""
-    with suppress(OSError, ValueError, EOFError):  # not there, or not whole
-        done = int(job.note.read_text())
-        if (
-            0 <= done <= len(job.pictures)
-            and [np.load(x, mmap_mode="r").shape for x in job.unfinished] == shapes
-        ):
-            return done
-    return 0
+def remove_leftovers(folder: Path, missing: list[Extraction]) -> None:
+    """Remove leftovers of interrupted builds, unless this or another process goes on with them."""
+    resumed = {extraction.progress.stem for extraction in missing}
+    for path in list(folder.iterdir()):
+        stem = path.name.partition(".")[0]
+        if path.suffix in (".tmp", ".rows", ".new") and stem not in resumed:
+            lock = FileLock(folder / f"{stem}.lock")
+            with suppress(Timeout), lock.acquire(blocking=False):
+                path.unlink(missing_ok=True)
 
 
-def clear(folder: Path, missing: list[Job]):
-    """Remove what builds that were cut short have left, but for those that go on, here or in another process."""
-    going_on = {job.note.stem for job in missing}
-    for left in [path for path in folder.iterdir() if path.suffix in (".tmp", ".rows", ".new")]:
-        stem = left.name.partition(".")[0]
-        if stem not in going_on:
-            with (folder / f"{stem}.lock").open("w") as lock, suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink(missing_ok=True)
-
-
-def fill(job: Job, shapes, done: int, accelerator, bar):
-    """Frames from `done` on, into `*.tmp`, with the frames done in `*.rows`; renamed when whole."""
-    size, marked, maps = batch_size(accelerator), time.monotonic(), []
-
-    def leave_nothing():
-        for path in (job.note, *job.unfinished):
-            path.unlink(missing_ok=True)
-
-    def mark():
-        for array in maps:
-            array.flush()
-        job.note.with_suffix(".new").write_text(str(done))
-        job.note.with_suffix(".new").replace(job.note)
-
+def extract(extraction: Extraction, shapes: list[tuple], done: int, accelerator, bar) -> None:
+    """Compute frames from `done` on into `*.tmp`, their count into `*.rows`; rename when whole."""
+    size = batch_size(accelerator)
+    saved = time.monotonic()
+    arrays = []
     try:
         if done:
-            maps = [np.load(path, mmap_mode="r+") for path in job.unfinished]
+            arrays = [np.load(path, mmap_mode="r+") for path in extraction.unfinished]
         else:
-            leave_nothing()
-            maps = [
-                reserve(path, shape, DTYPE)
-                for path, shape in zip(job.unfinished, shapes, strict=True)
-            ]
-        while done < len(job.pictures):
-            made = features_of(job, slice(done, done + size), accelerator)
-            if not all(np.isfinite(x).all() for x in made):
-                where = f"of camera '{job.camera}' from frame {done} on"
+            extraction.remove_unfinished()
+            files = zip(extraction.unfinished, shapes, strict=True)
+            arrays = [reserve(path, shape, DTYPE) for path, shape in files]
+        while done < len(extraction.pictures):
+            features = compute_features(extraction, slice(done, done + size), accelerator)
+            if not all(np.isfinite(x).all() for x in features):
                 raise UserError(
-                    f"'{job.name}' makes {where} what float16 cannot hold: set data.cache: frames"
+                    f"'{extraction.name}' makes of camera '{extraction.camera}' from frame {done} "
+                    "on what float16 cannot hold: set data.cache: frames"
                 )
-            for array, x in zip(maps, made, strict=True):
+            for array, x in zip(arrays, features, strict=True):
                 array[done : done + size] = x
-            done += len(made[0])
-            bar.update(len(made[0]))
-            if time.monotonic() - marked >= MARK:
-                mark()
-                marked = time.monotonic()
-    except UserError:  # no space, or no hope: nothing to go on with
-        leave_nothing()
+            count = len(features[0])
+            done += count
+            bar.update(count)
+            if time.monotonic() - saved >= SAVE_PROGRESS:
+                extraction.save_progress(arrays, done)
+                saved = time.monotonic()
+    except UserError:  # the disk is full, or values do not fit: nothing to go on with
+        extraction.remove_unfinished()
         raise
     except BaseException:  # Ctrl-C, too
-        mark()
+        extraction.save_progress(arrays, done)
         raise
-    mark()
-    for old, path in zip(job.unfinished, job.files, strict=True):
-        old.rename(path)
-    job.note.unlink()
+    extraction.save_progress(arrays, done)
+    for unfinished, path in zip(extraction.unfinished, extraction.files, strict=True):
+        unfinished.rename(path)
+    extraction.progress.unlink()
 
 
 def batch_size(accelerator) -> int:
@@ -343,6 +350,6 @@ def batch_size(accelerator) -> int:
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 0.1):.1f} minutes"
-    )
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{max(seconds / 60, 0.1):.1f} minutes"

@@ -1,4 +1,4 @@
-"""Statistics of state and action, and the way to and from normalised units."""
+"""Statistics of state and action, and the conversion to and from normalised units."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def statistics(state: np.ndarray, action: np.ndarray) -> dict[str, Tensor]:
-    """state_mean, state_std, ..., action_q99: (dim,) over rows (N, dim); warns of constant dimensions."""
+    """state_mean, ..., action_q99: (dim,) over rows (N, dim); warns of constant dimensions."""
     stats = {}
     for name, x in (("state", state), ("action", action)):
         x = x.astype(np.float64)
@@ -19,16 +19,18 @@ def statistics(state: np.ndarray, action: np.ndarray) -> dict[str, Tensor]:
             "q01": q01,
             "q99": q99,
         }
-        stats |= {f"{name}_{key}": torch.from_numpy(value).float() for key, value in values.items()}
-        if constant := np.flatnonzero(values["max"] == values["min"]).tolist():
+        for key, value in values.items():
+            stats[f"{name}_{key}"] = torch.from_numpy(value).float()
+        constant = np.flatnonzero(values["max"] == values["min"]).tolist()
+        if constant:
             print(f"warning: {name} dimensions {constant} are constant over the training episodes")
     return stats
 
 
 class Normalizer(nn.Module):
-    """Per-dimension statistics of state and action, and the way to and from normalised units.
+    """Converts states and actions to normalised units and back. Saved as dataset_stats.safetensors.
 
-    mean_std: (x - mean) / max(std, 0.01); quantile: [q01, q99] -> [-1, 1]. Saved as dataset_stats.safetensors.
+    mode mean_std: (x - mean) / max(std, 0.01); quantile: [q01, q99] -> [-1, 1].
     """
 
     FLOOR = 1e-2  # in raw units: a joint that hardly moves is not blown up to unit variance
@@ -40,11 +42,16 @@ class Normalizer(nn.Module):
             self.register_buffer(key, value)
 
     def affine(self, name: str) -> tuple[Tensor, Tensor]:
-        """Offset and scale (dim,) of normalised units."""
+        """Offset and scale (dim,) of normalised units; name: state or action."""
         if self.mode == "quantile":
-            low, high = getattr(self, f"{name}_q01"), getattr(self, f"{name}_q99")
-            return (low + high) / 2, ((high - low) / 2).clamp(min=self.FLOOR)
-        return getattr(self, f"{name}_mean"), getattr(self, f"{name}_std").clamp(min=self.FLOOR)
+            low = getattr(self, f"{name}_q01")
+            high = getattr(self, f"{name}_q99")
+            offset = (low + high) / 2
+            scale = (high - low) / 2
+        else:
+            offset = getattr(self, f"{name}_mean")
+            scale = getattr(self, f"{name}_std")
+        return offset, scale.clamp(min=self.FLOOR)
 
     def normalize(self, name: str, x: Tensor) -> Tensor:
         """name: state or action; x (..., dim) in the dataset's units."""
@@ -52,7 +59,9 @@ class Normalizer(nn.Module):
         return (x - offset) / scale
 
     def denormalize(self, name: str, x: Tensor) -> Tensor:
-        """The inverse, after a clip to +-5 or, where that is wider, to the range of the training data."""
+        """The inverse, after a clip to +-5 or, if wider, to the range of the training data."""
+        low = self.normalize(name, getattr(self, f"{name}_min"))
+        high = self.normalize(name, getattr(self, f"{name}_max"))
+        clipped = torch.clamp(x, low.clamp(max=-5), high.clamp(min=5))
         offset, scale = self.affine(name)
-        low, high = (self.normalize(name, getattr(self, f"{name}_{end}")) for end in ("min", "max"))
-        return torch.clamp(x, low.clamp(max=-5), high.clamp(min=5)) * scale + offset
+        return clipped * scale + offset

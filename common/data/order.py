@@ -1,4 +1,8 @@
-"""The order of samples: a function of (seed, epoch) alone, shared out over processes and micro-steps."""
+"""The order of training samples: a function of (seed, epoch), shared out over processes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -6,78 +10,84 @@ from common.config import ConfigError
 from common.noise import seed_of
 
 
+@dataclass
 class Order:
-    """(epoch, offset after the step, rows) of each micro-batch of one process, from a position on and without end.
+    """Yields (epoch, offset after the step, rows) for each micro-batch of one process, without end.
 
-    Epoch e is a permutation drawn from (seed, e); every `batch_size` rows of it are one optimizer step, an incomplete
-    rest is dropped; micro-steps and then processes take equal consecutive shares. With `groups` (state of each row,
-    size) it is a permutation of groups of rows with similar states.
+    Epoch e is a permutation of `rows` drawn from (seed, e). Every `batch_size` rows of it are one
+    optimizer step; an incomplete rest is dropped. Micro-steps, and within them processes, take
+    equal consecutive shares of a step. Iteration begins at row `offset` of `epoch`. Raises
+    ConfigError if the sizes do not fit.
     """
 
-    def __init__(
-        self, rows, batch_size, micro_steps, rank, world, seed, epoch, offset, groups=None
-    ):
-        if batch_size % (micro_steps * world):
-            raise ConfigError(
-                f"data.batch_size {batch_size} must be a multiple of micro_steps x processes = {micro_steps} x {world}"
-            )
-        if len(rows) < batch_size:
-            raise ConfigError(
-                f"data.batch_size {batch_size} is more than the {len(rows)} training samples"
-            )
-        share = batch_size // (micro_steps * world)
-        if groups and share % groups[1]:
-            raise ConfigError(
-                f"data.neighbours {groups[1]}: micro-batches of {share} are not whole groups of it"
-            )
-        self.rows, self.batch_size, self.micro_steps, self.seed = (
-            rows,
-            batch_size,
-            micro_steps,
-            seed,
-        )
-        self.rank, self.world, self.epoch, self.offset, self.groups = (
-            rank,
-            world,
-            epoch,
-            offset,
-            groups,
-        )
+    rows: np.ndarray
+    batch_size: int
+    micro_steps: int
+    rank: int
+    world: int
+    seed: int
+    epoch: int
+    offset: int
+    # State (rows of the dataset, D) and group size: groups of similar rows are permuted.
+    groups: tuple[np.ndarray, int] | None = None
 
-    def __iter__(self):
-        epoch, offset, share = (
-            self.epoch,
-            self.offset,
-            self.batch_size // (self.micro_steps * self.world),
-        )
-        while True:
-            random = np.random.default_rng(seed_of("order", self.seed, epoch))
-            order = random.permutation(self.rows)
-            if self.groups:
-                state, size = self.groups
-                order = order[similar(state[order], size, random)]
-            while offset + self.batch_size <= len(order):
+    def __post_init__(self):
+        shares = self.micro_steps * self.world
+        self.share = self.batch_size // shares
+        if self.batch_size % shares:
+            raise ConfigError(
+                f"data.batch_size {self.batch_size} must be a multiple of micro_steps x processes "
+                f"= {self.micro_steps} x {self.world}"
+            )
+        if len(self.rows) < self.batch_size:
+            raise ConfigError(
+                f"data.batch_size {self.batch_size} is more than the {len(self.rows)} training "
+                "samples"
+            )
+        if self.groups and self.share % self.groups[1]:
+            raise ConfigError(
+                f"data.neighbours {self.groups[1]}: micro-batches of {self.share} are not whole "
+                "groups of it"
+            )
+
+    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        offset = self.offset
+        for epoch in count(self.epoch):
+            rows = self.permutation(epoch)
+            for step in range(offset, len(rows) - self.batch_size + 1, self.batch_size):
                 for micro in range(self.micro_steps):
-                    start = offset + (micro * self.world + self.rank) * share
-                    yield epoch, offset + self.batch_size, order[start : start + share]
-                offset += self.batch_size
-            epoch, offset = epoch + 1, 0
+                    start = step + (micro * self.world + self.rank) * self.share
+                    yield epoch, step + self.batch_size, rows[start : start + self.share]
+            offset = 0
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """All rows in the order of one epoch."""
+        rng = np.random.default_rng(seed_of("order", self.seed, epoch))
+        rows = rng.permutation(self.rows)
+        if self.groups:
+            state, size = self.groups
+            rows = rows[group_similar(state[rows], size, rng)]
+        return rows
 
 
-def similar(x: np.ndarray, size: int, random) -> np.ndarray:
-    """Permutation of the rows of x (N, D) in which each `size` in a row are close to each other.
+def group_similar(x: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Permutation of the rows of x (N, D) in which each `size` consecutive rows are similar.
 
-    Halves of a half of a half along the axis of largest (randomly scaled) spread, then shuffled; each draw differs.
+    Rows are halved again and again along the axis of largest (randomly scaled) spread; the groups
+    are then shuffled. Each draw differs.
     """
-    order = random.permutation(len(x))
-    rest, parts, groups = order[: len(x) % size], [order[len(x) % size :]], []
+    order = rng.permutation(len(x))
+    rest, whole = np.split(order, [len(x) % size])
+    parts = [whole]
+    groups = []
     while parts:
         part = parts.pop()
         if len(part) <= size:
             groups.append(part)
             continue
-        axis = np.argmax(np.ptp(x[part], axis=0) * random.uniform(0.5, 1, x.shape[1]))
+        axis = np.argmax(np.ptp(x[part], axis=0) * rng.uniform(0.5, 1, x.shape[1]))
         part = part[np.argsort(x[part, axis], kind="stable")]
         middle = len(part) // size // 2 * size
         parts += [part[:middle], part[middle:]]
-    return np.concatenate([*(groups[i] for i in random.permutation(len(groups))), rest])
+    shuffled = [groups[i] for i in rng.permutation(len(groups))]
+    return np.concatenate([*shuffled, rest])
