@@ -489,10 +489,9 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
 
 
 def test_a_run_of_train_mi_draws_no_actions(module_experiment, monkeypatch):
-    exp = module_experiment("train_mi")
-    monkeypatch.setattr(train_mi.information, "look_over", lambda *_: None)
     monkeypatch.setattr(train_mi, "scored", lambda job: 0)
-    exp.main("train.total_steps=1")
+    exp = module_experiment("train_mi")
+    exp.main("train.total_steps=1", "scoring={k: [1], window: 0}")
     with pytest.raises(UserError, match=r"draws no actions: python train_mi.py --score"):
         Robot.open(exp.save_dir)
 
