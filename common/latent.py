@@ -132,4 +132,6 @@ class CodePolicy(ActionPolicy):
         noise = None
         if kmeans or revive:
             noise = Noise("revive", job.cfg.seed, job.step, device=job.device)
-        self.codebook.after_step(noise, job.optimizers, job.average, kmeans)
+        moved = self.codebook.after_step(noise, kmeans)
+        if moved is not None:
+            optim.reset_rows(job.optimizers, job.average, self.codebook.codes, moved)

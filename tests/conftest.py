@@ -198,6 +198,8 @@ class Experiment:
         }
         if "vqvae_codebook" in POLICIES[script]:
             self.config["loss"] = {"revive_every": 2}
+        if script == "train_cfg_vqvae:point":
+            self.config["loss"]["label_smoothing"] = 0.0
         self.write()
 
     def write(self):

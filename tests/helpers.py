@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+import time
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,14 @@ def environment():
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def wait_for_step(exp, step, seconds=240):
+    """Wait until a run in another process has logged so many steps; the limit is for hangs."""
+    until = time.time() + seconds
+    while not (exp.save_dir / "log.jsonl").is_file() or len(exp.log()) < step:
+        assert time.time() < until, "the run does not get going"
+        time.sleep(0.01)
 
 
 # datasets

@@ -271,13 +271,14 @@ def test_codes_start_at_the_centres_of_what_the_posterior_says(capsys):
     adam = torch.optim.AdamW(book.parameters(), lr=0.0)
     book(z_e, Noise(0)).z.sum().backward()
     adam.step()
-    book.after_step(Noise(1), [adam], NoAverage, kmeans=True)
+    moved = book.after_step(Noise(1), kmeans=True)
+    optim.reset_rows([adam], NoAverage, book.codes, moved)
     assert (torch.cdist(centres, book.codes.detach()).amin(1) < 0.05).all()
     assert not adam.state[book.codes]["exp_avg"].any()
     before = far.codes.detach().clone()
     far(z_e, Noise(0))
     far.usage[:] = 1 / 300  # more codes than there are z_e: they stay as they are
-    far.after_step(Noise(1), [], NoAverage, kmeans=True)
+    assert far.after_step(Noise(1), kmeans=True) is None
     assert torch.equal(far.codes, before)
     assert "300 codes start at random: a batch has only 240 points" in capsys.readouterr().out
 
@@ -304,12 +305,13 @@ def test_which_steps_move_codes_and_which_codes(experiment, monkeypatch):
     exp, calls, moved = experiment("train_cfg_vqvae"), [], []
     after = Codebook.after_step
 
-    def watched(book, noise, optimizers, average, kmeans=False):
+    def watched(book, noise, kmeans=False):
         book.usage[2] = 0.0
         before = book.codes.detach().clone()
-        after(book, noise, optimizers, average, kmeans)
+        rows = after(book, noise, kmeans)
         calls.append((noise is not None, kmeans))
         moved.append((book.codes != before).any(1).tolist())
+        return rows
 
     monkeypatch.setattr(Codebook, "after_step", watched)
     exp.main("loss.revive_every=4", "train.save_every_steps=10")
@@ -445,7 +447,9 @@ def test_a_codebook_with_half_its_codes_far_away_is_rescued():
             adam.step()
             adam.zero_grad()
             due = revived and step % 100 == 0 and step <= 1000
-            book.after_step(Noise("revive", step) if due else None, [adam], NoAverage)
+            moved = book.after_step(Noise("revive", step) if due else None)
+            if moved is not None:
+                optim.reset_rows([adam], NoAverage, book.codes, moved)
         used[revived] = (
             book.usage_scalars()["perplexity"].item(),
             book.usage_scalars()["dead"].item(),

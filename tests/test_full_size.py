@@ -279,8 +279,11 @@ def test_a_hidden_head_camera_hides_its_depth_as_well(tmp_path, demos):
     )
     assert hidden.tolist() == [[True, False, False, True], [False] * 4]
     bridge, moved = policy.parts["info_embedder"].block.bridge, [*visual[:3], visual[3] + 1]
-    inputs = {"cond_semantic": semantic, "visual_mask": hidden}
-    inputs["cond_proprio"] = torch.zeros(2, 3, 5)
+    inputs = {
+        "cond_proprio": torch.zeros(2, 3, 5),
+        "cond_semantic": semantic,
+        "visual_mask": hidden,
+    }
     before, after = (bridge(cond_visual=x, **inputs) for x in (visual, moved))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False]
 

@@ -202,13 +202,15 @@ def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
     for step in range(1, 250):
         book(z_e, Noise(step)).z.sum().backward()
         adam.step()
-        book.after_step(None, [adam], average)
+        book.after_step(None)
     torch.testing.assert_close(book.usage[1:], torch.full((3,), 0.99**249 / 4))
     torch.testing.assert_close(book.usage.sum(), torch.tensor(1.0))
     moments = adam.state[book.codes]
     moments["exp_avg"] += 1
     book(z_e, Noise(0))
-    book.after_step(Noise("revive"), [adam], average)
+    moved = book.after_step(Noise("revive"))
+    assert moved.tolist() == [1, 2, 3]
+    optim.reset_rows([adam], average, book.codes, moved)
     assert book.codes[0].tolist() == [0, 0]
     distance = torch.cdist(book.codes[1:].detach(), z_e[:, 0]).amin(1)
     assert (distance < 0.1).all()
@@ -218,7 +220,7 @@ def test_unused_codes_move_to_where_they_are_needed_and_are_forgotten():
     assert torch.equal(average.weights()["codes"], book.codes)
     before = book.codes.detach().clone()
     book(z_e, Noise(0))
-    book.after_step(Noise("revive"), [adam], average)
+    assert book.after_step(Noise("revive")) is None
     assert torch.equal(book.codes, before)  # they get time to be found
     assert book.seen == []
 
@@ -234,7 +236,7 @@ def test_codes_move_in_proportion_to_the_squared_error():
         book.codes.data = torch.tensor([[0.0], [1000.0], [2000.0]])
         book.usage[:] = torch.tensor([1.0, 0.0, 0.0])
         book(z_e, Noise(0))
-        book.after_step(Noise(seed), [], NoAverage)
+        book.after_step(Noise(seed))
         for code in book.codes[1:, 0].tolist():
             hits[[1, 2, -3].index(round(code))] += 1
     for count, share in zip(hits, (1 / 14, 4 / 14, 9 / 14), strict=True):
@@ -246,7 +248,7 @@ def test_a_frozen_codebook_stays_where_it_is():
     book.usage[:] = torch.tensor([1.0, 0, 0, 0])
     before, z_e = book.codes.clone(), torch.randn(8, 1, 2, requires_grad=True)
     book(z_e, Noise(0)).z.sum().backward()
-    book.after_step(Noise(0), [], NoAverage)
+    assert book.after_step(Noise(0)) is None
     assert torch.equal(book.codes, before)
     assert z_e.grad.any()
 
@@ -256,7 +258,7 @@ def test_perplexity_counts_codes_in_use():
     book.codes.data = torch.tensor([[0.0], [1.0], [2.0], [30.0]])
     for step in range(1500):
         book(torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None, None], Noise(step))
-        book.after_step(None, [], NoAverage)
+        book.after_step(None)
     assert book.usage_scalars()["perplexity"] == pytest.approx(2**1.5, rel=1e-3)
 
 

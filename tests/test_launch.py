@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TWO, assert_same_run, environment, steps_of
+from helpers import TWO, assert_same_run, environment, steps_of, wait_for_step
 from safetensors.torch import load_file
-from test_run import wait_for_step
 
 from common import checkpoint, information
 

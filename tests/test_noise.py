@@ -48,5 +48,6 @@ def test_hashed_numbers_are_uniform_and_depend_on_seed_index_and_column():
     assert numbers.max() < 1
     np.testing.assert_allclose(numbers.mean(0), 0.5, atol=0.02)
     assert abs(np.corrcoef(numbers.T)[np.triu_indices(4, 1)]).max() < 0.05
+    assert len(np.unique(numbers)) > 0.99 * numbers.size  # of 24 bits: few are equal by chance
     np.testing.assert_array_equal(hashed_uniform(3, rows[7:9], 4), numbers[7:9])
     assert not (hashed_uniform(4, rows, 4) == numbers).any(1).all()

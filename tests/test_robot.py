@@ -268,6 +268,18 @@ def test_a_chunk_from_the_thread_acts_from_its_tick():
     assert [plan["tick"] for plan in policy.seen] == [0, 4, 8]
 
 
+def test_a_chunk_that_is_there_at_its_tick_is_not_late():
+    policy = ScriptedPolicy()
+    robot = robot_of(policy, replan_steps=4, delay=2)
+    drive(robot, range(4))
+    policy.released.clear()
+    assert drive(robot, [4, 5]) == [4, 5]  # being planned all the while
+    policy.released.set()
+    ready(robot)
+    assert drive(robot, [6]) == [402]
+    assert robot.latency().missed == 0
+
+
 def test_while_a_chunk_is_late_the_running_one_goes_on():
     policy = ScriptedPolicy()
     robot = robot_of(policy, {"action_horizon": 9}, replan_steps=3, delay=1)
@@ -477,10 +489,9 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
 
 
 def test_a_run_of_train_mi_draws_no_actions(module_experiment, monkeypatch):
-    exp = module_experiment("train_mi")
-    monkeypatch.setattr(train_mi.information, "look_over", lambda *_: None)
     monkeypatch.setattr(train_mi, "scored", lambda job: 0)
-    exp.main("train.total_steps=1")
+    exp = module_experiment("train_mi")
+    exp.main("train.total_steps=1", "scoring={k: [1], window: 0}")
     with pytest.raises(UserError, match=r"draws no actions: python train_mi.py --score"):
         Robot.open(exp.save_dir)
 

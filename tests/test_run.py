@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_run, steps_of
+from helpers import assert_same_run, steps_of, wait_for_step
 from safetensors.torch import load_file
 from torch import nn
 
@@ -269,13 +269,6 @@ def test_exit_codes_of_the_process(experiment):
         newest = checkpoint.newest(exp.save_dir)
         assert json.loads((newest / "meta.json").read_text())["step"] == max(exp.log()) >= 3
         (exp.save_dir / "log.jsonl").unlink()
-
-
-def wait_for_step(exp, step, seconds=30):
-    until = time.time() + seconds
-    while not (exp.save_dir / "log.jsonl").is_file() or len(exp.log()) < step:
-        assert time.time() < until, "the run does not get going"
-        time.sleep(0.01)
 
 
 def test_a_signal_to_the_whole_process_group_saves_as_well(experiment):

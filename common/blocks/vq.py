@@ -1,14 +1,11 @@
 """The codebook of a discrete latent."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from common import optim
 from common.build import block
 from common.distributions import nearest_codes
 from common.losses import nsvq
@@ -65,47 +62,47 @@ class Codebook(nn.Module):
         return self.usage < 0.2 / len(self.codes)
 
     @torch.no_grad()
-    def after_step(
-        self,
-        noise: Noise | None,
-        optimizers: Sequence[Optimizer],
-        average: optim.AveragedWeights,
-        kmeans: bool = False,
-    ) -> None:
-        """Count the codes that the step used; with noise, idle ones move to where the error is.
+    def after_step(self, noise: Noise | None, kmeans: bool = False) -> Tensor | None:
+        """Count the codes that the step used; with noise, move idle ones to where the error is.
 
         They move to z_e of the step, drawn in proportion to their squared distance from their
         codes, as k-means++ draws its centres (Arthur & Vassilvitskii 2007): a code that serves two
         ways of doing the task gets company. With kmeans, all codes become centres of this step's
-        z_e instead. All processes do the same.
+        z_e instead. All processes do the same. Returns the indices of the codes that moved, if any
+        did: averages and an optimizer's moments no longer fit them.
         """
         indices = torch.cat([gather(indices.flatten()) for _, indices in self.seen])
         used = torch.ones_like(indices, dtype=torch.float32)
         counts = torch.zeros_like(self.usage).index_add_(0, indices, used)
         self.usage.lerp_(counts / len(indices), 0.01)
+        moved = None
         if noise is not None and self.codes.requires_grad:
             z_e = torch.cat([gather(z_e.flatten(0, 1)) for z_e, _ in self.seen])
-            idle = self._idle()
-            if kmeans and len(z_e) < len(self.codes):
-                print(
-                    f"notice: {len(self.codes)} codes start at random: "
-                    f"a batch has only {len(z_e)} points for k-means"
-                )
-            elif kmeans:
-                self.codes.copy_(kmeans_centres(z_e, len(self.codes)))
-                optim.reset_rows(optimizers, average, self.codes, slice(None))
-            elif idle.any():
-                rows = idle.nonzero()[:, 0]
-                self.codes[rows] = self._replacements(z_e, indices, len(rows), noise)
-                self.usage[rows] = 1 / len(self.codes)
-                optim.reset_rows(optimizers, average, self.codes, rows)
+            moved = self._kmeans(z_e) if kmeans else self._revive(z_e, indices, noise)
         self.seen.clear()
+        return moved
 
-    def _replacements(self, z_e: Tensor, indices: Tensor, count: int, noise: Noise) -> Tensor:
+    def _kmeans(self, z_e: Tensor) -> Tensor | None:
+        count = len(self.codes)
+        if len(z_e) < count:
+            print(
+                f"notice: {count} codes start at random: "
+                f"a batch has only {len(z_e)} points for k-means"
+            )
+            return None
+        self.codes.copy_(kmeans_centres(z_e, count))
+        return torch.arange(count, device=z_e.device)
+
+    def _revive(self, z_e: Tensor, indices: Tensor, noise: Noise) -> Tensor | None:
+        idle = self._idle().nonzero()[:, 0]
+        if not len(idle):
+            return None
         error = (z_e - self.codes[indices]).square().sum(-1) + 1e-12  # all may be 0
-        drawn = torch.multinomial(error, count, replacement=True, generator=noise.generator)
+        drawn = torch.multinomial(error, len(idle), replacement=True, generator=noise.generator)
         chosen = z_e[drawn]
-        return chosen + 0.01 * noise.normal(*chosen.shape)
+        self.codes[idle] = chosen + 0.01 * noise.normal(*chosen.shape)
+        self.usage[idle] = 1 / len(self.codes)
+        return idle
 
 
 def kmeans_centres(x: Tensor, k: int) -> Tensor:
