@@ -21,14 +21,14 @@ import torch
 from tqdm import tqdm
 
 from common import metrics, plots, run
-from common.checkpoint import find_checkpoint, open_policy, read_meta
+from common.checkpoint import find_checkpoint
 from common.config import UserError, nearest
 from common.data.generated import locate
 from common.data.loader import Data, to_device
 from common.envs.registry import ENVIRONMENTS
 from common.noise import RowNoise
 from common.policy import ActionPolicy
-from common.robot import Robot
+from common.robot import Robot, autocast, open_action_policy
 
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 ENDS = ("success", "is_success")  # keys of info that tell how an episode ended
@@ -423,7 +423,8 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     print(
         f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}"
     )
-    loss = metrics.velocity_loss(policy, data, args.seed)
+    with autocast(args.precision, next(policy.parameters()).device):
+        loss = metrics.velocity_loss(policy, data, args.seed)
     levels = [
         f"{source} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}"
         for source, values in loss.items()
@@ -454,14 +455,15 @@ def predicted_chunks(
     every = data.cfg.action_horizon
     rows = data.windows.rows([episode], data.cfg.first_frames)[::every]
     batch = to_device(data.windows[rows], device)
-    memory = policy.encode(batch)
     recorded = batch["action"]
     draws = []
-    for draw in range(args.samples):
-        key = ("open loop", args.seed, episode, *([draw] if draw else []))
-        noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
-        z = policy.latent(memory, noise)
-        draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z))
+    with autocast(args.precision, device):
+        memory = policy.encode(batch)
+        for draw in range(args.samples):
+            key = ("open loop", args.seed, episode, *([draw] if draw else []))
+            noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
+            z = policy.latent(memory, noise)
+            draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z).float())
     return (
         torch.stack(draws).cpu().numpy(),
         recorded.cpu().numpy(),
@@ -508,22 +510,15 @@ def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    folder = find_checkpoint(args.checkpoint.expanduser())
+    folder = find_checkpoint(args.checkpoint)
     weights = dict(item.partition("=")[::2] for item in args.weights)
-    policy, cfg = open_policy(folder, weights)
-    if not isinstance(policy, ActionPolicy):
-        raise UserError(
-            f"{args.checkpoint}: scores demonstrations, and draws no actions: "
-            f"train_mi.py --score {folder}"
-        )
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    policy, cfg, meta = open_action_policy(folder, weights)
     sampling = set_sampling(policy, args)
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
-    meta = read_meta(folder)
     args.log = folder.parent / "log.jsonl"
     args.precision = meta.get("mixed_precision", "no")
     args.about = {

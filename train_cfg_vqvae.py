@@ -123,18 +123,6 @@ class Policy(CodePolicy):
         dropped = noise.uniform(len(z), 1, 1) < (self.weights.cond_drop_prob if on else 0.0)
         return torch.where(dropped, self.codebook.null, z)
 
-    def check(self, batch):
-        super().check(batch)
-        posterior = self.parts["vqvae_posterior"](
-            **self.encode(batch).latent_inputs, action=batch["action"]
-        )
-        tokens = posterior.size[0]
-        if self.codebook.null_tokens not in (0, tokens):
-            raise ConfigError(
-                f"vqvae_codebook has null_tokens: {self.codebook.null_tokens}, the posterior has "
-                f"{tokens} tokens: make them equal"
-            )
-
     def draw(self, prior, noise):
         if isinstance(prior, Codes):
             return prior.sample(noise, self.codebook.codes, self.sampling.temperature)

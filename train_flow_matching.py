@@ -18,7 +18,7 @@ from common.policy import ActionPolicy
 
 @dataclass
 class Loss(schema.FlowLoss):
-    camera_dropout: float = key(0.0, "probability that a sample loses a camera", low=0, high=1)
+    """Keys of `loss`: those that all flow-matching policies share."""
 
 
 @dataclass

@@ -104,10 +104,11 @@ class Policy(ActionPolicy):
         return kl_weight * kl_loss + prior_loss, {"kl": kl, "prior": prior_loss}
 
     def check(self, batch):
+        super().check(batch)
         memory = self.encode(batch)
         x1 = self.stats.normalize("action", batch["action"])
         prior = self.parts["vae_prior"](**memory.latent_inputs)
-        check_fit(self.parts["vae_posterior"](**memory.latent_inputs, action=x1), prior)
+        check_fit("vae", self.parts["vae_posterior"](**memory.latent_inputs, action=x1), prior)
         if self.weights.balance is not None and not isinstance(prior, Gaussian):
             raise ConfigError(
                 "loss.balance: shares the KL between posterior and a Gaussian prior; "

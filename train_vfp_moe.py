@@ -74,20 +74,31 @@ class Policy(CodePolicy):
         super().__init__(parts, stats, cfg)
         self.sampling = cfg.sampling
         parts.require("gate")
-        self.experts = parts["gate"].block.experts
-        built = parts["moe_action_decoder"].block.experts
-        if self.experts != built:
-            raise ConfigError(
-                f"gate has experts: {self.experts}, moe_action_decoder has experts: {built}; "
-                "make them equal"
-            )
+        self.experts = parts.only_block("gate").experts
         self.check_experts("loss.top_k", cfg.loss.top_k)
+        if cfg.loss.sigma is not None and cfg.loss.top_k == 1:
+            raise ConfigError(
+                "loss.sigma: weighs several experts, and loss.top_k is 1: set it to null"
+            )
         self.check_sampling()
         self.code_logits = None  # the gate's answer to each code, made once when acting
 
     def check_experts(self, key, asked):
         if asked > self.experts:
             raise ConfigError(f"{key}: {asked} experts asked for, there are {self.experts}")
+
+    def check(self, batch):
+        super().check(batch)
+        built = self.parts.only_block("moe_action_decoder").experts
+        if self.experts != built:
+            raise ConfigError(
+                f"gate has experts: {self.experts}, moe_action_decoder has experts: {built}; "
+                "make them equal"
+            )
+        memory = self.encode(batch)
+        tokens, _ = self.parts["vqvae_prior"](**memory.latent_inputs).size
+        if tokens != 1:
+            raise ConfigError(f"vqvae_prior draws {tokens} codes; a gate reads a single one")
 
     def check_sampling(self):
         self.check_experts("sampling.experts", self.sampling.experts)

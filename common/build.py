@@ -11,6 +11,7 @@ import inspect
 import os
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,14 +48,17 @@ def block(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def import_plugins(names: Iterable[str], source: Yaml | None = None) -> None:
+def import_plugins(names: Iterable[str]) -> None:
     """Import the modules that `plugins:` of train.yaml names, which register their blocks."""
-    for i, name in enumerate(names):
+    for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as e:
-            message = f"cannot import plugin '{name}': {e}; is its folder on PYTHONPATH?"
-            raise source.error(("plugins", i), message) if source else ConfigError(message) from e
+        except ModuleNotFoundError as e:
+            if not name.startswith(str(e.name)):
+                raise  # the plugin was found, and misses a module itself
+            raise ConfigError(
+                f"plugins: cannot import '{name}': {e}; is its folder on PYTHONPATH?"
+            ) from e
 
 
 @functools.cache
@@ -100,8 +104,8 @@ class GraphModel(nn.Module):
     def forward(self, *args, **inputs) -> Any:
         """The component's result: a value, a tuple or a dict, as `return:` says.
 
-        In the long form inputs go by name. A context that only passes inputs through is opened, and
-        an input of None that the graph does not declare is left out.
+        In the long form inputs go by name. A context that only passes inputs through is opened. An
+        input that is None may be undeclared, and a declared one that is not given is None.
         """
         if self._inputs is None:
             return self.block(*args, **inputs)
@@ -109,10 +113,13 @@ class GraphModel(nn.Module):
             raise TypeError(f"inputs go by name: {', '.join(self._inputs)}")
         if "context" not in self._inputs:
             inputs |= inputs.pop("context", {})
-        values = {k: v for k, v in inputs.items() if v is not None or k in self._inputs}
-        if values.keys() != set(self._inputs):
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if not given.keys() <= set(self._inputs):
             expected = ", ".join(self._inputs) or "none"
-            raise TypeError(f"expected the inputs {expected}; found {', '.join(values) or 'none'}")
+            raise ConfigError(
+                f"its inputs are {expected}; it is given {', '.join(given) or 'none'}"
+            )
+        values = {name: given.get(name) for name in self._inputs}
         for step in self._steps:
             self._call(step, values)
         result = _fill(self._result, values.__getitem__)
@@ -211,6 +218,12 @@ class _Checked:
                 inputs = [inputs]
             self.add(name, entry, here, inputs)
         self.result = self.references(self.source.data["return"], ("return",))
+        owners = [name for name, (maker, *_) in self.makers.items() if hasattr(maker, "context")]
+        if owners and "context" not in inputs:
+            message = f"block '{owners[0]}' computes a context: declare `context`, and pass it on"
+            raise self.error(("inputs",), message)
+        if len(owners) > 1:
+            raise self.error(("blocks", owners[1]), f"'{owners[0]}' computes the context already")
         for step in self.steps:
             if not self.used.intersection(self.results[step.name]):
                 raise self.error(
@@ -374,8 +387,14 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
     for name, (maker, args, here) in checked.makers.items():
         try:
             made = maker(**args) if isinstance(maker, type) else functools.partial(maker, **args)
-        except (TypeError, ValueError, AssertionError) as e:
-            raise checked.error(here, f"{maker.__name__} refuses its arguments: {e}") from e
+        except Exception as e:
+            # A plugin refuses an argument by ValueError; anything else is a mistake in its code.
+            ours = maker.__module__.split(".")[0] in ("common", "torch")
+            problem = checked.error(here, f"{maker.__name__} refuses its arguments: {e}")
+            if ours or isinstance(e, ValueError):
+                raise problem from e
+            print(problem, file=sys.stderr)
+            raise
         setattr(model, name, made)
     return model
 

@@ -191,6 +191,10 @@ RENAMED = {  # keys of earlier versions
     "loss.smoothing": "loss.label_smoothing",
     "loss.kl_ramp": "loss.kl_warmup",
 }
+MOVED = {  # keys of `loss` that the first version's train_vfp.py had, too
+    "train_vfp_moe.py": ("top_k", "sigma", "load_balance", "router_z"),
+    "train_cfg_vqvae.py or train_vfp_moe.py": ("commitment", "posterior_ema", "revive_every"),
+}
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -271,6 +275,9 @@ class Reader:
         now = RENAMED.get(".".join(map(str, keys)), "")
         if now.rpartition(".")[2] in known:
             return self.error(keys, f"is called {now} now")
+        for script, names in MOVED.items():
+            if keys[0] == "loss" and keys[-1] in names:
+                return self.error(keys, f"is a key of {script} now")
         return self.error(keys, f"unknown key{suggest(keys[-1], known)}")
 
     def _check_bounds(self, value, keys, meaning, low=None, high=None, size=None):

@@ -204,8 +204,11 @@ def nearest_codes(z: Tensor, codes: Tensor) -> Tensor:
     return torch.cdist(z.detach().float(), codes.detach()).argmin(-1)
 
 
-def check_fit(posterior: Any, prior: Any, codes: Tensor | None = None) -> None:
-    """Raise ConfigError where posterior, prior and the codes (K, D) of a codebook do not fit."""
+def check_fit(kind: str, posterior: Any, prior: Any, codes: Tensor | None = None) -> None:
+    """Raise ConfigError where posterior, prior and the codes (K, D) of a codebook do not fit.
+
+    kind: what the names of these components begin with, vae or vqvae.
+    """
     if codes is None:
         allowed = {"posterior": {Gaussian}, "prior": {Gaussian, LatentFlow, Point}}
     else:
@@ -215,13 +218,19 @@ def check_fit(posterior: Any, prior: Any, codes: Tensor | None = None) -> None:
             heads = " or ".join(NAMES[kind] for kind in NAMES if kind in allowed[role])
             beside = "without a codebook" if codes is None else "with a codebook"
             raise ConfigError(
-                f"the {role}'s head is {NAMES.get(type(given))}; {beside} it must be {heads}"
+                f"{kind}_{role} has head: {NAMES.get(type(given))}; {beside} it must be {heads}"
             )
     tokens, dims = posterior.size
     expected = (tokens, dims) if codes is None or isinstance(prior, Point) else (tokens, len(codes))
     if prior.size != expected:
+        unit = "codes" if isinstance(prior, Codes) else "numbers"
         raise ConfigError(
-            f"the prior has (tokens, size) {prior.size}; posterior and codebook need {expected}"
+            f"{kind}_prior draws {prior.size[0]} tokens of {prior.size[1]} {unit}; "
+            f"{kind}_posterior{'' if codes is None else f' and {kind}_codebook'} need "
+            f"{expected[0]} of {expected[1]}"
         )
     if codes is not None and codes.shape[1] != dims:
-        raise ConfigError(f"the posterior's latent_dim is {dims}, the codebook's {codes.shape[1]}")
+        raise ConfigError(
+            f"{kind}_posterior has latent_dim: {dims}, {kind}_codebook has latent_dim: "
+            f"{codes.shape[1]}; make them equal"
+        )

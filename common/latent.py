@@ -32,7 +32,7 @@ class CodeLoss(schema.FlowLoss):
     kmeans_start: bool = key(True, "codes start at the k-means centres of the first batch")
     revive_every: int = key(100, "steps between checks for codes that are hardly used", low=1)
     revive_until: float = key(
-        0.6, "share of the run in which such codes move to where they are needed"
+        0.6, "share of the run in which such codes move to where they are needed", low=0, high=1
     )
     sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks of prior samples; null: none")
 
@@ -60,6 +60,7 @@ class CodePolicy(ActionPolicy):
     def __init__(self, parts: Parts, stats: Normalizer, cfg: Any):
         super().__init__(parts, stats, cfg)
         parts.require("vqvae_posterior", "vqvae_codebook", "vqvae_prior")
+        self.codebook: Codebook = parts.only_block("vqvae_codebook")
         self.slow_posterior = None
         if self.weights.posterior_ema is not None:
             self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")
@@ -70,20 +71,23 @@ class CodePolicy(ActionPolicy):
             self.slow_posterior.eval()
         return self
 
-    @property
-    def codebook(self) -> Codebook:
-        return self.parts["vqvae_codebook"].block
-
     def check(self, batch: dict[str, Any]) -> None:
+        super().check(batch)
         memory = self.encode(batch)
         x1 = self.stats.normalize("action", batch["action"])
         posterior = self.parts["vqvae_posterior"](**memory.latent_inputs, action=x1)
         prior = self.parts["vqvae_prior"](**memory.latent_inputs)
-        check_fit(posterior, prior, self.codebook.codes)
+        check_fit("vqvae", posterior, prior, self.codebook.codes)
+        tokens, _ = posterior.size
+        if self.codebook.null_tokens not in (0, tokens):
+            raise ConfigError(
+                f"vqvae_codebook has null_tokens: {self.codebook.null_tokens}, vqvae_posterior has "
+                f"tokens: {tokens}; make them equal"
+            )
         if self.weights.label_smoothing and not isinstance(prior, Codes):
             raise ConfigError(
                 f"loss.label_smoothing: {self.weights.label_smoothing} smooths the targets of a "
-                "prior over codes, and this prior's head is point: set it to 0"
+                "prior over codes, and the head of vqvae_prior is point: set it to 0"
             )
 
     def code_chunks(self, memory: Memory, x1: Tensor, noise: Noise) -> Coded:

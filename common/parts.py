@@ -61,6 +61,14 @@ class Parts(nn.ModuleDict):
                 f"listed: {', '.join(self) or 'none'}"
             )
 
+    def only_block(self, name: str) -> Any:
+        """The block of a component in the short form, for what only it has. Raises ConfigError."""
+        if not hasattr(self[name], "block"):
+            raise ConfigError(
+                f"{name}: this policy needs a single block here, not a graph of blocks"
+            )
+        return self[name].block
+
     def encode_cameras(
         self, obs: dict[str, Tensor], cameras: Sequence[str]
     ) -> tuple[list[Tensor], list[Tensor]]:

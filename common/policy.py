@@ -66,7 +66,13 @@ class ActionPolicy(nn.Module):
         raise NotImplementedError
 
     def check(self, batch: dict[str, Any]) -> None:
-        """Raise ConfigError if components do not fit each other. Called once, before training."""
+        """Raise ConfigError where components or keys do not fit. Called once, before training."""
+        dropout = self.weights.camera_dropout
+        if dropout and len(self.cameras) < 2:
+            raise ConfigError(
+                f"loss.camera_dropout: {dropout} hides one of several cameras, and data.cameras "
+                f"has {len(self.cameras)}: set it to 0"
+            )
 
     def check_sampling(self) -> None:
         """Raise ConfigError where `sampling` asks for something that the components lack."""

@@ -8,13 +8,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import nn
 
-from common.config import ConfigError, UserError, Yaml, to_dict
+from common.config import SCRIPTS, ConfigError, UserError, Yaml, to_dict
 from common.data.loader import to_device
 from common.noise import Noise
 from common.policy import ActionPolicy
@@ -33,7 +33,7 @@ OUT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory"
 
 
 def preflight(job: "Run", policy: nn.Module) -> None:
-    """Run two samples through the policy before training starts.
+    """Run two samples through the policy, in training and acting, before training starts.
 
     Raises ConfigError if a component does not fit or is not used; see `explained` for other
     exceptions.
@@ -46,6 +46,8 @@ def preflight(job: "Run", policy: nn.Module) -> None:
         if isinstance(policy, ActionPolicy):
             policy.check(batch)
         loss, _ = policy(batch)
+        if isinstance(policy, ActionPolicy):
+            act_once(policy, batch)
     used = parameters_of(loss)
     for name in policy.parts.trainable():
         trained = {k: p for k, p in policy.parts[name].named_parameters() if p.requires_grad}
@@ -59,6 +61,17 @@ def preflight(job: "Run", policy: nn.Module) -> None:
                 f"component '{name}': {', '.join(idle[:5])} would be idle, "
                 "which processes cannot share"
             )
+
+
+@torch.no_grad()
+def act_once(policy: ActionPolicy, batch: dict[str, Any]) -> torch.Tensor:
+    """A chunk (B, T, A) for each observation of a batch, by one step from noise."""
+    memory = policy.encode(batch)
+    x1 = policy.stats.normalize("action", batch["action"])
+    policy.posterior_latent(memory, x1, batch["noise"])
+    z = policy.latent(memory, batch["noise"])
+    policy.chosen_expert(z)
+    return policy.sample(memory, torch.zeros_like(x1), steps=1, z=z)
 
 
 @torch.no_grad()
@@ -80,10 +93,7 @@ def dry_run(job: "Run", policy: nn.Module) -> int:
         job.data.cache_features(policy.parts, job.sources, job.accelerator, dry_run=True)
     sampled = ""
     if isinstance(policy, ActionPolicy):
-        one = {key: value[:1] for key, value in batch.items()}
-        with explained(job, policy, one):
-            chunk = policy.sample(policy.encode(one), torch.zeros_like(one["action"]), steps=2)
-        sampled = f"sample {tuple(chunk.shape)}; "
+        sampled = f"sample {tuple(act_once(policy, two).shape)}; "
     print(f"{sampled}{job.total} steps of {job.steps_per_epoch} per epoch")
     print(yaml.safe_dump(to_dict(job.cfg), sort_keys=False))
     return 0
@@ -122,17 +132,24 @@ def explained(job: "Run", policy: nn.Module, batch: dict) -> Iterator[None]:
         file = job.cfg.model.component_config_paths.get(name)
         where = f"component '{name}' ({file})" if name else job.script
         if isinstance(error, UserError):
-            if name is None:
-                raise
-            raise ConfigError(f"{where}: {error}") from error
+            files = job.cfg.model.component_config_paths.items()
+            named = [f"{key}: {path}" for key, path in files if key in str(error) and key != name]
+            text = f"{where}: {error}" if name else str(error)
+            raise ConfigError("\n    ".join([text, *named])) from error
         tensors = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor)}
         shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in tensors.items())
-        mistake = _shape_mistake(error, job.sources[name], job.data.facts) if name else ""
+        mistake = ""
+        if name and _in_own_block(error):
+            mistake = _shape_mistake(error, job.sources[name], job.data.facts)
         if mistake:
             lines = [f"{where}: {mistake}", f"{type(error).__name__}: {error}", call]
             lines.append(f"the first batch is {shapes}")
-            raise ConfigError("\n    ".join(filter(None, lines))) from error
-        print(f"{where} fails on the first batch: {shapes}", file=sys.stderr)
+            text = "\n    ".join(filter(None, lines))
+            if job.script in SCRIPTS:
+                raise ConfigError(text) from error
+            print(text, file=sys.stderr)  # a fork's own code may be at fault: see the traceback
+            raise
+        print(f"{where} fails on two samples: {shapes}", file=sys.stderr)
         raise
 
 
@@ -151,6 +168,14 @@ def _component(policy, error) -> tuple[str | None, str]:
             code = linecache.getline(file, line).strip()
             call = f"called in {Path(file).name}:{line}: {code}"
     return name, call
+
+
+def _in_own_block(error: BaseException) -> bool:
+    """Whether the innermost code outside of torch is a block of ours, no plugin and no script."""
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    torch_folder = Path(torch.__file__).parent
+    own = [file for file in files if not file.is_relative_to(torch_folder)]
+    return own[-1].is_relative_to(Path(__file__).parent / "blocks")
 
 
 def _shape_mistake(error, source, facts) -> str:
@@ -188,4 +213,4 @@ def _numbers(value, keys, facts):
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, on the device or on the host."""
     by_text = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
-    return isinstance(error, torch.OutOfMemoryError) or bool(by_text)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(by_text)

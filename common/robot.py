@@ -12,8 +12,8 @@ leading axis of robots.
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +81,13 @@ class Robot:
         precision: str = "no",
         threaded: bool = True,
     ):
+        whole = {"nfe": (nfe, 1), "replan_steps": (replan_steps, 1), "delay": (delay, 0)}
+        for name, (value, low) in whole.items():
+            if not isinstance(value, int) or value < low:
+                raise UserError(f"{name}: expected a whole number from {low} on, found {value}")
+        for name, amount in (("ensemble", ensemble), ("hold", hold)):
+            if amount is not None and not 0 <= amount < float("inf"):
+                raise UserError(f"{name}: expected a number from 0 on, found {amount}")
         if replan_steps + delay > cfg.data.action_horizon:
             late = f" + delay {delay}" if delay else ""
             raise UserError(
@@ -91,7 +98,6 @@ class Robot:
             raise UserError(
                 f"replan_steps {replan_steps}: less than delay {delay}, and a thread plans one "
                 "chunk after the other"
-                "after the other"
             )
         self.policy = policy
         self.data = cfg.data
@@ -127,23 +133,15 @@ class Robot:
         device: a GPU if there is one; weights: frozen component -> where its file is now. Raises
         UserError where the checkpoint is damaged, gone, or draws no actions.
         """
-        folder = find_checkpoint(Path(checkpoint).expanduser())
-        policy, cfg = open_policy(folder, weights)
-        if not isinstance(policy, ActionPolicy):
-            raise UserError(
-                f"{checkpoint}: scores demonstrations, and draws no actions: "
-                f"python train_mi.py --score {folder}"
-            )
-        policy.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        precision = read_meta(folder).get("mixed_precision", "no")
+        policy, cfg, meta = open_action_policy(checkpoint, weights, device)
+        precision = meta.get("mixed_precision", "no")
         return cls(policy, cfg, nfe, replan_steps, delay, ensemble, hold, precision)
 
     def reset(self, keys: Sequence[tuple] | None = None) -> None:
         """Begin an episode. keys: one for each of several robots, which its noise depends on."""
-        pending = self.pending
+        if self.pending is not None:
+            wait([self.pending])  # what comes of it is of no use any more
         self.pending = None
-        if pending is not None:
-            pending.result()
         self.pending_rows: list[int] = []
         self.single = keys is None
         self.keys = [("robot", self.episode)] if keys is None else list(keys)
@@ -169,16 +167,21 @@ class Robot:
         """Observation of this tick -> action (A,) in the dataset's units; of several robots (B, A).
 
         active: numbers of the robots that the rows belong to, where some have stopped. Afterwards
-        `replanned` tells whether this observation was planned from, and `experts` which expert each
-        of the planned robots follows. Raises ObservationError before anything moves.
+        `replanned` tells whether new chunks were taken over at this tick, and `experts` which
+        expert decoded each of them. Raises ObservationError before anything moves.
         """
         rows = list(range(len(self.keys))) if active is None else list(active)
         self._remember(observation, rows)
+        self.replanned = False
         self._collect()
-        self.replanned = self.pending is None and self.execution.due()
-        if self.replanned:
+        if self.pending is None and self.execution.due():
             self._replan(rows)
         actions = self.execution.next(rows)
+        if not np.isfinite(actions).all():
+            late = [
+                row for row, action in zip(rows, actions, strict=True) if np.isnan(action).any()
+            ]
+            raise UserError(f"robots {late} have no chunk: they were not active at the last plan")
         return actions[0] if self.single else actions
 
     def plan(self, rows: Sequence[int], prefix: np.ndarray | None = None) -> Plan:
@@ -216,11 +219,13 @@ class Robot:
             self.pending_late = True
             if self.execution.covers(self.execution.tick):
                 return  # the running chunk goes on until the late one is there
-        self._add(self.pending_rows, self.pending.result(), self.pending_tick)
-        self.pending = None
+        pending = self.pending
+        self.pending = None  # a plan that failed is raised once
+        self._add(self.pending_rows, pending.result(), self.pending_tick)
 
     def _add(self, rows: list[int], plan: Plan, tick: int) -> None:
         self.seconds.append(plan.seconds)
+        self.replanned = True
         self.experts = plan.experts
         self.execution.add(rows, plan.chunks, tick)
 
@@ -239,10 +244,7 @@ class Robot:
         self, batch: dict[str, torch.Tensor], keys: list[tuple], prefix: np.ndarray | None
     ) -> Plan:
         began = time.perf_counter()
-        autocast = nullcontext()
-        if self.precision in PRECISIONS:
-            autocast = torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(self.precision, self.device):
             memory = self.policy.encode(to_device(batch, self.device))
             held = [("latent", *key, tick // self.hold_ticks) for *key, tick in keys]
             z = self.policy.latent(memory, RowNoise(held, self.device))
@@ -253,6 +255,8 @@ class Robot:
             chunks = self.policy.sample(memory, x0, self.nfe, z, prefix=given)
             experts = self.policy.chosen_expert(z)
         chunks = chunks.float().cpu().numpy()
+        if not np.isfinite(chunks).all():
+            raise UserError("the policy's actions are not finite: take another checkpoint")
         chosen = None if experts is None else experts.tolist()
         return Plan(chunks, chosen, time.perf_counter() - began)
 
@@ -278,6 +282,8 @@ class Robot:
             value = self._value(observation, key, count)
             if value.dtype.kind not in "fiub":
                 raise ObservationError(f"{key}: expected numbers, found {value.dtype}")
+            if value.ndim > 2:
+                raise ObservationError(f"{key}: expected a vector, found shape {value.shape[1:]}")
             columns.append(value.reshape(count, -1))
         states = np.concatenate(columns, 1, dtype=np.float32, casting="unsafe")
         expected = len(self.policy.stats.state_mean)
@@ -302,7 +308,7 @@ class Robot:
                 raise ObservationError(
                     f"{key}: expected uint8 pictures as the camera gives them, found {value.dtype}"
                 )
-            if value.ndim != 4 or value.shape[3] != 3:
+            if value.ndim != 4 or value.shape[3] != 3 or not value.size:
                 hint = "; move the channels to the end" if value.shape[1:2] == (3,) else ""
                 raise ObservationError(
                     f"{key}: expected (h, w, 3) pictures, found {value.shape[1:]}{hint}"
@@ -321,6 +327,33 @@ class Robot:
                 f"{key}: expected a row for each of {count} robots, found shape {value.shape}"
             )
         return value
+
+
+def open_action_policy(
+    checkpoint: Path | str,
+    weights: dict[str, Path] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[ActionPolicy, Any, dict[str, Any]]:
+    """Policy, config and meta.json of a run folder's newest checkpoint, or of a checkpoint.
+
+    device: a GPU if there is one. Raises UserError for a run of train_mi.py, too.
+    """
+    folder = find_checkpoint(checkpoint)
+    policy, cfg = open_policy(folder, weights)
+    if not isinstance(policy, ActionPolicy):
+        raise UserError(
+            f"{checkpoint}: scores demonstrations, and draws no actions: "
+            f"python train_mi.py --score {folder}"
+        )
+    policy.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return policy, cfg, read_meta(folder)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The precision that a policy was trained in: no, bf16 or fp16."""
+    if precision in PRECISIONS:
+        return torch.autocast(device.type, dtype=PRECISIONS[precision])
+    return nullcontext()
 
 
 class Execution:

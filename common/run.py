@@ -44,13 +44,14 @@ def cli(main: Callable[[], int]) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if not preflight.is_out_of_memory(e):
             raise
         print(
             f"error: {e}\n"
             "    Memory ran out. In training, lower data.batch_size, or keep it and raise "
-            "train.micro_steps; lower data.image_size or loss.draws; or freeze a backbone.",
+            "train.micro_steps; lower data.image_size or loss.draws; or freeze a backbone. "
+            "In evaluation, lower --batch.",
             file=sys.stderr,
         )
         code = 2

@@ -222,9 +222,9 @@ class Train:
 
 @dataclass
 class Sinkhorn:
-    weight: float = key(0.05, "weight of the K-OT loss")
-    lam_state: float = key(2.0, "cost of pairing chunks of different states")
-    blur: float = key(0.05, "entropic regularisation as a share of the median cost")
+    weight: float = key(0.05, "weight of the K-OT loss", low=0)
+    lam_state: float = key(2.0, "cost of pairing chunks of different states", low=0)
+    blur: float = key(0.05, "entropic regularisation as a share of the median cost", low=1e-6)
     iterations: int = key(100, "iterations of the annealed Sinkhorn solver", low=1)
     solver: Literal["sinkhorn", "exact"] = key(
         "sinkhorn", "sinkhorn, on the device; or exact, the optimal assignment on the host"
@@ -246,7 +246,7 @@ class FlowLoss:
         1, "noise and time draws per observation, which the encoder sees only once", low=1
     )
     camera_dropout: float = key(
-        0.15, "probability that mask tokens replace a camera of a sample", low=0, high=1
+        0.0, "probability that mask tokens replace a camera of a sample", low=0, high=1
     )
     prefix: int = key(
         0, "largest number of first actions that are given, for real-time chunking; 0: none", low=0

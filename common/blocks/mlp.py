@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks.embed import sincos
-from common.blocks.transformer import NEEDS_PREFIX
+from common.blocks.transformer import NEEDS_LATENT, NEEDS_PREFIX
 from common.build import block
 from common.config import ConfigError
 from common.distributions import latent_head
@@ -251,6 +251,8 @@ class MLPActionDecoder(nn.Module):
 
     def with_latent(self, context: MLPContext, z: Tensor) -> MLPContext:
         """Add latents z (k B, n, D), k of each observation, to a context (B rows) without."""
+        if not hasattr(self, "latent"):
+            raise ConfigError(NEEDS_LATENT.format("latent_size"))
         condition = context.condition.repeat(len(z) // len(context.condition), 1, 1)
         return MLPContext(condition + self.latent(z.flatten(1))[:, None])
 

@@ -386,6 +386,8 @@ class ActionDecoder(nn.Module):
 
         All observations with their first latent come first, then all with their second.
         """
+        if not hasattr(self, "latent"):
+            raise ConfigError(NEEDS_LATENT.format("latent_dim"))
         latent = self.latent(z)
         times = len(z) // len(context.keys_values[0][0])
         joined = []
@@ -424,4 +426,5 @@ class ActionDecoder(nn.Module):
         return self.out(self.norm(x), *routing)
 
 
+NEEDS_LATENT = "a latent is given: build the decoder with {}, the numbers of the latent"
 NEEDS_PREFIX = "the first actions are given (loss.prefix): build the decoder with `prefix: true`"
