@@ -57,7 +57,7 @@ def import_plugins(names: Iterable[str]) -> None:
             if not name.startswith(str(e.name)):
                 raise  # the plugin was found, and misses a module itself
             raise ConfigError(
-                f"plugins: cannot import '{name}': {e}; is its folder on PYTHONPATH?"
+                f"cannot import plugin '{name}': {e}; is its folder on PYTHONPATH?"
             ) from e
 
 
@@ -104,8 +104,8 @@ class GraphModel(nn.Module):
     def forward(self, *args, **inputs) -> Any:
         """The component's result: a value, a tuple or a dict, as `return:` says.
 
-        In the long form inputs go by name. A context that only passes inputs through is opened. An
-        input that is None may be undeclared, and a declared one that is not given is None.
+        In the long form inputs go by name. A context that only passes inputs through is opened, and
+        an input of None that the graph does not declare is left out.
         """
         if self._inputs is None:
             return self.block(*args, **inputs)
@@ -113,13 +113,11 @@ class GraphModel(nn.Module):
             raise TypeError(f"inputs go by name: {', '.join(self._inputs)}")
         if "context" not in self._inputs:
             inputs |= inputs.pop("context", {})
-        given = {name: value for name, value in inputs.items() if value is not None}
-        if not given.keys() <= set(self._inputs):
+        values = {k: v for k, v in inputs.items() if v is not None or k in self._inputs}
+        if values.keys() != set(self._inputs):
             expected = ", ".join(self._inputs) or "none"
-            raise ConfigError(
-                f"its inputs are {expected}; it is given {', '.join(given) or 'none'}"
-            )
-        values = {name: given.get(name) for name in self._inputs}
+            found = ", ".join(values) or "none"
+            raise ConfigError(f"expected the inputs {expected}; found {found}")
         for step in self._steps:
             self._call(step, values)
         result = _fill(self._result, values.__getitem__)
@@ -219,7 +217,7 @@ class _Checked:
             self.add(name, entry, here, inputs)
         self.result = self.references(self.source.data["return"], ("return",))
         owners = [name for name, (maker, *_) in self.makers.items() if hasattr(maker, "context")]
-        if owners and "context" not in inputs:
+        if owners and "context" not in self.inputs:
             message = f"block '{owners[0]}' computes a context: declare `context`, and pass it on"
             raise self.error(("inputs",), message)
         if len(owners) > 1:

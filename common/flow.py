@@ -104,7 +104,8 @@ def decoder_velocity(
 
 def one_step(decoder: Callable[..., Tensor], context: Any, x0: Tensor, target: str) -> Tensor:
     """Noise x0 (B, R, T, A) -> chunks (B, R, T, A) by a single Euler step, with gradient."""
-    predicted = decoder(x_t=x0, t=x0.new_zeros(x0.shape[:2]), context=context)
+    times = x0.new_zeros(x0.shape[:2])
+    predicted = decoder(x_t=x0, t=times, context=context, prefix_mask=None)
     return predicted if target == "x1" else x0 + predicted
 
 

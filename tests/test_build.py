@@ -177,11 +177,11 @@ def test_a_decoder_without_a_context_of_its_own_gets_its_inputs_at_each_call():
     for context in (model.context(memory=memory, z=z), model.with_latent(observed, z=z)):
         assert torch.equal(model(**noisy, context=context, prefix_mask=None), expected)
     with pytest.raises(
-        TypeError, match=r"expected the inputs x_t, t, memory, z; found .*prefix_mask"
+        ConfigError, match=r"expected the inputs x_t, t, memory, z; found .*prefix_mask"
     ):
         model(**noisy, context=model.context(memory=memory, z=z), prefix_mask=z)
     with pytest.raises(
-        TypeError, match="expected the inputs x_t, t, memory, z; found x_t, t, memory"
+        ConfigError, match="expected the inputs x_t, t, memory, z; found x_t, t, memory"
     ):
         model(**noisy, context=observed)
 
@@ -355,8 +355,8 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
             "part.yaml:1: block: Pair refuses its arguments: dim must be positive",
         ),
         (
-            "block: test_pair\nargs: {dim: x}",
-            "part.yaml:1: block: Pair refuses its arguments: '<='",
+            "block: nn.Linear\nargs: {in_features: x, out_features: 2}",
+            "part.yaml:1: block: Linear refuses its arguments: empty",
         ),
         (graph(TANH).replace("return: $a\n", ""), "part.yaml:1: 'return' is missing"),
         (graph(TANH).replace("inputs: [x]\n", ""), "part.yaml:1: 'inputs' is missing"),
@@ -484,7 +484,7 @@ def test_arity_of_out(entry, found):
 
 @pytest.mark.parametrize("inputs", [{}, {"x": 1}, {"xt": 1, "memory": 1, "more": 1}])
 def test_forward_refuses_other_inputs(inputs):
-    with pytest.raises(TypeError, match="expected the inputs xt, memory; found"):
+    with pytest.raises(ConfigError, match="expected the inputs xt, memory; found"):
         parse(LONG)(**inputs)
 
 
@@ -529,8 +529,29 @@ def test_plugins_register_blocks_or_say_what_is_missing(tmp_path, monkeypatch):
     import_plugins(["plugin_of_test"])
     assert parse("block: from_plugin\nargs: {by: 1}")(torch.zeros(1)) == 1
     del sys.modules["plugin_of_test"]
-    source = Yaml.parse("seed: 0\nplugins:\n  - no_such_module", "train.yaml")
-    with pytest.raises(
-        ConfigError, match=r"train.yaml:3: plugins.0: cannot import plugin 'no_such_module'"
-    ):
-        import_plugins(source.data["plugins"], source)
+    with pytest.raises(ConfigError, match=r"cannot import plugin 'no_such_module'.*PYTHONPATH"):
+        import_plugins(["no_such_module"])
+    (tmp_path / "plugin_with_a_typo.py").write_text("from common.build import blocc\n")
+    with pytest.raises(ImportError, match="blocc"):  # a mistake in code
+        import_plugins(["plugin_with_a_typo"])
+
+
+def test_a_mistake_in_a_plugin_block_keeps_its_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCKS", dict(module._BLOCKS))
+
+    @block("test_mistaken")
+    class Mistaken(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.size = len(dim)
+
+    with pytest.raises(TypeError, match="has no len"):
+        parse("block: test_mistaken\nargs: {dim: 2}")
+    assert "part.yaml:1: block: Mistaken refuses its arguments" in capsys.readouterr().err
+
+
+def test_a_graph_around_a_decoder_declares_its_context():
+    decoder = "{block: mlp_action_decoder, in: {x_t: $x, t: $t, context: $c}, args: {dim: 8, "
+    decoder += "layers: 1, memory_dim: 4, action_dim: 2, action_horizon: 3}}"
+    with pytest.raises(ConfigError, match=r"part.yaml:1: inputs: block 'a' computes a context"):
+        parse(graph(f"a: {decoder}", inputs="[x, t, c]"))

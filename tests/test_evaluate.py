@@ -137,9 +137,9 @@ def play(tmp_path, monkeypatch):
         }
         cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data))
         monkeypatch.setattr(evaluate, "find_checkpoint", lambda folder: folder)
-        monkeypatch.setattr(evaluate, "open_policy", lambda folder, weights: (policy, cfg))
+        meta = {"script": "/home/me/train_mine.py", "step": 5}
         monkeypatch.setattr(
-            evaluate, "read_meta", lambda folder: {"script": "/home/me/train_mine.py", "step": 5}
+            evaluate, "open_action_policy", lambda folder, weights: (policy, cfg, meta)
         )
         if not draw:
             monkeypatch.setattr(evaluate, "plots", MagicMock())

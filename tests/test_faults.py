@@ -199,9 +199,9 @@ def test_a_shared_component_is_one_module_and_one_call(experiment, monkeypatch):
         TinyCNN, "forward", lambda self, image: (sizes.append(len(image)), forward(self, image))[1]
     )
     exp.main("train.total_steps=2", "data.val_episodes=0.0")
-    # Two samples in the preflight, then two steps of two micro-batches of 4: head and left
-    # together, right alone.
-    assert sorted(sizes) == sorted([4, 2] + [8, 4] * 4)
+    # Two samples in the preflight, for a loss and for a chunk, then two steps of two micro-batches
+    # of 4: head and left together, right alone.
+    assert sorted(sizes) == sorted([4, 2] * 2 + [8, 4] * 4)
     assert list(exp.job.policy.parts) == [
         "head_backbone",
         "right_backbone",
@@ -330,6 +330,7 @@ FORWARDS = {  # a mistake in the forward of a plugin's block -> its exception
     "return self.nett(image), image.mean((2, 3))": AttributeError,
     "return self.net(image) + torch.zeros(1, 8, 1013, 1), image.mean((2, 3))": RuntimeError,
     "return {}['key']": KeyError,
+    "return self.net(torch.cat([image, image], 1)), image.mean((2, 3))": RuntimeError,
 }
 
 
@@ -343,21 +344,21 @@ def test_a_mistake_in_the_code_of_a_block_keeps_its_traceback(
         "from common.build import block\n"
         "@block('mistaken')\n"
         "class Mistaken(torch.nn.Module):\n"
-        "    def __init__(self):\n"
+        "    def __init__(self, dim):\n"
         "        super().__init__()\n"
-        "        self.net = torch.nn.Conv2d(3, 8, 4, 4)\n"
+        "        self.net = torch.nn.Conv2d(dim, 8, 4, 4)\n"
         "    def forward(self, image):\n"
         f"        {line}\n"
     )
     monkeypatch.syspath_prepend(str(exp.folder))
     monkeypatch.delitem(sys.modules, "mistaken_blocks", raising=False)
     file = exp.folder / "backbone.yaml"
-    file.write_text("block: mistaken\n")
+    file.write_text("block: mistaken\nargs: {dim: 3}\n")
     with pytest.raises(FORWARDS[line]) as caught:
         run.cli(lambda: exp.main("plugins=[mistaken_blocks]"))
     assert exp.folder / "mistaken_blocks.py" in [entry.path for entry in caught.traceback]
     assert type(caught.value) is FORWARDS[line]
-    header = f"component 'backbone' ({file}) fails on the first batch: observation.state (2, 3, 5)"
+    header = f"component 'backbone' ({file}) fails on two samples: observation.state (2, 3, 5)"
     assert header in capsys.readouterr().err
     del build._BLOCKS["mistaken"]
 
@@ -377,7 +378,7 @@ def test_a_mistake_in_a_forked_script_keeps_its_traceback(experiment):
     )
     assert done.returncode == 1
     header, _, trace = done.stderr.partition("Traceback (most recent call last)")
-    assert f"{fork} fails on the first batch: observation.state (2, 3, 5), action (2," in header
+    assert f"{fork} fails on two samples: observation.state (2, 3, 5), action (2," in header
     assert f'File "{fork}", line {number}, in ' in trace
     assert "AttributeError: " in trace.splitlines()[-1]
     assert "error: " not in done.stderr
@@ -768,7 +769,7 @@ def test_dry_run_prints_components_and_writes_nothing(experiment, capsys):
     ]  # fmt: skip
     count = sum(p.numel() for p in TinyCNN(8, 4).parameters())
     assert out.splitlines()[1].split()[:4] == ["backbone", f"{count:,}", "0", f"{count:,}"]
-    assert "sample (1, 6, 4); 20 steps of 10 per epoch" in out
+    assert "sample (2, 6, 4); 20 steps of 10 per epoch" in out
     config = yaml.safe_load(out[out.index("\nmodel:") :])
     assert config["train"]["save_dir"] == str(exp.save_dir)
 

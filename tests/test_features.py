@@ -350,9 +350,9 @@ def test_a_killed_build_goes_on_where_it_stopped(cached, calls, capsys):
         seen = {}
         exp.main(f"train.save_dir={exp.folder / 'again'}")
     assert f"going on after {done} of {3 * FRAMES}" in capsys.readouterr().out
-    tried = (
-        3 * 2 + 2 * 2 * size + 3 * 8
-    )  # preflight, shapes and time of two cameras, eight rows of each for the check
+    # A loss and a chunk in the preflight, shapes and time of two cameras, eight rows of each camera
+    # for the check.
+    tried = 2 * 3 * 2 + 2 * 2 * size + 3 * 8
     assert seen["TinyCNN"] == 2 * FRAMES - done + tried
     assert arrays().keys() == whole.keys()
     assert all(np.array_equal(x, whole[name]) for name, x in arrays().items())

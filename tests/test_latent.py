@@ -122,26 +122,30 @@ def test_what_does_not_fit_is_named():
     )
     wide, h = Point(torch.zeros(B, N, D + 1)), features()
     drawn = {k: latent_head("codes", DIM, N, None, k)(h) for k in (K, K + 1)}
-    check_fit(gaussian, gaussian)
-    check_fit(gaussian, point)
-    check_fit(gaussian, latent_head("flow", DIM, N, D, None)(h))
-    check_fit(point, drawn[K], CODES)
-    check_fit(point, point, CODES)
+    check_fit("vae", gaussian, gaussian)
+    check_fit("vae", gaussian, point)
+    check_fit("vae", gaussian, latent_head("flow", DIM, N, D, None)(h))
+    check_fit("vqvae", point, drawn[K], CODES)
+    check_fit("vqvae", point, point, CODES)
     for mistake, wrong in {
-        (point, gaussian): "posterior's head is point; without a codebook it must be gaussian",
-        (gaussian, drawn[K]): "prior's head is codes; without a codebook",
-        (gaussian, wide): r"prior has \(tokens, size\) \(3, 5\); .* need \(3, 4\)",
+        (point, gaussian): "kind_posterior has head: point; without a codebook it must be gaussian",
+        (gaussian, drawn[K]): "kind_prior has head: codes; without a codebook",
+        (gaussian, wide): "kind_prior draws 3 tokens of 5 numbers; kind_posterior need 3 of 4",
         (
             gaussian,
             drawn[K],
             CODES,
-        ): "posterior's head is gaussian; with a codebook it must be point",
-        (point, gaussian, CODES): "prior's head is gaussian; with a codebook",
-        (point, drawn[K + 1], CODES): r"\(3, 7\); .* need \(3, 6\)",
-        (wide, drawn[K], CODES): "latent_dim is 5, the codebook's 4",
+        ): "kind_posterior has head: gaussian; with a codebook it must be point",
+        (point, gaussian, CODES): "kind_prior has head: gaussian; with a codebook",
+        (point, drawn[K + 1], CODES): r"kind_prior draws 3 tokens of 7 codes; .* need 3 of 6",
+        (
+            wide,
+            drawn[K],
+            CODES,
+        ): "posterior has latent_dim: 5, kind_codebook has latent_dim: 4",
     }.items():
         with pytest.raises(ValueError, match=wrong):
-            check_fit(*mistake)
+            check_fit("kind", *mistake)
 
 
 def test_a_latent_flow_learns_two_modes_that_depend_on_the_features():
