@@ -38,10 +38,12 @@ def jitter_colours(x: Tensor, augment: Augment, u: Tensor) -> Tensor:
     # A hue shift turns colours about the gray axis (Rodrigues' formula).
     angle = 2 * torch.pi * augment.hue * hue
     cos = angle.cos()
-    turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
-    rotation = cos * eye + angle.sin() * turn + (1 - cos) / 3
+    axis = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    turn = angle.sin() * axis
+    rotation = cos * eye + turn + (1 - cos) / 3
     share = 1 + augment.saturation * saturation
-    saturate = share * eye + (1 - share) * gray
+    dull = (1 - share) * gray
+    saturate = share * eye + dull
     brighten = 1 + augment.brightness * brightness
     matrix = brighten * rotation @ saturate
     x = torch.einsum("bij,bjhw->bihw", matrix, x)
