@@ -72,12 +72,16 @@ class Policy(CodePolicy):
     def __init__(self, parts, stats, cfg):
         super().__init__(parts, stats, cfg)
         self.sampling = cfg.sampling
-        if bool(self.codebook.null_tokens) != bool(cfg.loss.cond_drop_prob):
-            raise ConfigError(
-                f"loss.cond_drop_prob: {cfg.loss.cond_drop_prob}, but vqvae_codebook has "
-                f"null_tokens: {self.codebook.null_tokens}; null tokens replace dropped codes"
-            )
         self.check_sampling()
+
+    def check(self, batch):
+        super().check(batch)
+        probability = self.weights.cond_drop_prob
+        if bool(self.codebook.null_tokens) != bool(probability):
+            raise ConfigError(
+                f"loss.cond_drop_prob: {probability}, but vqvae_codebook has null_tokens: "
+                f"{self.codebook.null_tokens}; null tokens replace dropped codes"
+            )
 
     def check_sampling(self):
         if self.sampling.guidance != 1 and not self.codebook.null_tokens:
