@@ -3,7 +3,8 @@
     accelerate launch -q train_flow_matching.py \\
         --config configs/naive_flow_matching_policy/tabletop/train.yaml
 
-The same command again resumes. To fork an experiment, copy its config folder; to fork the policy,
+How a chunk is drawn stands in common/policy.py, as for all policies: encode, latent, sample. The
+same command again resumes. To fork an experiment, copy its config folder; to fork the policy,
 copy this file too.
 """
 

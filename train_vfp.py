@@ -31,7 +31,9 @@ class Loss(schema.FlowLoss):
         high=1,
     )
     free_nats: float = key(0.25, "KL per latent token that costs nothing", low=0)
-    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks of prior samples; null: none")
+    sinkhorn: schema.Sinkhorn | None = key(
+        None, "K-OT, optimal transport of chunks of prior samples; null: none"
+    )
 
 
 @dataclass

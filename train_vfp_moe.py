@@ -167,7 +167,8 @@ class Policy(CodePolicy):
         ), weights
 
     def velocity(self, x, t, context, prefix_mask=None):
-        """The mean of what the chosen experts say, as the gate weighs them."""
+        """The mean of the chosen experts' answers, as the gate weighs them. (In training their
+        errors are averaged.)"""
         of_decoder, weights = context
 
         def mean(**inputs):

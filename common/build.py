@@ -426,9 +426,9 @@ def describe_blocks() -> str:
     """Every registered block: its first sentence, and its arguments with default and meaning."""
     _import_own_blocks()
     lines = []
-    for name in sorted(_BLOCKS):
-        made = _BLOCKS[name]
-        lines += ["", name, f"  {inspect.cleandoc(made.__doc__ or '').splitlines()[0]}"]
+    for made in dict.fromkeys(_BLOCKS[name] for name in sorted(_BLOCKS)):
+        names = ", ".join(name for name in _BLOCKS if _BLOCKS[name] is made)
+        lines += ["", names, f"  {inspect.cleandoc(made.__doc__ or '').splitlines()[0]}"]
         meanings = argument_meanings(made)
         for parameter in inspect.signature(made).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:

@@ -34,7 +34,9 @@ class CodeLoss(schema.FlowLoss):
     revive_until: float = key(
         0.6, "share of the run in which such codes move to where they are needed", low=0, high=1
     )
-    sinkhorn: schema.Sinkhorn | None = key(None, "K-OT on chunks of prior samples; null: none")
+    sinkhorn: schema.Sinkhorn | None = key(
+        None, "K-OT, optimal transport of chunks of prior samples; null: none"
+    )
 
 
 class Coded(NamedTuple):

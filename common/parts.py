@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.blocks.weights import read_tensors, require, shapes_of
 from common.build import GraphModel, build
-from common.config import ConfigError, Yaml
+from common.config import ConfigError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
 
@@ -58,7 +58,7 @@ class Parts(nn.ModuleDict):
         if missing:
             raise ConfigError(
                 f"model.component_config_paths: this policy needs {', '.join(missing)}; "
-                f"listed: {', '.join(self) or 'none'}"
+                f"listed: {', '.join(self) or 'none'}{nearest(missing[0], self)}"
             )
 
     def only_block(self, name: str) -> Any:

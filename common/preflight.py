@@ -45,7 +45,10 @@ def preflight(job: "Run", policy: nn.Module) -> None:
     with explained(job, policy, batch):
         if isinstance(policy, ActionPolicy):
             policy.check(batch)
-        loss, _ = policy(batch)
+        loss, scalars = policy(batch)
+        sizes = {name: tuple(x.shape) for name, x in {"the loss": loss, **scalars}.items()}
+        if any(sizes.values()):
+            raise TypeError(f"forward must return a loss () and scalars () to log, found {sizes}")
         if isinstance(policy, ActionPolicy):
             act_once(policy, batch)
     used = parameters_of(loss)

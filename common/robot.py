@@ -37,9 +37,9 @@ class ObservationError(UserError, ValueError):
 
 
 class Latency(NamedTuple):
-    """Seconds from an observation to its chunk: median and 95th percentile of all plans so far.
+    """Seconds that the policy took for a chunk: median and 95th percentile of all plans so far.
 
-    missed counts plans that came later than the robot needed them.
+    Resizing pictures comes on top. missed counts plans that came later than they were needed.
     """
 
     median: float
@@ -108,6 +108,11 @@ class Robot:
         self.precision = precision
         self.hold_ticks = max(round(hold * cfg.data.HZ), 1)
         self.continues = 0 < delay <= policy.weights.prefix
+        if delay and not self.continues:
+            print(
+                f"notice: chunks come {delay} ticks late and do not continue the running one: the "
+                f"policy was trained with loss.prefix: {policy.weights.prefix}"
+            )
         self.device = next(policy.parameters()).device
         self.threads = ThreadPoolExecutor(1) if threaded and delay else None
         self.pending: Future[Plan] | None = None

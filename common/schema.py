@@ -92,7 +92,7 @@ class Augment:
 class Data:
     root: str = key(..., "a LeRobot folder, a Hub id org/name, or a generated set such as tabletop")
     cameras: dict[str, str] = key(
-        {}, "name of each camera -> its key in the dataset; the order of cameras matters"
+        {}, "name of each camera -> its key in the dataset; a latent reads the first one"
     )
     state_keys: list[str] = key(
         ["observation.state"], "low-dimensional columns of the state, concatenated in this order"
