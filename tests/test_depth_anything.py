@@ -198,6 +198,7 @@ def test_bf16_is_close_to_float32(how):
     assert (rough.float() - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph():
     model, image = tiny_da3(), torch.rand(1, 3, 30, 42)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

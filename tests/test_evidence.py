@@ -50,6 +50,7 @@ def evidence(monkeypatch, tmp_path):
     return module
 
 
+@pytest.mark.slow
 def test_a_table_is_what_its_runs_measured(evidence, tmp_path, capsys, monkeypatch):
     out_folder = tmp_path / "out"
     command = ["tiny", "--out", str(out_folder), "--seeds", "0", "1", "--jobs", "1", "--nfe"]

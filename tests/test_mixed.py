@@ -83,6 +83,7 @@ def test_a_disturbance_starts_and_ends_where_the_expert_was():
         np.testing.assert_allclose(moved[[0, -1]], targets[[0, -1]])
 
 
+@pytest.mark.slow
 def test_tabletop_s_demonstrations_succeed_and_repeat(tmp_path):
     mixed.generate_tabletop(tmp_path / "demos", episodes=9, image_size=(32, 32))
     made = episodes_of(tmp_path / "demos")

@@ -403,6 +403,7 @@ def test_gradient_checkpointing_keeps_gradients(tune):
         assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["all", 1])
 def test_it_compiles_into_one_graph(tune):
     model, image = awake(RadioV3(tune=tune, **RADIO_TINY)), torch.rand(2, 3, 40, 32)
