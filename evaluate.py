@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common import metrics, plots, run
 from common.checkpoint import find_checkpoint
 from common.config import UserError, nearest
+from common.data.columns import joint_names
 from common.data.generated import locate
 from common.data.loader import Data, to_device
 from common.envs.registry import ENVIRONMENTS
@@ -469,21 +470,6 @@ def predicted_chunks(
         recorded.cpu().numpy(),
         batch["action_is_pad"].cpu().numpy(),
     )
-
-
-def joint_names(features: dict[str, Any], key: str, count: int) -> list[str]:
-    """The dataset's names of a column's `count` numbers; key[i] where it has none that fit.
-
-    Datasets nest names in lists or mappings: the innermost ones along the first entries count.
-    """
-    names = features.get(key, {}).get("names") or []
-    inner = names
-    while isinstance(inner, list | dict) and inner:
-        names = inner
-        inner = next(iter(inner.values() if isinstance(inner, dict) else inner))
-    if len(names) == count:
-        return [str(name) for name in names]
-    return [f"{key}[{i}]" for i in range(count)]
 
 
 def write(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from scipy import stats
 import evaluate
 from common import config, metrics, plots, schema
 from common.config import UserError
+from common.data import columns
 from common.data.images import IMAGE
 from common.data.normalizer import Normalizer
 
@@ -598,8 +599,8 @@ def test_velocity_loss_without_a_latent(off_line):
 )
 def test_names_of_joints(names, expected):
     features = {"do": {"names": names}}
-    assert evaluate.joint_names(features, "do", 3) == (expected or ["do[0]", "do[1]", "do[2]"])
-    assert evaluate.joint_names({}, "do", 1) == ["do[0]"]
+    assert columns.joint_names(features, "do", 3) == (expected or ["do[0]", "do[1]", "do[2]"])
+    assert columns.joint_names({}, "do", 1) == ["do[0]"]
 
 
 def test_joint_names_reach_the_results(off_line, tmp_path):
