@@ -340,30 +340,30 @@ def load_script(folder: Path, recorded: str, given: Path | None = None) -> Modul
         file = given.expanduser().resolve()
         if not file.is_file():
             raise UserError(f"--script: no such file: {file}")
-    else:
-        file = ROOT / recorded
-        if Path(recorded).name != recorded or file.resolve().parent != ROOT:
-            raise UserError(
-                f"{folder}: trained by the script {recorded!r}, which is not beside common/ and "
-                "is not run for a checkpoint's sake. If you trust it: --script PATH"
-            )
-        if not file.is_file():
-            raise UserError(
-                f"{file}: the script that trained this checkpoint is gone; if it is elsewhere: "
-                "--script PATH"
-            )
-    loaded = sys.modules.get(file.stem)
-    if loaded and getattr(loaded, "__file__", None) == str(file):
-        return _policy_script(loaded, file)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file}: not a Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return _policy_script(module, file)
+        return _as_module(file)
+    file = ROOT / recorded
+    if Path(recorded).name != recorded or file.resolve().parent != ROOT:
+        raise UserError(
+            f"{folder} was trained by the script {recorded}, which does not lie beside common/: "
+            "opening a checkpoint does not run it. If you trust it, name it: "
+            f"--script {recorded if file.is_file() else 'PATH'}"
+        )
+    if not file.is_file():
+        raise UserError(
+            f"{file}: the script that trained this checkpoint is gone; --script PATH names it "
+            "elsewhere"
+        )
+    return _as_module(file)
 
 
-def _policy_script(module, file):
+def _as_module(file):
+    module = sys.modules.get(file.stem)
+    if module is None or getattr(module, "__file__", None) != str(file):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"{file}: not a Python file")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     if not is_dataclass(getattr(module, "Config", None)) or not hasattr(module, "Policy"):
         raise UserError(f"{file}: not a training script: it has no Config and Policy")
     return module
@@ -376,8 +376,8 @@ def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str])
     ]
     if foreign:
         raise UserError(
-            f"{folder}: needs the plugins {foreign}, which are not the project's and are not "
-            f"imported for a checkpoint's sake. If you trust them: --plugins {' '.join(foreign)}"
+            f"{folder} needs plugins that are not found below {ROOT}: opening a checkpoint does "
+            f"not import them. If you trust them, name them: --plugins {' '.join(foreign)}"
         )
 
 
@@ -388,8 +388,8 @@ def _of_project(name, folder):
     words = name.split(".")
     if not all(word.isidentifier() for word in words):
         return False
-    for i in range(len(words)):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(words[: i + 1]), search)
+    for word in words:
+        spec = importlib.machinery.PathFinder.find_spec(word, search)
         if spec is None:
             return False
         search = list(spec.submodule_search_locations or [])

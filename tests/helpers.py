@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 import train_vfp
-from common import config
+from common import checkpoint, config
 from common.blocks.depth_anything import PREFIX, DepthAnything3
 from common.config import Yaml
 from common.data.images import IMAGE
@@ -51,6 +51,16 @@ def assert_same_run(a, b, name):
     assert metas[0]["files"] == metas[1]["files"]
     assert metas[0]["optimizers"] == metas[1]["optimizers"]
     assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
+
+
+def rewrite_meta(folder, change=None, **values):
+    """Change meta.json of a checkpoint, by a function and by values, under a hash that fits."""
+    meta = json.loads((folder / "meta.json").read_text()) | values
+    del meta["sha256"]
+    if change:
+        change(meta)
+    digest = checkpoint._digest(meta)
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest}))
 
 
 def environment():
