@@ -180,17 +180,17 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def score(folder, device, now=None, root=None):
+def score(folder, device, now=None, root=None, script=None, plugins=()):
     """Write scores.parquet and scores.png of a trained run to its folder.
 
     Held-out episodes are neighbours, but not ranked: the VAEs have not seen them, so they score
-    lower. now: Config in place of the checkpoint's; root: the dataset, if it has moved. Raises
-    UserError where scores would mean nothing.
+    lower. now: Config in place of the checkpoint's; root: the dataset, if it has moved; script,
+    plugins: as open_policy takes them. Raises UserError where scores would mean nothing.
     """
     folder = folder.resolve()
     out = folder.parent if (folder / "meta.json").is_file() else folder
     file = out / "scores.parquet"
-    policy, cfg = open_policy(folder)
+    policy, cfg = open_policy(folder, script=script, plugins=plugins)
     if isinstance(policy, ActionPolicy):
         raise UserError(
             f"--score: {folder} holds a policy, which ranks nothing; give a run of train_mi.py"
@@ -284,7 +284,7 @@ def main(argv=None):
 def scored(job):
     """Score with the settings as they are now, where the run is trained to its end; 0."""
     if job.is_main and job.step >= job.total and job.signal is None:
-        score(job.folder, job.device, job.cfg)
+        score(job.folder, job.device, job.cfg, script=Path(__file__), plugins=job.cfg.plugins)
     return 0
 
 
@@ -298,9 +298,16 @@ def rescore(argv=None):
     parser.add_argument(
         "--data", metavar="DIR", help="the dataset, if it is no longer where it was for training"
     )
+    parser.add_argument(
+        "--script", type=Path, metavar="PATH", help="script of the run, if it is not beside common/"
+    )
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="NAME", help="its plugins, if you trust them"
+    )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    score(Path(args.score).expanduser(), device, root=args.data)
+    folder = Path(args.score).expanduser()
+    score(folder, device, root=args.data, script=args.script, plugins=args.plugins)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -329,20 +330,74 @@ def _differences(meta, parts, optimizers):
     return problems
 
 
-def load_script(path: str) -> ModuleType:
-    """The training script of a checkpoint as a module; path: absolute, or beside common/."""
-    file = ROOT / path
-    if not file.is_file():
-        raise UserError(f"{file}: the script that trained this checkpoint is gone")
+def load_script(folder: Path, recorded: str, given: Path | None = None) -> ModuleType:
+    """The training script of the checkpoint in `folder` as a module.
+
+    recorded: its name in meta.json, which is run only if it is that of a file beside common/.
+    given: the script that the user names instead. Raises UserError for any other.
+    """
+    if given is not None:
+        file = given.expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"--script: no such file: {file}")
+    else:
+        file = ROOT / recorded
+        if Path(recorded).name != recorded or file.resolve().parent != ROOT:
+            raise UserError(
+                f"{folder}: trained by the script {recorded!r}, which is not beside common/ and "
+                "is not run for a checkpoint's sake. If you trust it: --script PATH"
+            )
+        if not file.is_file():
+            raise UserError(
+                f"{file}: the script that trained this checkpoint is gone; if it is elsewhere: "
+                "--script PATH"
+            )
     loaded = sys.modules.get(file.stem)
     if loaded and getattr(loaded, "__file__", None) == str(file):
-        return loaded
+        return _policy_script(loaded, file)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise UserError(f"{file}: not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return _policy_script(module, file)
+
+
+def _policy_script(module, file):
+    if not is_dataclass(getattr(module, "Config", None)) or not hasattr(module, "Policy"):
+        raise UserError(f"{file}: not a training script: it has no Config and Policy")
     return module
+
+
+def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str]) -> None:
+    """Raise UserError unless each plugin of a checkpoint is the project's, or named by the user."""
+    foreign = [
+        name for name in recorded if name not in trusted and not _of_project(name, folder.resolve())
+    ]
+    if foreign:
+        raise UserError(
+            f"{folder}: needs the plugins {foreign}, which are not the project's and are not "
+            f"imported for a checkpoint's sake. If you trust them: --plugins {' '.join(foreign)}"
+        )
+
+
+def _of_project(name, folder):
+    """Whether a module is found below ROOT, and not in the run's folder. Imports nothing."""
+    run_folder = folder if ROOT.is_relative_to(folder.parent) else folder.parent
+    search = [str(ROOT)]
+    words = name.split(".")
+    if not all(word.isidentifier() for word in words):
+        return False
+    for i in range(len(words)):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(words[: i + 1]), search)
+        if spec is None:
+            return False
+        search = list(spec.submodule_search_locations or [])
+        for path in [spec.origin] if spec.origin else search:
+            file = Path(path).resolve()
+            if not file.is_relative_to(ROOT) or file.is_relative_to(run_folder):
+                return False
+    return True
 
 
 def find_checkpoint(folder: Path | str) -> Path:
@@ -365,11 +420,23 @@ def find_checkpoint(folder: Path | str) -> Path:
     return folder
 
 
-def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
+def open_policy(
+    folder: Path,
+    weights: dict[str, Path] | None = None,
+    script: Path | None = None,
+    plugins: Sequence[str] = (),
+) -> tuple:
     """(policy, config) of a checkpoint folder, or of the newest one in a run folder.
 
-    weights: frozen component -> the file that holds it now. Raises UserError for a missing or
-    changed file.
+    weights: frozen component -> the file that holds it now. script: the training script, where it
+    is not beside common/. plugins: those of the checkpoint that are not the project's, and may be
+    imported. Raises UserError for a missing or changed file.
+
+    A checkpoint may come from a stranger. Opening one reads meta.json, safetensors files of its
+    folder, and the safetensors files of frozen components, wherever meta.json says that they are;
+    no pickle is read. It runs no code but the project's: the training script that meta.json names,
+    if it lies beside common/, the blocks of common/ and torch.nn, and plugins below the project's
+    folder. Any other script or plugin runs only if it is given here.
     """
     folder = find_checkpoint(folder)
     meta = legacy.translated(read_meta(folder), folder)
@@ -378,8 +445,9 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
     if unknown := sorted(weights.keys() - frozen.keys()):
         known = sorted(frozen) or "none"
         raise UserError(f"--weights: {unknown} not among the frozen components: {known}")
-    script = load_script(meta["script"])
-    cfg = from_dict(script.Config, meta["config"])
+    module = load_script(folder, meta["script"], script)
+    cfg = from_dict(module.Config, meta["config"])
+    check_plugins(folder, cfg.plugins, plugins)
     import_plugins(cfg.plugins)
     sources = {}
     cfg.model.component_build_args = {}
@@ -391,4 +459,4 @@ def open_policy(folder: Path, weights: dict[str, Path] | None = None) -> tuple:
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
     stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
-    return script.Policy(parts, stats, cfg).eval(), cfg
+    return module.Policy(parts, stats, cfg).eval(), cfg
