@@ -127,6 +127,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now"
     )
     add(
+        "--script",
+        type=Path,
+        metavar="PATH",
+        help="the training script of the checkpoint, if it is not beside common/: it is run",
+    )
+    add(
+        "--plugins",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="modules of the checkpoint's blocks that are not the project's: they are imported",
+    )
+    add(
         "--out",
         type=Path,
         help="folder of the results (evaluation/<env>, or evaluation/open_loop, of the run)",
@@ -507,7 +520,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     folder = find_checkpoint(args.checkpoint)
     weights = dict(item.partition("=")[::2] for item in args.weights)
-    policy, cfg, meta = open_action_policy(folder, weights)
+    policy, cfg, meta = open_action_policy(
+        folder, weights, script=args.script, plugins=args.plugins
+    )
     sampling = set_sampling(policy, args)
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
     require_writable(args.out, "--out")

@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 import train_vfp
-from common import config
+from common import checkpoint, config
 from common.blocks.depth_anything import PREFIX, DepthAnything3
 from common.config import Yaml
 from common.data.images import IMAGE
@@ -51,6 +51,13 @@ def assert_same_run(a, b, name):
     assert metas[0]["files"] == metas[1]["files"]
     assert metas[0]["optimizers"] == metas[1]["optimizers"]
     assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
+
+
+def rewrite_meta(folder, **changes):
+    """meta.json of a checkpoint with other entries, as if it had been written so; None: without."""
+    meta = checkpoint.read_meta(folder) | changes
+    meta = {key: value for key, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
 
 
 def environment():

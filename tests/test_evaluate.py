@@ -143,9 +143,7 @@ def play(tmp_path, monkeypatch):
         cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data))
         monkeypatch.setattr(evaluate, "find_checkpoint", lambda folder: folder)
         meta = {"script": "/home/me/train_mine.py", "step": 5}
-        monkeypatch.setattr(
-            evaluate, "open_action_policy", lambda folder, weights: (policy, cfg, meta)
-        )
+        monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, meta))
         if not draw:
             monkeypatch.setattr(evaluate, "plots", MagicMock())
         argv = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), *map(str, options)]
