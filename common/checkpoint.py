@@ -344,9 +344,8 @@ def load_script(folder: Path, recorded: str, given: Path | None = None) -> Modul
     file = ROOT / recorded
     if Path(recorded).name != recorded or file.resolve().parent != ROOT:
         raise UserError(
-            f"{folder} was trained by the script {recorded}, which does not lie beside common/: "
-            "opening a checkpoint does not run it. If you trust it, name it: "
-            f"--script {recorded if file.is_file() else 'PATH'}"
+            f"{folder}: trained by the script {recorded!r}, which is not beside common/ and is "
+            "not run for a checkpoint's sake. If you trust it: --script PATH"
         )
     if not file.is_file():
         raise UserError(
@@ -376,8 +375,8 @@ def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str])
     ]
     if foreign:
         raise UserError(
-            f"{folder} needs plugins that are not found below {ROOT}: opening a checkpoint does "
-            f"not import them. If you trust them, name them: --plugins {' '.join(foreign)}"
+            f"{folder}: needs the plugins {foreign}, which are not the project's and are not "
+            f"imported for a checkpoint's sake. If you trust them: --plugins {' '.join(foreign)}"
         )
 
 

@@ -132,13 +132,16 @@ class Robot:
         hold: float = 2.0,
         device: str | torch.device | None = None,
         weights: dict[str, Path] | None = None,
+        script: Path | str | None = None,
+        plugins: Sequence[str] = (),
     ) -> "Robot":
         """The policy of a run folder (its newest checkpoint), or of one checkpoint.
 
-        device: a GPU if there is one; weights: frozen component -> where its file is now. Raises
-        UserError where the checkpoint is damaged, gone, or draws no actions.
+        device: a GPU if there is one; weights: frozen component -> where its file is now; script,
+        plugins: code of the checkpoint that is not the project's, which is run. Raises UserError
+        where the checkpoint is damaged, gone, draws no actions, or needs code that is not named.
         """
-        policy, cfg, meta = open_action_policy(checkpoint, weights, device)
+        policy, cfg, meta = open_action_policy(checkpoint, weights, device, script, plugins)
         precision = meta.get("mixed_precision", "no")
         return cls(policy, cfg, nfe, replan_steps, delay, ensemble, hold, precision)
 
@@ -338,13 +341,16 @@ def open_action_policy(
     checkpoint: Path | str,
     weights: dict[str, Path] | None = None,
     device: str | torch.device | None = None,
+    script: Path | str | None = None,
+    plugins: Sequence[str] = (),
 ) -> tuple[ActionPolicy, Any, dict[str, Any]]:
     """Policy, config and meta.json of a run folder's newest checkpoint, or of a checkpoint.
 
-    device: a GPU if there is one. Raises UserError for a run of train_mi.py, too.
+    device: a GPU if there is one; the others as in open_policy(). Raises UserError for a run of
+    train_mi.py, too.
     """
     folder = find_checkpoint(checkpoint)
-    policy, cfg = open_policy(folder, weights)
+    policy, cfg = open_policy(folder, weights, Path(script) if script else None, plugins)
     if not isinstance(policy, ActionPolicy):
         raise UserError(
             f"{checkpoint}: scores demonstrations, and draws no actions: "

@@ -867,15 +867,16 @@ def test_a_copied_experiment_and_a_copied_script_are_all_a_fork_needs(
     exp.main("loss={kl: 0.5}")
     assert fork.meta("epoch_2")["files"] == exp.meta("epoch_2")["files"]
     del sys.modules["train_mine"]
-    assert evaluate.main(argv(fork)) == 0
+    with pytest.raises(UserError, match=r"train_mine.py', which is not beside common/.*--script"):
+        evaluate.main(argv(fork))
+    script = str(tmp_path / "train_mine.py")
+    assert evaluate.main(argv(fork, "--script", script)) == 0
     results = json.loads((fork.folder / "results/results.json").read_text())
     assert len(results["mae"]) == 4
     assert np.isfinite(results["mae"]).all()
     (tmp_path / "train_mine.py").unlink()
-    with pytest.raises(
-        UserError, match=r"train_mine.py: the script that trained this checkpoint is gone"
-    ):
-        evaluate.main(argv(fork))
+    with pytest.raises(UserError, match=r"--script: no such file: .*train_mine.py"):
+        evaluate.main(argv(fork, "--script", script))
 
 
 def test_a_constant_dimension_is_named_and_trains(tmp_path, capsys):

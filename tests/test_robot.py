@@ -1,19 +1,22 @@
 """Robot: histories, pictures, replanning, late chunks, errors of observations, and checkpoints."""
 
 import shutil
+import sys
 from concurrent.futures import wait
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CAMERAS, Experiment, forget_accelerator
-from helpers import ScriptedPolicy
+from helpers import ScriptedPolicy, rewrite_meta
 from PIL import Image
 
 import train_mi
+import train_vfp
 from common import config, schema
-from common.checkpoint import newest
+from common.checkpoint import newest, read_meta
 from common.config import UserError
 from common.data.frames import VideoFrames
 from common.data.images import IMAGE
@@ -470,6 +473,29 @@ def test_one_robot_and_a_batch_give_the_same_actions(trained):
             own = {key: value[row : row + 1] for key, value in observation.items()}
             np.testing.assert_allclose(robot.act(own)[0], both[row], rtol=1e-4, atol=1e-5)
     assert not np.allclose(both[0], both[1])
+
+
+def test_code_that_is_not_the_project_s_is_run_where_it_is_named(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run/step_2"
+    shutil.copytree(newest(trained), folder)
+    script = tmp_path / "train_of_a_stranger.py"
+    script.write_text(Path(train_vfp.__file__).read_text() + "\nimport strange_blocks\n")
+    (tmp_path / "strange_blocks.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = read_meta(folder)["config"]
+    rewrite_meta(folder, script=str(script), config=settings | {"plugins": ["strange_blocks"]})
+    with pytest.raises(UserError, match=r"not run for a checkpoint's sake.*--script PATH"):
+        Robot.open(folder)
+    with pytest.raises(UserError, match=r"If you trust them: --plugins strange_blocks"):
+        Robot.open(folder, script=script)
+    try:
+        named = {"script": str(script), "plugins": ["strange_blocks"]}
+        robot = Robot.open(folder, replan_steps=3, device="cpu", **named)
+        expected = Robot.open(trained, replan_steps=3, device="cpu").act(camera_observation(0))
+        np.testing.assert_array_equal(robot.act(camera_observation(0)), expected)
+    finally:
+        sys.modules.pop(script.stem, None)
+        sys.modules.pop("strange_blocks", None)
 
 
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
