@@ -26,7 +26,7 @@ from common.build import import_plugins
 from common.config import UserError, Yaml, from_dict
 from common.data.normalizer import Normalizer
 from common.optim import AveragedWeights
-from common.parts import build_parts, load_component
+from common.parts import Origin, build_parts, load_component
 from common.schema import Optim, Part
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,11 +264,49 @@ def prune(save_dir: Path, keep_last: int, step: int) -> None:
         shutil.rmtree(folder.rename(tmp))
 
 
+def translated_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint, with today's script and keys."""
+    return legacy.translated(read_meta(folder), folder)
+
+
+def require_same_cameras(folder: Path, meta: dict, cameras: dict[str, str]) -> None:
+    """Raise UserError unless a run is resumed with the cameras of its checkpoint, in their order.
+
+    Their order decides which weights a camera gets, and which one is the first.
+    """
+    was = meta["config"]["data"]["cameras"]
+    if list(was.items()) != list(cameras.items()):
+        raise UserError(
+            f"{folder}: trained with other cameras, or in another order:\n"
+            f"    data.cameras was {_flow(was)}\n"
+            f"    data.cameras is  {_flow(cameras)}\n"
+            "    a run keeps its cameras; for a new one from these weights set train.save_dir and "
+            "train.load_dir, which finds cameras by their names"
+        )
+
+
+def _flow(mapping):
+    return "{" + ", ".join(f"{key}: {value}" for key, value in mapping.items()) + "}"
+
+
+def origin(load_dir: Path) -> Origin:
+    """The checkpoint that train.load_dir names, by its folder or as the newest of a run folder."""
+    folder = load_dir if (load_dir / "meta.json").is_file() else newest(load_dir)
+    if folder is None:
+        raise UserError(f"train.load_dir: {load_dir} holds no checkpoint")
+    meta = read_meta(folder)
+    components = meta["components"].keys() - meta["aliases"].keys()
+    return Origin(folder, components, meta["aliases"], list(meta["config"]["data"]["cameras"]))
+
+
 def load(
-    folder: Path, policy: nn.Module, optimizers: Sequence[Optimizer], average: AveragedWeights
-) -> dict:
-    """Put a checkpoint into a policy of the same components, to train on; its meta.json."""
-    meta = legacy.translated(read_meta(folder), folder)
+    folder: Path,
+    meta: dict,
+    policy: nn.Module,
+    optimizers: Sequence[Optimizer],
+    average: AveragedWeights,
+) -> None:
+    """Put a checkpoint into a policy of the same components, to train on. meta: translated."""
     parts = policy.parts
     problems = _differences(meta, parts, optimizers)
     for name in [] if problems else parts.trainable():
@@ -309,7 +347,6 @@ def load(
             optimizer.state[p][kind] = value.to(p.device)
         for group, own in zip(optimizer.param_groups, counters, strict=True):
             group.update(own)
-    return meta
 
 
 def _differences(meta, parts, optimizers):
@@ -438,7 +475,7 @@ def open_policy(
     folder. Any other script or plugin runs only if it is given here.
     """
     folder = find_checkpoint(folder)
-    meta = legacy.translated(read_meta(folder), folder)
+    meta = translated_meta(folder)
     frozen = meta["frozen"]
     weights = weights or {}
     if unknown := sorted(weights.keys() - frozen.keys()):
@@ -455,7 +492,9 @@ def open_policy(
         part = Part(freeze=name in frozen, same_as=meta["aliases"].get(name))
         if name in frozen:
             part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
+        elif name not in meta["aliases"]:
+            part.init = folder / f"{name}.safetensors"
         cfg.model.component_build_args[name] = part
-    parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
+    parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
     stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
     return module.Policy(parts, stats, cfg).eval(), cfg

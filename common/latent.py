@@ -129,9 +129,7 @@ class CodePolicy(ActionPolicy):
             own = self.parts["vqvae_posterior"]
             optim.update_slow_copy(self.slow_posterior, own, self.weights.posterior_ema, job.step)
         kmeans = (
-            self.weights.kmeans_start
-            and job.step == 1
-            and "vqvae_codebook" not in self.parts.loaded
+            self.weights.kmeans_start and job.step == 1 and "vqvae_codebook" not in self.parts.files
         )
         on_turn = job.step % self.weights.revive_every == 0
         revive = on_turn and job.step <= self.weights.revive_until * job.total

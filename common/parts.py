@@ -1,20 +1,25 @@
 """The components that train.yaml lists: built, loaded and frozen one by one."""
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from common.blocks.weights import read_tensors, require, shapes_of
 from common.build import GraphModel, build
-from common.config import ConfigError, Yaml, nearest
+from common.config import ConfigError, UserError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
 
 CAMERA_PART = re.compile(r"(.+)_(backbone|hand_extractor|da3)")
+NAME = r"[^./\\\s\0]{1,100}"  # of a component
 User = tuple[str, str]  # a component, and the camera whose pictures it reads
 
 
@@ -22,8 +27,9 @@ class Parts(nn.ModuleDict):
     """Components under their YAML names.
 
     frozen: stay in eval mode and without gradient; aliases: component -> the one whose module it
-    shares; sources: frozen component -> the file that holds all of its weights; loaded: components
-    whose weights are from a file; hashes: frozen component -> sha256 of its file, once known.
+    shares; sources: frozen component -> the file that holds all of its weights; files: component
+    -> the file that its weights are from, if any; hashes: frozen component -> sha256 of its file,
+    once known.
     """
 
     def __init__(
@@ -37,7 +43,7 @@ class Parts(nn.ModuleDict):
         self.frozen = set(frozen)
         self.aliases = dict(aliases or {})
         self.sources = dict(sources or {})
-        self.loaded: set[str] = set()
+        self.files: dict[str, Path] = {}
         self.hashes: dict[str, str] = {}
         for name in self.frozen:
             self[name].requires_grad_(False)
@@ -97,21 +103,8 @@ class Parts(nn.ModuleDict):
         return camera_mask[:, [list(cameras).index(camera) for _, camera in users]]
 
     def camera_components(self, cameras: Sequence[str]) -> list[list[User]]:
-        """(component, camera) of backbones, of hand extractors, and of da3.
-
-        A camera's component is `<camera>_<kind>`, or the one that this shares; or one without a
-        camera in its name: `backbone` serves all cameras, `da3` the first.
-        """
-        found = []
-        for kind, served in (("backbone", cameras), ("hand_extractor", []), ("da3", cameras[:1])):
-            users = []
-            for camera in cameras:
-                own = f"{camera}_{kind}"
-                name = kind if kind in self and camera in served else self.aliases.get(own, own)
-                if name in self:
-                    users.append((name, camera))
-            found.append(users)
-        return found
+        """(component, camera) of backbones, of hand extractors, and of da3; see camera_users()."""
+        return camera_users(self, self.aliases, cameras)
 
     def _features(self, obs: dict[str, Tensor], users: list[User]) -> dict[User, Sequence[Tensor]]:
         """Features (B, F, ..., channels last) of F frames, and a backbone's summary (B, F, S)."""
@@ -169,21 +162,52 @@ class Parts(nn.ModuleDict):
         return "\n".join(lines)
 
 
+def camera_users(
+    components: Collection[str], aliases: dict[str, str], cameras: Sequence[str]
+) -> list[list[User]]:
+    """(component, camera) of backbones, of hand extractors, and of da3.
+
+    A camera's component is `<camera>_<kind>`, or the one that this shares; or one without a camera
+    in its name: `backbone` serves all cameras, `da3` the first.
+    """
+    found = []
+    for kind, served in (("backbone", cameras), ("hand_extractor", []), ("da3", cameras[:1])):
+        users = []
+        for camera in cameras:
+            own = f"{camera}_{kind}"
+            name = kind if kind in components and camera in served else aliases.get(own, own)
+            if name in components:
+                users.append((name, camera))
+        found.append(users)
+    return found
+
+
+@dataclass
+class Origin:
+    """The checkpoint that train.load_dir names: its folder, component names and cameras."""
+
+    folder: Path
+    components: Collection[str]
+    aliases: dict[str, str]
+    cameras: list[str]
+
+
 def build_parts(
     model: Model,
     sources: dict[str, Yaml],
     facts: dict[str, int],
     cameras: Sequence[str],
-    load_dir: Path | None = None,
+    origin: Origin | None = None,
 ) -> Parts:
-    """Every listed component, initialised as component_build_args and load_dir say.
+    """Every listed component, initialised as component_build_args and the origin say.
 
     model: the config's section; sources: component -> its Yaml; facts: numbers of the dataset. A
     component of a camera that data.cameras lacks, such as `<camera>_backbone`, is left out with a
     notice. A component without anything to learn is frozen. A block with load_weights() reads
     published files, of `weights` or of `init`, in its own way; one that nothing is loaded into
-    starts random, with a notice.
+    starts random, with a notice. Raises one error that lists all weights that do not fit.
     """
+    check_names(sources)
     owners = shared_modules(model, sources, cameras)
     aliases = {
         name: owner for owner, (_, names) in owners.items() for name in names if name != owner
@@ -204,21 +228,153 @@ def build_parts(
                 f"model.component_optims.{name}: '{name}' is frozen: it has no optimizer of its own"
             )
     files = {}
-    whole = []
+    whole = set()
+    problems = []
+    misfits = []  # components whose file in load_dir does not fit
     for name, module in modules.items():
-        file, holds_all = initialise(module, name, args[name].init, load_dir)
+        try:
+            file, holds_all = initialise(module, name, args[name].init, origin)
+        except UserError as e:
+            problems.append(str(e))
+            if not args[name].init:
+                misfits.append(owners[name][0])
+            continue
         if file:
             files[name] = file
-            print(f"{name}: weights from {file}")
         if holds_all:
-            whole.append(name)
-    if load_dir and not any(file.parent == load_dir for file in files.values()):
-        raise ConfigError(
-            f"train.load_dir: {load_dir} holds no file for any of {', '.join(modules)}"
-        )
-    parts = Parts(modules, frozen, aliases, {name: files[name] for name in frozen if name in whole})
-    parts.loaded = set(files)
+            whole.add(name)
+    parts = Parts(modules, frozen, aliases)
+    if origin:
+        loaded = [name for name, file in files.items() if file.parent == origin.folder]
+        if not loaded and not misfits:
+            raise ConfigError(
+                f"train.load_dir: {origin.folder} holds no file for any of {', '.join(modules)}"
+            )
+        moved, unmapped = move_cameras(parts, loaded, origin, cameras)
+        whole -= moved  # no longer what the file holds
+        problems += unmapped.values()
+        misfits += [owners[name][0] for name in unmapped]
+    if misfits:
+        problems.append(f"    {from_scratch(model, misfits)}")
+    if problems:
+        raise UserError("\n".join(problems))
+    parts.sources = {name: files[name] for name in frozen if name in whole}
+    parts.files = files
     return parts
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ConfigError for a component that no file, or no attribute of a module, can be called.
+
+    Files of components lie beside dataset_stats.safetensors, as <name>.safetensors.
+    """
+    for name in names:
+        taken = name == "dataset_stats" or hasattr(nn.ModuleDict(), name)
+        if taken or not re.fullmatch(NAME, name):
+            raise ConfigError(
+                f"model.component_config_paths: '{name}' cannot be the name of a component: "
+                + ("it is taken" if taken else "expected letters, digits, _ and -")
+            )
+
+
+def from_scratch(model: Model, names: Iterable[str]) -> str:
+    """Advice to start these components from random weights: the key to paste, with its entries."""
+    entries = {}
+    for name in [*model.component_build_args, *names]:
+        part = model.component_build_args.get(name, Part())
+        part = replace(part, init="scratch") if name in names else part
+        entries[name] = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(part).items()
+            if value != getattr(Part(), key)
+        }
+    entries = {name: entry for name, entry in entries.items() if entry}
+    text = yaml.safe_dump(entries, default_flow_style=True, width=10**6, sort_keys=False).strip()
+    setting = shlex.quote(f"model.component_build_args={text}")
+    return f"to start just these from random weights, add:\n    {setting}"
+
+
+def matched(was: Sequence, now: Sequence) -> list[int] | None:
+    """Index in `was` of each item of `now`; items that are new take the places of those gone.
+
+    None if the numbers differ.
+    """
+    if len(was) != len(now):
+        return None
+    gone = [i for i, item in enumerate(was) if item not in now]
+    return [was.index(item) if item in was else gone.pop(0) for item in now]
+
+
+def visual_inputs(
+    components: Collection[str], aliases: dict[str, str], cameras: Sequence[str]
+) -> list[tuple[int, str]]:
+    """(kind, camera) of each visual input of a policy, in its order."""
+    kinds = enumerate(camera_users(components, aliases, cameras))
+    return [(kind, camera) for kind, users in kinds for _, camera in users]
+
+
+def move_cameras(
+    parts: Parts, loaded: Sequence[str], origin: Origin, cameras: Sequence[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Give each camera the weights that its name had in the origin, in the components loaded there.
+
+    Returns the components that changed, and component -> why its weights fit no other camera. A
+    block whose weights depend on the order of cameras has reorder_inputs(visual, cameras); one that
+    reads the first camera only says so by first_camera_only. Cameras that are new take the weights
+    of those that are gone, with a notice.
+    """
+    was = origin.cameras
+    now = list(cameras)
+    if was == now:
+        return set(), {}
+    new = [camera for camera in now if camera not in was]
+    gone = [camera for camera in was if camera not in now]
+    if new or gone:
+        print(
+            f"notice: data.cameras has {new or 'none'} that {origin.folder} was not trained with, "
+            f"and lacks {gone or 'none'} of it"
+        )
+    order = matched(was, now)
+    before = visual_inputs(origin.components, origin.aliases, was)
+    visual = matched(before, visual_inputs(parts, parts.aliases, now))
+    if order and new:
+        print(f"notice: {new} start from the weights of {gone}, in this order")
+    if order:
+        other_first = order[0] != 0
+    else:
+        other_first = was[:1] != now[:1] and not {*was[:1], *now[:1]}.isdisjoint({*was} & {*now})
+    mixed = order is not None and order != sorted(order)
+    moved = set()
+    unmapped = {}
+    for name in loaded:
+        blocks = list(parts[name].modules())
+        if any(getattr(b, "first_camera_only", False) for b in blocks):
+            if other_first:
+                unmapped[name] = (
+                    f"{origin.folder}: '{name}' reads the first camera only, which was '{was[0]}' "
+                    f"there and is '{now[0]}' in data.cameras: its weights fit no other"
+                )
+            continue
+        movable = [b for b in blocks if hasattr(b, "reorder_inputs")]
+        if movable and order is not None and visual is not None:
+            if mixed or visual != sorted(visual):
+                for b in movable:
+                    b.reorder_inputs(visual, order)
+                moved.add(name)
+        elif not movable and (mixed or other_first) and reads_cameras(parts[name]):
+            print(
+                f"warning: '{name}' gets the cameras in the order {now}; in {origin.folder} it was "
+                f"{was}, and its weights stay as they are (its blocks have no reorder_inputs)"
+            )
+    return moved, unmapped
+
+
+def reads_cameras(module: GraphModel) -> bool:
+    """Whether a component takes inputs of several cameras, by their names in the policies."""
+    names = module._inputs
+    if names is None:
+        names = inspect.signature(getattr(module.block, "forward", module.block)).parameters
+    return not {"cond_visual", "cond_semantic", "images"}.isdisjoint(names)
 
 
 def shared_modules(
@@ -255,13 +411,13 @@ def check_cameras(components: set[str], cameras: Sequence[str]) -> None:
 
 
 def initialise(
-    module: GraphModel, name: str, init: Any, load_dir: Path | None
+    module: GraphModel, name: str, init: Any, origin: Origin | None
 ) -> tuple[Path | None, bool]:
     """Load a component's weights: their file, if there is one, and whether it holds all of them."""
     own = {prefix: b for prefix, b in module.named_modules() if hasattr(b, "load_weights")}
     blocks = [*own.values()]
     keys = module.state_dict().keys()
-    saved = load_dir / f"{name}.safetensors" if load_dir else None
+    saved = origin.folder / f"{name}.safetensors" if origin else None
     file = init or (saved if saved and saved.is_file() else None)
     if file == "scratch":
         published = []

@@ -104,13 +104,11 @@ class Run:
         torch.manual_seed(self.cfg.seed)
         paths = self.cfg.model.component_config_paths
         self.sources = {name: Yaml.read(path) for name, path in paths.items()}
-        load_dir = self.train.load_dir
-        if load_dir and not (load_dir / "meta.json").is_file():
-            load_dir = checkpoint.newest(load_dir)
-            if load_dir is None:
-                raise ConfigError(f"train.load_dir: {self.train.load_dir} holds no checkpoint")
-        cameras = self.cfg.data.cameras
-        parts = build_parts(self.cfg.model, self.sources, self.data.facts, cameras, load_dir)
+        origin = checkpoint.origin(self.train.load_dir) if self.train.load_dir else None
+        cameras = list(self.cfg.data.cameras)
+        parts = build_parts(self.cfg.model, self.sources, self.data.facts, cameras, origin)
+        for name, file in parts.files.items():
+            print(f"{name}: weights from {file}")
         for name, part in parts.items():
             self.sources[name] = completed(self.sources[name], part)
         if self.options.dry_run:
@@ -154,11 +152,13 @@ class Run:
         self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _load(self, folder):
-        meta = checkpoint.load(folder, self.policy, self.optimizers, self.average)
+        meta = checkpoint.translated_meta(folder)
         if meta["script"] != self.script:
             raise UserError(
                 f"{folder}: of {meta['script']}, not of {self.script}: set another train.save_dir"
             )
+        checkpoint.require_same_cameras(folder, meta, self.cfg.data.cameras)
+        checkpoint.load(folder, meta, self.policy, self.optimizers, self.average)
         self.step = meta["step"]
         self.epoch = meta["epoch"]
         self.offset = meta["offset"]

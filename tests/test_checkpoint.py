@@ -1,16 +1,24 @@
 """What opening, saving and loading a checkpoint may do."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from helpers import rewrite_meta
+from safetensors.torch import load_file
 
 import evaluate
 import train_flow_matching
 import train_mi
-from common import checkpoint
+from common import checkpoint, parts
+from common.blocks.transformer import MultimodalBridge
+from common.blocks.vae import StateDecoder, StateEncoder
 from common.config import UserError
+from common.data.loader import to_device
+from common.robot import Robot
 
 
 def evaluated(exp, *options):
@@ -127,7 +135,7 @@ def test_what_counts_as_a_plugin_of_the_project(tmp_path, stranger, monkeypatch,
 def test_scoring_again_passes_script_and_plugins_on(trained, stranger, monkeypatch):
     rewrite_meta(trained.save_dir / "step_2", script=str(stranger / "train_theirs.py"))
     again = ["--score", str(trained.save_dir)]
-    with pytest.raises(UserError, match="train_theirs.py', which is not beside common/"):
+    with pytest.raises(UserError, match=r"train_theirs.py', which is not beside common/"):
         train_mi.rescore(again)
     with pytest.raises(UserError, match="holds a policy, which ranks nothing"):
         train_mi.rescore([*again, "--script", "train_theirs.py"])
@@ -141,3 +149,167 @@ def test_scoring_again_passes_script_and_plugins_on(trained, stranger, monkeypat
     with pytest.raises(UserError, match="enough"):
         train_mi.rescore([*again, "--plugins", "a.b", "c"])
     assert seen == {"script": None, "plugins": ["a.b", "c"]}
+
+
+ORDER = "{right: observation.images.cam_right, head: observation.images.cam_head, left: observation.images.cam_left}"  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("cameras", "shown"),
+    [
+        (ORDER, "{right: observation.images.cam_right, head: "),
+        ("{head: observation.images.cam_left, left: observation.images.cam_head, "
+         "right: observation.images.cam_right}", "{head: observation.images.cam_left, left: "),
+        ("{top: observation.images.cam_head, left: observation.images.cam_left, "
+         "right: observation.images.cam_right}", "{top: observation.images.cam_head, left: "),
+        ("{head: observation.images.cam_head}", "{head: observation.images.cam_head}"),
+    ],
+    ids=["order", "keys", "names", "fewer"],
+)  # fmt: skip
+def test_a_run_keeps_its_cameras(trained, cameras, shown):
+    with pytest.raises(UserError, match="trained with other cameras, or in another order") as e:
+        trained.main("train.total_steps=3", f"data.cameras={cameras}")
+    was = "{head: observation.images.cam_head, left: observation.images.cam_left, right: "
+    assert f"data.cameras was {was}" in str(e.value)
+    assert f"data.cameras is  {shown}" in str(e.value)
+
+
+def test_evaluation_takes_the_cameras_in_the_order_of_training(experiment):
+    exp = experiment()
+    exp.main(f"data.cameras={ORDER}", "train.total_steps=1")
+    policy, cfg = checkpoint.open_policy(exp.save_dir)
+    assert policy.cameras == list(cfg.data.cameras) == ["right", "head", "left"]
+    assert Robot.open(exp.save_dir, replan_steps=3).policy.cameras == policy.cameras
+
+
+def component(state, name):
+    return {key: value for key, value in state.items() if key.startswith(f"parts.{name}.")}
+
+
+def chunks(policy, batch, hidden):
+    """Chunks of a batch, where one camera is hidden from each sample."""
+    mask = torch.tensor([[name == camera for camera in policy.cameras] for name in hidden])
+    return policy.sample(policy.encode(batch, mask), torch.zeros(len(mask), 6, 4), 2)
+
+
+@pytest.mark.parametrize("block", ["info_encoder", "mlp_info_encoder"])
+def test_weights_follow_the_names_of_cameras_into_a_new_run(experiment, block, capsys):
+    exp = experiment()
+    again = experiment(name="again")
+    mlp = {"dim": 16, "layers": 1, "state_dim": None, "proprio_history": None, "num_cameras": None}
+    mlp = {"block": block, "args": mlp | {"visual_size": 32, "semantic_dim": 16}}
+    for each in (exp, again):
+        if block == "mlp_info_encoder":
+            (each.folder / "info_embedder.yaml").write_text(yaml.safe_dump(mlp))
+    exp.main("train.total_steps=3", "loss.camera_dropout=0.9")
+    trained, _ = checkpoint.open_policy(exp.save_dir)
+    moved = [
+        f"train.load_dir={exp.save_dir}",
+        f"data.cameras={ORDER}",
+        "model.component_build_args={info_embedder: {freeze: true}}",
+    ]
+    again.main(*moved, "train.total_steps=1")
+    policy = again.job.policy
+    policy.load_state_dict(again.start)
+    batch = to_device(exp.job.data.windows[[1, 20, 60]], "cpu")
+    hidden = ["head", "left", "right"]
+    expected = chunks(trained, batch, hidden)
+    torch.testing.assert_close(chunks(policy.eval(), batch, hidden), expected)
+    assert not torch.equal(expected, chunks(trained, batch, ["left", "right", "head"]))
+    assert "notice: data.cameras" not in capsys.readouterr().out
+    # Frozen weights that moved are no longer those of the file that they are from.
+    again.main(*moved, "train.total_steps=2")
+    resumed = component(again.job.policy.state_dict(), "info_embedder")
+    for key, value in component(again.start, "info_embedder").items():
+        assert torch.equal(value, resumed[key]), key
+    opened, _ = checkpoint.open_policy(again.save_dir)
+    for key, value in component(opened.state_dict(), "info_embedder").items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def test_new_cameras_take_the_weights_of_those_that_are_gone(experiment, trained, capsys):
+    again = experiment(name="again")
+    cameras = "{top: observation.images.cam_head, head: observation.images.cam_left, x: observation.images.cam_right}"  # noqa: E501
+    again.main(
+        f"train.load_dir={trained.save_dir}", f"data.cameras={cameras}", "train.total_steps=1"
+    )
+    out = capsys.readouterr().out
+    assert "data.cameras has ['top', 'x'] that" in out
+    assert "and lacks ['left', 'right'] of it" in out
+    assert "notice: ['top', 'x'] start from the weights of ['left', 'right'], in this order" in out
+    saved = load_file(trained.save_dir / "step_2/info_embedder.safetensors")
+    for now, was in ((0, 1), (1, 0), (2, 2)):
+        key = "parts.info_embedder.block.bridge.visual.{}.1.weight"
+        there = saved[key.format(was).removeprefix("parts.info_embedder.")]
+        assert torch.equal(again.start[key.format(now)], there)
+
+
+def test_a_latent_that_knew_another_first_camera_is_refused(experiment, capsys):
+    exp = experiment("train_vfp")
+    exp.main("train.total_steps=1")
+    again = experiment("train_vfp", "again")
+    load = f"train.load_dir={exp.save_dir}"
+    with pytest.raises(UserError) as e:
+        again.main(load, f"data.cameras={ORDER}")
+    for name in ("vae_posterior", "vae_prior"):
+        assert (
+            f"'{name}' reads the first camera only, which was 'head' there and is 'right' in "
+            "data.cameras"
+        ) in str(e.value)
+    again.main(load, f"data.cameras={ORDER}", *pasted(e.value), "train.total_steps=1")
+    swapped = "{head: observation.images.cam_head, right: observation.images.cam_right, left: observation.images.cam_left}"  # noqa: E501
+    third = experiment("train_vfp", "third")
+    assert third.main(load, f"data.cameras={swapped}", "train.total_steps=1") == 0
+
+
+def pasted(error):
+    """The overrides that an error advises, as a shell would pass them on."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [shlex.split(line)[0] for line in lines if line.startswith("'model.")]
+
+
+def test_a_plugin_that_knows_of_no_order_is_named(experiment, trained, capsys, monkeypatch):
+    for owner, name in ((MultimodalBridge, "reorder_inputs"),):
+        monkeypatch.delattr(owner, name)
+    again = experiment(name="again")
+    again.main(f"train.load_dir={trained.save_dir}", f"data.cameras={ORDER}", "train.total_steps=1")
+    out = capsys.readouterr().out
+    assert "warning: 'info_embedder' gets the cameras in the order ['right', 'head', 'left']" in out
+    assert out.count("gets the cameras in the order") == 1
+
+
+def test_components_that_take_cameras_reorder_their_weights():
+    torch.manual_seed(0)
+    order = [2, 0, 1]
+    sizes = {"dim": 8, "layers": 1, "latent_dim": 2, "state_dim": 3, "proprio_history": 2}
+    sizes |= {"num_cameras": 3, "width": 8, "depths": [1]}
+    encoder = StateEncoder(**sizes)
+    proprio = torch.randn(2, 2, 3)
+    images = [torch.rand(2, 3, 32, 32) for _ in range(3)]
+    expected = encoder(proprio, images).mu
+    encoder.reorder_inputs([], order)
+    now = [images[i] for i in order]
+    torch.testing.assert_close(encoder(proprio, now).mu, expected)
+    decoder = StateDecoder(**sizes)
+    z = torch.randn(2, 1, 2)
+    _, expected = decoder(z)
+    decoder.reorder_inputs([], order)
+    torch.testing.assert_close(decoder(z)[1], expected[:, order])
+    bridge = MultimodalBridge(4, 3, 2, 8, 5, extra_visual_dims=(6, 7))
+    visual = [torch.randn(2, 1, size) for size in (8, 8, 6, 7)]
+    semantic = [torch.randn(2, 1, 5) for _ in range(2)]
+    mask = torch.rand(2, 4) < 0.5
+    expected = bridge(proprio, visual, semantic, mask)
+    order = [1, 0, 3, 2]
+    bridge.reorder_inputs(order, [1, 0])
+    tokens = bridge(proprio, [visual[i] for i in order], semantic[::-1], mask[:, order])
+    torch.testing.assert_close(tokens, expected[:, [*order, 5, 4, 6, 7]])
+
+
+def test_visual_inputs_are_matched_by_kind_and_camera():
+    components = {"backbone", "a_hand_extractor", "b_hand_extractor", "da3"}
+    was, now = (parts.visual_inputs(components, {}, cameras) for cameras in ("abc", "bca"))
+    assert was == [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (2, "a")]
+    assert parts.matched(was, now) == [1, 2, 0, 4, 3, 5]
+    assert parts.matched("abc", "ab") is None
+    assert parts.matched("abc", "xcb") == [0, 2, 1]

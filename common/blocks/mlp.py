@@ -3,6 +3,7 @@
 They take the same inputs as those of transformer.py, and may be mixed with them where shapes agree.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,15 @@ class Sum(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(num_cameras, dim))
         self.action = nn.Linear(chunk_size, dim) if chunk_size else None
         self.norm = nn.LayerNorm(dim)
+
+    @torch.no_grad()
+    def reorder_inputs(self, visual: Sequence[int], cameras: Sequence[int]) -> None:
+        """Give camera i the weights of camera cameras[i]."""
+        if len(cameras) != len(self.visual):
+            return  # built for other inputs than the policy's, which the first forward reports
+        self.visual = nn.ModuleList(self.visual[i] for i in cameras)
+        self.semantic = nn.ModuleList(self.semantic[i] for i in cameras)
+        self.mask_token.copy_(self.mask_token[list(cameras)])
 
     def forward(
         self,
@@ -127,6 +137,8 @@ class MLPLatent(nn.Module):
         action_dim: numbers of an action (a posterior reads the chunk); null: from the dataset.
         action_horizon: actions of a chunk (likewise); null: from the dataset.
     """
+
+    first_camera_only = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ All pre-norm with SDPA attention. Attention has no biases but the output's: a ke
 a softmax, a value bias is absorbed by the output's, and the norm in front already shifts queries.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +123,17 @@ class MultimodalBridge(nn.Module):
         self.source = nn.Parameter(torch.empty(sources, dim).normal_(std=0.02))
         self.mask_token = nn.Parameter(torch.empty(masked, dim).normal_(std=0.02))
 
+    @torch.no_grad()
+    def reorder_inputs(self, visual: Sequence[int], cameras: Sequence[int]) -> None:
+        """Give input i the weights of input visual[i], and its summary those of cameras[i]."""
+        if len(visual) != len(self.visual):
+            return  # built for other inputs than the policy's, which the first forward reports
+        rows = [*visual, *(len(visual) + i for i in cameras)]
+        self.visual = nn.ModuleList(self.visual[i] for i in visual)
+        self.semantic = nn.ModuleList(self.semantic[i] for i in cameras)
+        self.source[: len(rows)] = self.source[rows]
+        self.mask_token.copy_(self.mask_token[rows])
+
     def forward(
         self,
         cond_proprio: Tensor,
@@ -222,6 +234,8 @@ class LatentEncoder(nn.Module):
         tokens: latent tokens.
         dropout: of each residual branch.
     """
+
+    first_camera_only = True
 
     def __init__(
         self,

@@ -134,6 +134,7 @@ class StateEncoder(nn.Module):
     ):
         super().__init__()
         self.cameras = num_cameras
+        self.camera_sizes: list[int] = []  # numbers of each camera's features
         size = state_dim * proprio_history
         if num_cameras:
             steps = [nn.Conv2d(3, width, 7, 2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
@@ -143,9 +144,18 @@ class StateEncoder(nn.Module):
                 steps += [Residual(out, out) for _ in range(depth - 1)]
                 last = out
             self.eye = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(GRID), nn.Flatten())
-            size += num_cameras * last * GRID**2
+            self.camera_sizes = [last * GRID**2] * num_cameras
+            size += sum(self.camera_sizes)
         self.hidden = mlp(size, dim, layers)
         self.head = GaussianHead(dim, 1, latent_dim)
+
+    @torch.no_grad()
+    def reorder_inputs(self, visual: Sequence[int], cameras: Sequence[int]) -> None:
+        """Give camera i the weights of camera cameras[i]."""
+        weight = self.hidden[0].weight
+        proprio = weight.shape[1] - sum(self.camera_sizes)
+        proprio, *pictures = weight.split([proprio, *self.camera_sizes], 1)
+        weight.copy_(torch.cat([proprio, *(pictures[i] for i in cameras)], 1))
 
     def forward(self, proprio: Tensor, images: list[Tensor]) -> Gaussian:
         if len(images) != self.cameras:
@@ -200,6 +210,12 @@ class StateDecoder(nn.Module):
             steps += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]
             self.paint = nn.Sequential(*steps, nn.Conv2d(width, 3, 3, padding=1))
             self.grid = nn.Linear(dim, num_cameras * widths[-1] * GRID**2)
+
+    @torch.no_grad()
+    def reorder_inputs(self, visual: Sequence[int], cameras: Sequence[int]) -> None:
+        """Give camera i the weights of camera cameras[i]."""
+        for p in (self.grid.weight, self.grid.bias):
+            p.copy_(p.unflatten(0, (self.cameras, -1))[list(cameras)].flatten(0, 1))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.hidden(z.flatten(1))
