@@ -236,7 +236,8 @@ def build_parts(
             file, holds_all = initialise(module, name, args[name].init, origin)
         except UserError as e:
             problems.append(str(e))
-            if not args[name].init:
+            in_origin = origin and (origin.folder / f"{name}.safetensors").is_file()
+            if in_origin and not args[name].init:
                 misfits.append(owners[name][0])
             continue
         if file:
@@ -245,11 +246,11 @@ def build_parts(
             whole.add(name)
     parts = Parts(modules, frozen, aliases)
     if origin:
-        loaded = [name for name, file in files.items() if file.parent == origin.folder]
-        if not loaded and not misfits:
+        if not any((origin.folder / f"{name}.safetensors").is_file() for name in modules):
             raise ConfigError(
                 f"train.load_dir: {origin.folder} holds no file for any of {', '.join(modules)}"
             )
+        loaded = [name for name, file in files.items() if file.parent == origin.folder]
         moved, unmapped = move_cameras(parts, loaded, origin, cameras)
         whole -= moved  # no longer what the file holds
         problems += unmapped.values()

@@ -1,6 +1,8 @@
 """What opening, saving and loading a checkpoint may do."""
 
+import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -313,3 +315,57 @@ def test_visual_inputs_are_matched_by_kind_and_camera():
     assert parts.matched(was, now) == [1, 2, 0, 4, 3, 5]
     assert parts.matched("abc", "ab") is None
     assert parts.matched("abc", "xcb") == [0, 2, 1]
+
+
+def test_all_components_that_do_not_fit_are_listed_with_what_to_paste(
+    experiment, trained, tmp_path, capsys
+):
+    again = experiment(name="again it's")  # a path that a shell must have quoted
+    for name in ("info_embedder", "action_decoder"):
+        file = again.folder / f"{name}.yaml"
+        file.write_text(file.read_text().replace("ff: 32", "ff: 48"))
+    own = again.folder / "backbone.safetensors"
+    shutil.copy(trained.save_dir / "step_2/backbone.safetensors", own)
+    load = f"train.load_dir={trained.save_dir}"
+    begun = (
+        f"model.component_build_args={{backbone: {{init: {json.dumps(str(own))}, freeze: true}}, "
+        "action_decoder: {freeze: true}}"
+    )
+    with pytest.raises(UserError) as e:
+        again.main(load, begun)
+    for name in ("info_embedder", "action_decoder"):
+        file = trained.save_dir / f"step_2/{name}.safetensors"
+        assert f"{file}: not the weights of component '{name}' as configured" in str(e.value)
+    capsys.readouterr()
+    (setting,) = pasted(e.value)
+    assert yaml.safe_load(setting.partition("=")[2]) == {
+        "backbone": {"init": str(own), "freeze": True},
+        "action_decoder": {"init": "scratch", "freeze": True},
+        "info_embedder": {"init": "scratch"},
+    }
+    assert again.main(load, setting, "train.total_steps=1") == 0
+    assert f"backbone: weights from {own}" in capsys.readouterr().out
+    assert again.job.policy.parts.frozen == {"backbone", "action_decoder"}
+
+
+def test_what_to_paste_keeps_the_entries_that_are_there():
+    given = {"other": parts.Part(same_as="own"), "plain": parts.Part()}
+    model = parts.Model(component_config_paths={}, component_build_args=given)
+    text = "model.component_build_args={other: {same_as: own}, own: {init: scratch}}"
+    assert parts.from_scratch(model, ["own"]).endswith(f"    '{text}'")
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_stats", "train", "../x", "a.b", "", "a b", "x" * 200, "\x00"]
+)
+def test_a_name_that_no_component_can_have(experiment, name):
+    exp = experiment()
+    exp.config["model"]["component_config_paths"][name] = "./backbone.yaml"
+    exp.write()
+    with pytest.raises(UserError, match="cannot be the name of a component"):
+        exp.main()
+
+
+def test_opening_a_checkpoint_is_quiet(trained, capsys):
+    checkpoint.open_policy(trained.save_dir)
+    assert capsys.readouterr().out == ""
