@@ -42,9 +42,15 @@ def save(
     """Write `folder`: component files with averaged weights, statistics, resume/, meta.json last.
 
     Everything goes to `<folder>.tmp` first, synced to disk, then renamed; an existing folder steps
-    aside until then. Raises UserError with path and free space if the disk refuses; older
-    checkpoints stay as they are.
+    aside until then. Raises UserError, and older checkpoints stay as they are: if anything is not
+    finite, before anything is written; with path and free space if the disk refuses.
     """
+    if broken := not_finite(policy, optimizers, average):
+        raise UserError(
+            f"step {meta['step']}: not finite after the optimizer's step: {', '.join(broken)}. "
+            f"This step is not saved; checkpoints in {folder.parent} are from before, and intact. "
+            "Lower peak_lr, or look at the data."
+        )
     tmp = folder.with_name(folder.name + ".tmp")
     old = folder.with_name(folder.name + ".old")
     try:
@@ -71,6 +77,29 @@ def save(
         raise UserError(
             f"{folder}: could not be saved: {e} ({free:.0f} MiB free); nothing else changed"
         ) from e
+
+
+@torch.no_grad()
+def not_finite(
+    policy: nn.Module, optimizers: Sequence[Optimizer], average: AveragedWeights
+) -> list[str]:
+    """Parts of a policy with a weight, average, optimizer state or statistic that is not finite.
+
+    Buffers do not count, nor does what is frozen: training leaves them as they are.
+    """
+    names = {p: name for name, p in policy.named_parameters()}
+    tensors = [(name, p) for p, name in names.items()]
+    tensors += [(f"stats.{name}", value) for name, value in policy.stats.state_dict().items()]
+    tensors += average.weights().items()
+    for optimizer in optimizers:
+        tensors += [(names[p], x) for p, state in optimizer.state.items() for x in state.values()]
+    owners = {}
+    for name, value in tensors:
+        words = name.split(".")
+        owner = words[1] if words[0] == "parts" else words[0]
+        if owner not in policy.parts.frozen:
+            owners.setdefault(owner, []).append(torch.as_tensor(value).isfinite().all())
+    return [owner for owner, flags in owners.items() if not all(flags)]
 
 
 def _write_weights(tmp, policy, average):
@@ -162,8 +191,12 @@ def _frozen_file(folder, name, record, given=None) -> Path:
 
 
 def _write(file, tensors):
+    """A safetensors file with the mode that the user's umask gives: save_file() has its own."""
     tensors = {k: x.detach().to("cpu", copy=True).contiguous() for k, x in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file)
+    file.chmod(mode)
     _sync(file)
 
 
@@ -205,7 +238,10 @@ def steps(save_dir: Path) -> dict[Path, float]:
 
 
 def damage(folder: Path) -> str | None:
-    """The first damaged file of a checkpoint and its damage; None if there is none."""
+    """The first damaged file of a checkpoint and its damage; None if there is none.
+
+    Weights that are not finite are a damage, too: nothing can be trained on or evaluated from them.
+    """
     try:
         files = read_meta(folder)["files"]
     except UserError as e:
@@ -219,6 +255,30 @@ def damage(folder: Path) -> str | None:
             return f"{file} has {found} bytes, {size} were written"
         if sha256(file) != digest:
             return f"{file} has other content than was written"
+    try:
+        return _broken_numbers(folder, sorted(files))
+    except UserError as e:
+        return str(e)
+
+
+def _broken_numbers(folder, files):
+    """A file of a checkpoint whose trained numbers are not all finite, or None.
+
+    Buffers of a component may be infinite: of its file only the names that an optimizer has count.
+    """
+    trained = set()
+    for name in sorted(files, key=lambda name: not name.startswith("resume/optimizer_")):
+        tensors = read_tensors(folder / name)
+        if name.startswith("resume/optimizer_"):
+            trained |= {key.rpartition("/")[0] for key in tensors}
+        elif name == "resume/other.safetensors":
+            continue
+        elif "/" not in name and name != "dataset_stats.safetensors":
+            prefix = f"parts.{Path(name).stem}."
+            tensors = {key: x for key, x in tensors.items() if prefix + key in trained}
+        broken = [key for key, x in tensors.items() if not x.isfinite().all()]
+        if broken:
+            return f"{folder / name}: {', '.join(broken[:3])} not finite"
     return None
 
 

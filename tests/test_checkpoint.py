@@ -1,8 +1,12 @@
 """What opening, saving and loading a checkpoint may do."""
 
+import functools
 import json
+import os
+import re
 import shlex
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -15,9 +19,10 @@ from safetensors.torch import load_file
 import evaluate
 import train_flow_matching
 import train_mi
-from common import checkpoint, parts
+from common import checkpoint, parts, run
 from common.blocks.transformer import MultimodalBridge
 from common.blocks.vae import StateDecoder, StateEncoder
+from common.blocks.vision import TinyCNN
 from common.config import UserError
 from common.data.loader import to_device
 from common.robot import Robot
@@ -369,3 +374,102 @@ def test_a_name_that_no_component_can_have(experiment, name):
 def test_opening_a_checkpoint_is_quiet(trained, capsys):
     checkpoint.open_policy(trained.save_dir)
     assert capsys.readouterr().out == ""
+
+
+def infinite(kind):
+    """Ruin one number of a run, of a kind that a checkpoint holds; the name of its owner."""
+
+    def ruin(job):
+        policy = job.policy
+        name = next(n for n in policy.state_dict() if n.startswith("parts.action_decoder."))
+        p = dict(policy.named_parameters())[name]
+        if kind == "weights":
+            p.view(-1)[0] = torch.inf
+        elif kind == "average":
+            job.average.ema[name].view(-1)[0] = torch.nan
+        elif kind == "optimizer":
+            job.optimizers[0].state[p]["exp_avg_sq"].view(-1)[0] = torch.inf
+        else:
+            next(policy.slow_posterior.parameters()).view(-1)[0] = -torch.inf
+
+    return ruin
+
+
+def ruined_at(step, ruin, monkeypatch):
+    end_step = run.Run.end_step
+
+    def ends(job, model):
+        if job.step == step:
+            with torch.no_grad():
+                ruin(job)
+        end_step(job, model)
+
+    monkeypatch.setattr(run.Run, "end_step", ends)
+
+
+KINDS = {"weights": "action_decoder", "average": "action_decoder", "optimizer": "action_decoder"}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "slow"])
+def test_numbers_that_are_not_finite_are_not_saved(experiment, kind, monkeypatch, capsys):
+    exp = experiment("train_flow_matching" if kind in KINDS else "train_cfg_vqvae")
+    ruined_at(4, infinite(kind), monkeypatch)
+    every = ["train.save_every_steps=2", "train.keep_last=1"]
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda: exp.main(*every, "train.total_steps=4"))
+    assert stopped.value.code == 2
+    owner = KINDS.get(kind, "slow_posterior")
+    error = capsys.readouterr().err
+    assert f"error: step 4: not finite after the optimizer's step: {owner}. This step" in error
+    assert [path.name for path in exp.save_dir.glob("*_*")] == ["step_2"]
+    monkeypatch.undo()
+    assert exp.main(*every, "train.total_steps=4") == 0
+    assert exp.job.step == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_checkpoint_that_is_not_finite_is_passed_over(experiment, kind, monkeypatch, capsys):
+    exp = experiment()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "not_finite", lambda *_: [])
+        ruined_at(4, infinite(kind), patch)
+        exp.main("train.save_every_steps=2", "train.total_steps=4")
+    assert evaluated(exp, "--nfe", "1") == 0
+    warning = r"warning: .*/step_4/\S*\.safetensors: .*\w not finite; step_2 is taken instead"
+    assert re.search(warning, capsys.readouterr().out)
+    with pytest.raises(UserError, match="not finite; take another checkpoint of this run"):
+        checkpoint.open_policy(exp.save_dir / "step_4")
+    assert exp.main("train.total_steps=4") == 0
+    assert "step_2 at step 2 of 4" in capsys.readouterr().out
+    assert exp.job.step == 4
+
+
+def test_buffers_may_be_infinite(experiment, monkeypatch):
+    init = TinyCNN.__init__
+
+    def with_mask(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.register_buffer("mask", torch.full((2,), -torch.inf))
+
+    monkeypatch.setattr(TinyCNN, "__init__", functools.wraps(init)(with_mask))
+    exp = experiment()
+    exp.main("train.total_steps=1")
+    exp.main("train.total_steps=2")
+    assert exp.job.step == 2
+    policy, _ = checkpoint.open_policy(exp.save_dir)
+    assert policy.parts["backbone"].block.mask.isinf().all()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_files_have_the_mode_that_the_user_s_umask_gives(experiment, mask):
+    exp = experiment()
+    before = os.umask(mask)
+    try:
+        exp.main("train.total_steps=1", "model.component_build_args={backbone: {freeze: true}}")
+    finally:
+        os.umask(before)
+    files = [*exp.save_dir.glob("step_1/**/*"), *exp.save_dir.glob("frozen/*")]
+    assert {file.name for file in files} > {"meta.json", "backbone.safetensors", "resume"}
+    for file in files:
+        wanted = (0o777 if file.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(file.stat().st_mode) == wanted, file
