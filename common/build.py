@@ -387,14 +387,23 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
             made = maker(**args) if isinstance(maker, type) else functools.partial(maker, **args)
         except Exception as e:
             # A plugin refuses an argument by ValueError; anything else is a mistake in its code.
-            ours = maker.__module__.split(".")[0] in ("common", "torch")
             problem = checked.error(here, f"{maker.__name__} refuses its arguments: {e}")
-            if ours or isinstance(e, ValueError):
+            if is_ours(maker) or isinstance(e, ValueError):
                 raise problem from e
             print(problem, file=sys.stderr)
             raise
         setattr(model, name, made)
     return model
+
+
+def block_makers(source: Yaml, facts: dict[str, int]) -> list[Callable]:
+    """The classes and functions that a component YAML names. Raises ConfigError as build() does."""
+    return [maker for maker, *_ in _Checked(source, facts).makers.values()]
+
+
+def is_ours(maker: Callable) -> bool:
+    """Whether a block is the project's or torch's, not a plugin's."""
+    return maker.__module__.split(".")[0] in ("common", "torch")
 
 
 def completed(source: Yaml, model: GraphModel) -> Yaml:

@@ -2,34 +2,29 @@
 
 import contextlib
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common import legacy
-from common.blocks.weights import read_tensors
+from common import legacy, manifest
+from common.blocks.weights import read_tensors, require
 from common.build import import_plugins
-from common.config import UserError, Yaml, from_dict
+from common.config import UserError, Yaml
 from common.data.normalizer import Normalizer
 from common.optim import AveragedWeights
-from common.parts import Origin, build_parts, load_component
+from common.parts import Origin, build_parts, load_component, require_like, require_size
 from common.schema import Optim, Part
-
-ROOT = Path(__file__).resolve().parents[1]
+from common.trust import ROOT, check_plugins, load_script  # noqa: F401 (ROOT: for run.py)
 
 
 def save(
@@ -216,12 +211,18 @@ def _digest(meta: dict) -> str:
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint. Raises UserError if it is not as it was written."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta.pop("sha256") == _digest(meta):
-            return meta
-    raise UserError(f"{folder}/meta.json is missing or has other content than was written")
+    """meta.json of a checkpoint, as common/manifest.py says.
+
+    Raises UserError if it is not as it was written, or if a field is missing or of another kind.
+    """
+    file = folder / "meta.json"
+    meta = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        meta = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(meta, dict) or meta.pop("sha256", None) != _digest(meta):
+        raise UserError(f"{file} is missing or has other content than was written")
+    manifest.check(meta, file)
+    return meta
 
 
 def steps(save_dir: Path) -> dict[Path, float]:
@@ -380,7 +381,8 @@ def load(
             "and train.load_dir"
         )
         raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems]))
-    policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
+    sizes = {name: len(getattr(policy.stats, f"{name}_mean")) for name in ("state", "action")}
+    policy.stats.load_state_dict(read_stats(folder, sizes))
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
         if name not in parts.sources:
@@ -390,23 +392,72 @@ def load(
     with torch.no_grad():
         for name, value in average.ema.items():
             value.copy_(parameters[name])
-        for name, value in (read_tensors(raw) if raw.exists() else {}).items():
+        for name, value in _read_some(raw, parameters).items():
             parameters[name].copy_(value)
     other = folder / "resume/other.safetensors"
-    if other.exists():
-        unknown = policy.load_state_dict(read_tensors(other), strict=False).unexpected_keys
-        if unknown:
-            raise UserError(
-                f"{other} holds {', '.join(unknown[:3])}, which this script's policy lacks: resume "
-                "with the version that wrote it, or start a new run with train.load_dir"
-            )
+    policy.load_state_dict(_read_some(other, policy.state_dict()), strict=False)
     for i, (optimizer, counters) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
-        for key, value in read_tensors(folder / f"resume/optimizer_{i}.safetensors").items():
-            name, _, kind = key.rpartition("/")
-            p = parameters[name]
-            optimizer.state[p][kind] = value.to(p.device)
+        _load_optimizer(folder / f"resume/optimizer_{i}.safetensors", optimizer, parameters)
         for group, own in zip(optimizer.param_groups, counters, strict=True):
-            group.update(own)
+            known = _counters(group)
+            group.update({k: type(known[k])(v) for k, v in own.items() if k in known})
+
+
+def _read_some(file, own):
+    """Tensors of a file for some of a policy's own, by name; none if there is no file."""
+    tensors = read_tensors(file) if file.exists() else {}
+    unknown = sorted(tensors.keys() - own.keys())
+    if unknown:
+        raise UserError(
+            f"{file} holds {', '.join(unknown[:3])}, which this script's policy lacks: resume "
+            "with the version that wrote it, or start a new run with train.load_dir"
+        )
+    title = f"{file}: not of the policy as configured"
+    require_like({name: own[name] for name in tensors}, tensors, title)
+    return tensors
+
+
+STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
+STATES = {  # optimizer -> what it keeps for each parameter, of the parameter's shape or a number
+    "AdamW": {"step": (), "exp_avg": None, "exp_avg_sq": None},
+    "RAdamScheduleFree": {"z": None, "exp_avg_sq": None},
+}
+
+
+def _load_optimizer(file, optimizer, parameters):
+    """Give an optimizer the state of a file; parameters: name -> parameter of the policy."""
+    tensors = read_tensors(file)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {name: p for name, p in parameters.items() if id(p) in trained}
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
+    found = {key.rpartition("/")[::2] for key in tensors}
+    states = STATES.get(kind) or {state: tensors[f"{n}/{state}"].shape for n, state in found}
+    expected = {
+        f"{name}/{state}": own[name].shape if shape is None else shape
+        for name in {name for name, _ in found} & own.keys()
+        for state, shape in states.items()
+    }
+    require(expected, tensors, f"{file}: not the state of {kind} for this run's weights")
+    for key, value in tensors.items():
+        name, _, state = key.rpartition("/")
+        p = own[name]
+        if value.dtype != (p.dtype if value.shape == p.shape else torch.float32):
+            raise UserError(f"{file}: {key} is of {value.dtype}, its weights are of {p.dtype}")
+        optimizer.state[p][state] = value.to(p.device)
+
+
+def read_stats(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Statistics of a checkpoint: name_kind (size,), for a state and an action of these sizes.
+
+    Raises UserError for others.
+    """
+    file = folder / manifest.STATS
+    tensors = read_tensors(file)
+    expected = {f"{name}_{kind}": (size,) for name, size in sizes.items() for kind in STATISTICS}
+    require(expected, tensors, f"{file}: not the statistics of the state and action")
+    if any(x.dtype != torch.float32 for x in tensors.values()):
+        raise UserError(f"{file}: expected numbers of float32")
+    return tensors
 
 
 def _differences(meta, parts, optimizers):
@@ -425,75 +476,6 @@ def _differences(meta, parts, optimizers):
             there = f"{only_saved or 'none'} in the checkpoint"
             problems.append(f"{kind}: {there}, {only_configured or 'none'} configured")
     return problems
-
-
-def load_script(folder: Path, recorded: str, given: Path | None = None) -> ModuleType:
-    """The training script of the checkpoint in `folder` as a module.
-
-    recorded: its name in meta.json, which is run only if it is that of a file beside common/.
-    given: the script that the user names instead. Raises UserError for any other.
-    """
-    if given is not None:
-        file = given.expanduser().resolve()
-        if not file.is_file():
-            raise UserError(f"--script: no such file: {file}")
-        return _as_module(file)
-    file = ROOT / recorded
-    if Path(recorded).name != recorded or file.resolve().parent != ROOT:
-        raise UserError(
-            f"{folder}: trained by the script {recorded!r}, which is not beside common/ and is "
-            "not run for a checkpoint's sake. If you trust it: --script PATH"
-        )
-    if not file.is_file():
-        raise UserError(
-            f"{file}: the script that trained this checkpoint is gone; --script PATH names it "
-            "elsewhere"
-        )
-    return _as_module(file)
-
-
-def _as_module(file):
-    module = sys.modules.get(file.stem)
-    if module is None or getattr(module, "__file__", None) != str(file):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{file}: not a Python file")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    if not is_dataclass(getattr(module, "Config", None)) or not hasattr(module, "Policy"):
-        raise UserError(f"{file}: not a training script: it has no Config and Policy")
-    return module
-
-
-def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str]) -> None:
-    """Raise UserError unless each plugin of a checkpoint is the project's, or named by the user."""
-    foreign = [
-        name for name in recorded if name not in trusted and not _of_project(name, folder.resolve())
-    ]
-    if foreign:
-        raise UserError(
-            f"{folder}: needs the plugins {foreign}, which are not the project's and are not "
-            f"imported for a checkpoint's sake. If you trust them: --plugins {' '.join(foreign)}"
-        )
-
-
-def _of_project(name, folder):
-    """Whether a module is found below ROOT, and not in the run's folder. Imports nothing."""
-    run_folder = folder if ROOT.is_relative_to(folder.parent) else folder.parent
-    search = [str(ROOT)]
-    words = name.split(".")
-    if not all(word.isidentifier() for word in words):
-        return False
-    for word in words:
-        spec = importlib.machinery.PathFinder.find_spec(word, search)
-        if spec is None:
-            return False
-        search = list(spec.submodule_search_locations or [])
-        for path in [spec.origin] if spec.origin else search:
-            file = Path(path).resolve()
-            if not file.is_relative_to(ROOT) or file.is_relative_to(run_folder):
-                return False
-    return True
 
 
 def find_checkpoint(folder: Path | str) -> Path:
@@ -542,19 +524,61 @@ def open_policy(
         known = sorted(frozen) or "none"
         raise UserError(f"--weights: {unknown} not among the frozen components: {known}")
     module = load_script(folder, meta["script"], script)
-    cfg = from_dict(module.Config, meta["config"])
+    reader = manifest.json_reader(folder / "meta.json", "config")
+    cfg = reader.read(module.Config, meta["config"], ())
     check_plugins(folder, cfg.plugins, plugins)
     import_plugins(cfg.plugins)
+    _require_facts(folder, meta["facts"], cfg.data)
     sources = {}
     cfg.model.component_build_args = {}
     for name, text in meta["components"].items():
         sources[name] = Yaml.parse(text, f"{folder}/meta.json:{name}")
+        _leave_out_hub_ids(sources[name])
         part = Part(freeze=name in frozen, same_as=meta["aliases"].get(name))
         if name in frozen:
             part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
         elif name not in meta["aliases"]:
             part.init = folder / f"{name}.safetensors"
+        if isinstance(part.init, Path):
+            require_size(sources[name], meta["facts"], part.init, name)
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
-    stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
+    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
+    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes))
     return module.Policy(parts, stats, cfg).eval(), cfg
+
+
+def _require_facts(folder, facts, data):
+    """Raise UserError unless the numbers of the dataset agree with the configuration."""
+    configured = {
+        "num_cameras": len(data.cameras),
+        "action_horizon": data.action_horizon,
+        "proprio_history": data.obs_proprio_history,
+    }
+    for name in ("state_dim", "action_dim", *configured):
+        found = facts.get(name)
+        expected = configured.get(name, found)
+        if found is None or found != expected:
+            raise UserError(
+                f"{folder}/meta.json: facts.{name}: expected {expected or 'a number'}, "
+                f"found {found or 'none'}"
+            )
+
+
+def _leave_out_hub_ids(source):
+    """A checkpoint has the weights of its components: nothing is fetched from a hub for them."""
+    data = source.data
+    params = data.get("params")
+    for entry in [data, *_mappings(data.get("blocks"))]:
+        args = entry.get("args")
+        if not isinstance(args, dict) or not isinstance(args.get("weights"), str):
+            continue
+        name = args["weights"].removeprefix("$")
+        in_params = args["weights"] != name and isinstance(params, dict)
+        owner, key = (params, name) if in_params else (args, "weights")
+        if not Path(str(owner.get(key))).expanduser().exists():
+            owner[key] = None
+
+
+def _mappings(value):
+    return [x for x in value.values() if isinstance(x, dict)] if isinstance(value, dict) else []

@@ -48,7 +48,9 @@ def translated(meta: dict, folder: Path) -> dict:
         )
     config = dict(meta["config"])
     if script == "train_vfp.py":
-        config.pop("sampling")  # the number of experts
+        config.pop("sampling", None)  # the number of experts
+    if not isinstance(config.get("loss"), dict):
+        raise UserError(f"{folder}/meta.json: config.loss: expected a mapping")
     loss = {}
     for key, value in config["loss"].items():
         now = RENAMED.get(f"loss.{key}", key).removeprefix("loss.")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from common.blocks.weights import read_tensors, require, shapes_of
-from common.build import GraphModel, build
+from common.blocks.weights import read_shapes, read_tensors, require, shapes_of
+from common.build import GraphModel, block_makers, build, is_ours
 from common.config import ConfigError, UserError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
@@ -447,6 +448,50 @@ def load_component(module: nn.Module, file: Path, name: str) -> Path:
     """Load a component from a safetensors file, exactly; the file. UserError lists what differs."""
     tensors = read_tensors(file)
     title = f"{file}: not the weights of component '{name}' as configured"
-    require(shapes_of(module.state_dict()), tensors, title)
+    require_like(module.state_dict(), tensors, title)
     module.load_state_dict(tensors)
     return file
+
+
+def require_like(own: dict[str, Tensor], tensors: dict[str, Tensor], title: str) -> None:
+    """Raise UserError, under `title`, unless names, shapes and kinds of number are the same.
+
+    A float may be of another size: it is converted.
+    """
+    require(shapes_of(own), tensors, title)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+            raise UserError(f"{title}: {name} is {tensor.dtype}, expected {own[name].dtype}")
+
+
+def require_size(source: Yaml, facts: dict[str, int], file: Path, name: str) -> None:
+    """Raise UserError, before anything is allocated, if a component is larger than its file.
+
+    It is built without storage for that. Blocks of plugins may need storage: they are not checked.
+    """
+    size = file.stat().st_size
+    held = len(read_tensors(file, read_shapes))
+    problem = f"{file}: {held} tensors, {size} bytes: less than '{name}' has by {source.path}"
+    made = 0
+
+    def count(*_):
+        nonlocal made
+        made += 1
+        if made > 2 * held + 100:  # a block may make some that it does not keep
+            raise UserError(problem)
+
+    if not all(is_ours(maker) for maker in block_makers(source, facts)):
+        return
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            state = build(source, facts).state_dict()
+        numbers = sum(x.numel() for x in state.values())
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as e:  # also of lazy modules, which have no size
+        raise UserError(f"{source.path}: cannot be built: {e}") from e
+    finally:
+        handle.remove()
+    if numbers > size:  # a number takes at least one byte
+        raise UserError(problem)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import evaluate
 import train_flow_matching
 import train_mi
-from common import checkpoint, parts, run
+from common import checkpoint, parts, run, trust
 from common.blocks.transformer import MultimodalBridge
 from common.blocks.vae import StateDecoder, StateEncoder
 from common.blocks.vision import TinyCNN
@@ -76,7 +76,7 @@ def test_a_link_beside_common_is_no_script_of_the_project(trained, stranger, mon
     root = tmp_path / "project"
     root.mkdir()
     (root / "train_mine.py").symlink_to(stranger / "train_theirs.py")
-    monkeypatch.setattr(checkpoint, "ROOT", root)
+    monkeypatch.setattr(trust, "ROOT", root)
     rewrite_meta(trained.save_dir / "step_2", script="train_mine.py")
     with pytest.raises(UserError, match="is not beside common/"):
         checkpoint.open_policy(trained.save_dir)
@@ -130,13 +130,13 @@ def test_what_counts_as_a_plugin_of_the_project(tmp_path, stranger, monkeypatch,
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("raise SystemError")  # nothing is imported to find out
     (root / "linked.py").symlink_to(stranger / "their_blocks.py")
-    monkeypatch.setattr(checkpoint, "ROOT", root)
+    monkeypatch.setattr(trust, "ROOT", root)
     folder = root / "runs/old/step_2"
     if projects:
-        checkpoint.check_plugins(folder, [name], [])
+        trust.check_plugins(folder, [name], [])
     else:
         with pytest.raises(UserError, match="needs the plugins"):
-            checkpoint.check_plugins(folder, [name], [])
+            trust.check_plugins(folder, [name], [])
 
 
 def test_scoring_again_passes_script_and_plugins_on(trained, stranger, monkeypatch):
