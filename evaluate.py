@@ -8,30 +8,24 @@ repeats bit for bit, for a seed and a batch size.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import metrics, plots, run
 from common.checkpoint import find_checkpoint
 from common.config import UserError, nearest
-from common.data.columns import joint_names
-from common.data.generated import locate
-from common.data.loader import Data, to_device
 from common.envs.registry import ENVIRONMENTS
-from common.files import require_writable, whole_file
-from common.noise import RowNoise
-from common.plots import decoration
+from common.files import require_writable, write_json
+from common.open_loop import open_loop
 from common.policy import ActionPolicy
-from common.robot import Robot, autocast, open_action_policy
+from common.robot import Robot, open_action_policy
 
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 ENDS = ("success", "is_success")  # keys of info that tell how an episode ended
@@ -318,30 +312,29 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
             rows[-1] |= metrics.experts(episodes, names, policy.experts)
     print_results(policy, cfg.data, args, robot, rows, names)
     settings = ("replan_steps", "batch", "seed", "hold", "ensemble", "delay")
-    write(
-        {
-            "env": args.env,
-            **{key: getattr(args, key) for key in settings},
-            "conditioned": robot.continues,
-            "results": rows,
-        },
-        args,
-    )
-    with decoration(args.out / "success.png") as file:
+    results = {
+        "env": args.env,
+        **{key: getattr(args, key) for key in settings},
+        "conditioned": robot.continues,
+        "results": rows,
+    }
+    # Before anything is drawn: the costly part is safe.
+    write_json({**args.about, **results}, args.out / "results.json")
+    with plots.decoration(args.out / "success.png") as file:
         plots.draw_success(rows, file)
     if all(episode.path for episode in played[f"NFE {args.nfe[0]}"]):
-        with decoration(args.out / "tracks.png") as file:
+        with plots.decoration(args.out / "tracks.png") as file:
             plots.draw_paths(played, names or (), file)
     if names:
-        with decoration(args.out / "modes.png") as file:
+        with plots.decoration(args.out / "modes.png") as file:
             plots.draw_mode_shares(rows, names, shares, file)
     if "experts" in rows[-1]:
         title = f"successes at NFE {args.nfe[-1]}, {args.env}"
-        with decoration(args.out / "experts.png") as file:
+        with plots.decoration(args.out / "experts.png") as file:
             plots.draw_expert_use(rows[-1]["experts"], title, args.log, file)
     reel = [(episode.pictures, episode.success) for episode in episodes if episode.pictures]
     if reel:
-        with decoration(args.out / "episodes.mp4") as file:
+        with plots.decoration(args.out / "episodes.mp4") as file:
             plots.write_video(reel, cfg.data.HZ, file)
 
 
@@ -395,110 +388,6 @@ def print_results(
             f"{last['expert_information'] or 0:.3f} of its maximum; the least used expert has "
             f"{last['least_load']:.2f} of an even share"
         )
-
-
-@torch.no_grad()
-def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
-    """Predicted against recorded chunks of held-out episodes.
-
-    Draws chunks_*.png, error_by_step.png and velocity_loss.png.
-    """
-    folder = locate(args.data or cfg.data.root)
-    held_out = replace(
-        cfg.data,
-        root=str(folder),
-        val_samples=max(cfg.data.val_samples, 512),
-        scores=None,  # which episodes are held out does not depend on scores
-        keep_top=None,
-    )
-    data = Data(held_out)
-    if not data.val_episodes:
-        raise UserError(
-            "this run held no episodes out (data.val_episodes): nothing to compare with; "
-            "or give --env"
-        )
-    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
-    names = joint_names(info["features"], cfg.data.action_key, data.facts["action_dim"])
-    nfe = args.nfe[-1]
-    errors = []
-    drawn = []
-    for episode in tqdm(data.val_episodes, desc="held-out episodes", unit="episode"):
-        draws, recorded, padded = predicted_chunks(policy, data, episode, nfe, args)
-        error = np.abs(draws - recorded)
-        errors.append(np.ma.array(error, mask=np.broadcast_to(padded[..., None], error.shape)))
-        drawn.append((episode, draws[0], recorded, ~padded))
-    errors = np.ma.concatenate(errors, 1)  # (draws, chunks, T, A), without padding
-    _, scale = policy.stats.affine("action")
-    scale = scale.cpu().numpy()
-    per_joint = errors.mean((0, 1, 2))
-    by_step = errors.mean((0, 1))
-    of_chunks = (errors / scale).mean((2, 3))
-    best = float(of_chunks.min(0).mean())
-    mean = float(of_chunks.mean())
-    print(
-        f"\nmean absolute error of {errors.shape[1]} held-out chunks, NFE {nfe}, "
-        "in the action's units (normalised):"
-    )
-    for name, value, normalised in zip(names, per_joint, per_joint / scale, strict=True):
-        print(f"  {name}  {value:.4g}  ({normalised:.2f})")
-    print(
-        f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}"
-    )
-    with autocast(args.precision, next(policy.parameters()).device):
-        loss = metrics.velocity_loss(policy, data, args.seed)
-    levels = [
-        f"{source} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}"
-        for source, values in loss.items()
-    ]
-    print(f"velocity loss, normalised, by source of the latent: {'; '.join(levels)}")
-    results = {
-        "nfe": nfe,
-        "seed": args.seed,
-        "episodes": data.val_episodes,
-        "joints": names,
-        "mae": per_joint.tolist(),
-        "mae_by_step": by_step.tolist(),
-        "chunk_error": {"samples": args.samples, "mean": mean, "best": best},
-        "velocity_loss": loss,
-    }
-    write(results, args)
-    for episode in drawn[:4]:
-        with decoration(args.out / f"chunks_{episode[0]}.png") as file:
-            plots.draw_chunks(*episode, names, file)
-    with decoration(args.out / "error_by_step.png") as file:
-        plots.draw_error_by_step(by_step, names, cfg.data.HZ, file)
-    with decoration(args.out / "velocity_loss.png") as file:
-        plots.draw_velocity_loss(loss, file)
-
-
-def predicted_chunks(
-    policy: ActionPolicy, data: Data, episode: int, nfe: int, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws (samples, n, T, A), recorded chunks (n, T, A), their padding (n, T) of an episode."""
-    device = next(policy.parameters()).device
-    every = data.cfg.action_horizon
-    rows = data.windows.rows([episode], data.cfg.first_frames)[::every]
-    batch = to_device(data.windows[rows], device)
-    recorded = batch["action"]
-    draws = []
-    with autocast(args.precision, device):
-        memory = policy.encode(batch)
-        for draw in range(args.samples):
-            key = ("open loop", args.seed, episode, *([draw] if draw else []))
-            noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
-            z = policy.latent(memory, noise)
-            draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z).float())
-    return (
-        torch.stack(draws).cpu().numpy(),
-        recorded.cpu().numpy(),
-        batch["action_is_pad"].cpu().numpy(),
-    )
-
-
-def write(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """results.json, written before anything is drawn: the costly part is safe."""
-    with whole_file(args.out / "results.json") as file:
-        file.write_text(json.dumps({**args.about, **results}, indent=1))
 
 
 def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:

@@ -20,7 +20,7 @@ from helpers import ScriptedPolicy
 from scipy import stats
 
 import evaluate
-from common import config, metrics, plots, schema
+from common import config, metrics, open_loop, plots, schema
 from common.config import UserError
 from common.data import columns
 from common.data.images import IMAGE
@@ -145,7 +145,8 @@ def play(tmp_path, monkeypatch):
         meta = {"script": "/home/me/train_mine.py", "step": 5}
         monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, meta))
         if not draw:
-            monkeypatch.setattr(evaluate, "plots", MagicMock())
+            for module in (evaluate, open_loop):
+                monkeypatch.setattr(module, "plots", MagicMock())
         argv = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), *map(str, options)]
         argv += ["--env", env] if env else []
         TOLD.clear()
