@@ -57,7 +57,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--env",
         help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id, module:Id; left out: open loop",
     )
-    add("--data", help="open loop: the dataset, if it is no longer where it was for training")
+    add(
+        "--data",
+        help="open loop: the dataset, if it is no longer where it was for training; or another "
+        "one, whose episodes are all new (--new_episodes)",
+    )
+    add(
+        "--new_episodes",
+        action="store_true",
+        help="open loop: evaluate episodes, too, that the run neither trained on nor held out",
+    )
+    add(
+        "--other_units",
+        action="store_true",
+        help="evaluate although states or actions look as if they had other units than in training",
+    )
     add(
         "--samples",
         type=count,
@@ -427,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.env:
         closed_loop(policy, cfg, args)
     else:
-        open_loop(policy, cfg, args)
+        open_loop(policy, cfg, meta, args)
     print(f"\nwritten to {args.out}")
     return 0
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.data.loader import Data, to_device
+from common.data.loader import to_device
+from common.data.windows import Windows
 from common.noise import RowNoise
 from common.policy import ActionPolicy
 
@@ -165,9 +166,9 @@ def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> li
 
 @torch.no_grad()
 def velocity_loss(
-    policy: ActionPolicy, data: Data, seed: int, bins: int = 10
+    policy: ActionPolicy, windows: Windows, rows: np.ndarray, seed: int, bins: int = 10
 ) -> dict[str, list[float]]:
-    """Mean squared error of the normalised velocity on held-out windows, at middles of bins of t.
+    """Mean squared error of the normalised velocity on rows of windows, at middles of bins of t.
 
     {"t": [...], "posterior": [...], "prior": [...]}, by the source of the latent, or {"t", "none"}
     of a policy without one; all with the same noise, without guidance. Their gap is what z settles.
@@ -176,12 +177,12 @@ def velocity_loss(
     sums = defaultdict(lambda: np.zeros(bins))
     entries = 0
     device = next(policy.parameters()).device
-    batches = np.array_split(data.val_rows, -(-len(data.val_rows) // 64))
-    for rows in tqdm(batches, desc="velocity loss", leave=None):
-        batch = to_device(data.windows[rows], device)
+    batches = np.array_split(rows, -(-len(rows) // 64))
+    for some in tqdm(batches, desc="velocity loss", leave=None):
+        batch = to_device(windows[some], device)
         memory = policy.encode(batch)
         x1 = policy.stats.normalize("action", batch["action"])
-        keys = [("velocity", seed, row) for row in rows.tolist()]
+        keys = [("velocity", seed, row) for row in some.tolist()]
         x0 = RowNoise([(*key, "x0") for key in keys], device).normal(*x1.shape)
         valid = ~batch["action_is_pad"][..., None]
         entries += valid.sum().item() * x1.shape[2]

@@ -1,8 +1,6 @@
-"""Open loop: the chunks that a policy predicts on held-out episodes, against the recorded ones."""
+"""Open loop: the chunks that a policy predicts on recorded episodes, against the recorded ones."""
 
 import argparse
-import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,43 +8,34 @@ import torch
 from tqdm import tqdm
 
 from common import metrics, plots
-from common.config import UserError
-from common.data.columns import joint_names
-from common.data.generated import locate
-from common.data.loader import Data, to_device
+from common.data.loader import to_device
+from common.data.windows import Windows
 from common.files import write_json
 from common.noise import RowNoise
 from common.policy import ActionPolicy
+from common.recordings import Recordings
 from common.robot import autocast
 
 
 @torch.no_grad()
-def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
+def open_loop(
+    policy: ActionPolicy, cfg: Any, meta: dict[str, Any], args: argparse.Namespace
+) -> None:
     """Predicted against recorded chunks of held-out episodes.
 
     Draws chunks_*.png, error_by_step.png and velocity_loss.png.
     """
-    folder = locate(args.data or cfg.data.root)
-    held_out = replace(
-        cfg.data,
-        root=str(folder),
-        val_samples=max(cfg.data.val_samples, 512),
-        scores=None,  # which episodes are held out does not depend on scores
-        keep_top=None,
+    recordings = Recordings(
+        cfg.data, meta, policy.stats, args.data, args.new_episodes, args.other_units
     )
-    data = Data(held_out)
-    if not data.val_episodes:
-        raise UserError(
-            "this run held no episodes out (data.val_episodes): nothing to compare with; "
-            "or give --env"
-        )
-    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
-    names = joint_names(info["features"], cfg.data.action_key, data.facts["action_dim"])
+    windows = recordings.windows
+    episodes = recordings.episodes
+    names = recordings.names
     nfe = args.nfe[-1]
     errors = []
     drawn = []
-    for episode in tqdm(data.val_episodes, desc="held-out episodes", unit="episode"):
-        draws, recorded, padded = predicted_chunks(policy, data, episode, nfe, args)
+    for episode in tqdm(episodes, desc="held-out episodes", unit="episode"):
+        draws, recorded, padded = predicted_chunks(policy, windows, episode, nfe, args)
         error = np.abs(draws - recorded)
         errors.append(np.ma.array(error, mask=np.broadcast_to(padded[..., None], error.shape)))
         drawn.append((episode, draws[0], recorded, ~padded))
@@ -67,8 +56,11 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     print(
         f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}"
     )
+    rows = windows.rows(episodes, cfg.data.first_frames)
+    count = min(max(cfg.data.val_samples, 512), len(rows))
+    rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
     with autocast(args.precision, next(policy.parameters()).device):
-        loss = metrics.velocity_loss(policy, data, args.seed)
+        loss = metrics.velocity_loss(policy, windows, rows, args.seed)
     levels = [
         f"{source} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}"
         for source, values in loss.items()
@@ -77,7 +69,8 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     results = {
         "nfe": nfe,
         "seed": args.seed,
-        "episodes": data.val_episodes,
+        "episodes": episodes,
+        "new_episodes": recordings.new,
         "joints": names,
         "mae": per_joint.tolist(),
         "mae_by_step": by_step.tolist(),
@@ -95,13 +88,13 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
 
 
 def predicted_chunks(
-    policy: ActionPolicy, data: Data, episode: int, nfe: int, args: argparse.Namespace
+    policy: ActionPolicy, windows: Windows, episode: int, nfe: int, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws (samples, n, T, A), recorded chunks (n, T, A), their padding (n, T) of an episode."""
     device = next(policy.parameters()).device
-    every = data.cfg.action_horizon
-    rows = data.windows.rows([episode], data.cfg.first_frames)[::every]
-    batch = to_device(data.windows[rows], device)
+    every = windows.cfg.action_horizon
+    rows = windows.rows([episode], windows.cfg.first_frames)[::every]
+    batch = to_device(windows[rows], device)
     recorded = batch["action"]
     draws = []
     with autocast(args.precision, device):

@@ -318,6 +318,7 @@ class Run:
             "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
             "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
+            "columns": self.data.windows.sizes,
             "aliases": parts.aliases,
             "episodes": {"trained on": self.data.episodes, "held out": self.data.val_episodes},
             "components": {name: self.sources[name].text for name in [*parts, *parts.aliases]},

@@ -14,9 +14,9 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import CAMERAS, write_demos
+from conftest import CAMERAS, LENGTHS, write_demos
 from fuzz import ending
-from helpers import ScriptedPolicy
+from helpers import ScriptedPolicy, write_v2
 from scipy import stats
 
 import evaluate
@@ -24,7 +24,8 @@ from common import config, metrics, open_loop, plots, schema
 from common.config import UserError
 from common.data import columns
 from common.data.images import IMAGE
-from common.data.normalizer import Normalizer
+from common.data.lerobot import LeRobotDataset
+from common.data.normalizer import Normalizer, statistics
 
 torch.set_num_threads(1)
 TOLD = defaultdict(list)  # reset seed -> actions that its robot was told
@@ -131,7 +132,7 @@ for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
 def play(tmp_path, monkeypatch):
     """play(*options, policy=None, prefix=0, **data) -> (results.json, the policy), scripted."""
 
-    def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
+    def run(*options, policy=None, prefix=0, env="World-v0", draw=False, meta=None, **data):
         policy = policy or ScriptedPolicy(prefix=prefix)
         settings = {
             "root": "nowhere",
@@ -142,8 +143,8 @@ def play(tmp_path, monkeypatch):
         }
         cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data))
         monkeypatch.setattr(evaluate, "find_checkpoint", lambda folder: folder)
-        meta = {"script": "/home/me/train_mine.py", "step": 5}
-        monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, meta))
+        about = {"script": "/home/me/train_mine.py", "step": 5, **(meta or {})}
+        monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, about))
         if not draw:
             for module in (evaluate, open_loop):
                 monkeypatch.setattr(module, "plots", MagicMock())
@@ -577,7 +578,11 @@ class Knowing(ScriptedPolicy):
     def __init__(self, target="velocity", latent=True, drawn=0.0):
         super().__init__(latent)
         self.target, self.drawn, self.arms = target, drawn, []
-        values = {key: value.repeat(2) for key, value in self.stats.state_dict().items()}
+        sizes = {"state": 5, "action": 4}
+        values = {
+            key: value[:1].repeat(sizes[key.partition("_")[0]])
+            for key, value in self.stats.state_dict().items()
+        }
         values["action_std"] = torch.tensor([1.0, 2, 4, 8])
         self.stats = Normalizer("mean_std", values)
 
@@ -612,10 +617,23 @@ class Knowing(ScriptedPolicy):
         return x1 - x0 + off if self.target == "velocity" else (x1 + off - x) / (1 - t)
 
 
+def trained_on(root, held_out):
+    """meta.json's record of a dataset and its episodes."""
+    dataset = LeRobotDataset(root)
+    others = [episode.index for episode in dataset.episodes if episode.index not in held_out]
+    episodes = {"trained on": others, "held out": held_out}
+    return {"episodes": episodes, "dataset": {"content_key": dataset.content_key}}
+
+
 @pytest.fixture
 def off_line(play, demos):
-    data = {"root": str(demos), "cameras": CAMERAS, "image_size": [32, 32], "val_episodes": [3, 5]}
-    return lambda *options, **more: play(*options, env=None, **data | more)
+    def run(*options, **more):
+        data = {"root": demos, "cameras": CAMERAS, "image_size": [32, 32], "val_episodes": [3, 5]}
+        data |= more
+        meta = trained_on(data["root"], data["val_episodes"])
+        return play(*options, env=None, meta=meta, **data | {"root": str(data["root"])})
+
+    return run
 
 
 def test_open_loop_errors_are_of_recorded_steps_only(off_line, tmp_path):
@@ -690,5 +708,176 @@ def test_joint_names_reach_the_results(off_line, tmp_path):
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["action"]["names"] = ["a", "b", "c", "d"]
     (root / "meta/info.json").write_text(json.dumps(info))
-    results, _ = off_line("--data", root, policy=Knowing(), val_episodes=[1])
+    results, _ = off_line(root=root, policy=Knowing(), val_episodes=[1])
     assert results["joints"] == ["a", "b", "c", "d"]
+
+
+# which episodes are evaluated
+
+SHOWN = {"observation.state": 5, "action": 4}  # column -> numbers in a row
+
+
+def recording(number, scale=1.0, sizes=None):
+    """Columns of a recorded episode that no other one is like."""
+    rng = np.random.default_rng(number)
+    columns = {}
+    for key, size in (sizes or SHOWN).items():
+        columns[key] = (scale * rng.normal(size=(9 + number, size))).astype(np.float32).tolist()
+    return columns
+
+
+def write_recordings(root, numbers, fps=10, **options):
+    """A v2.1 dataset whose episodes 0, 1, ... are these recordings; {episode: recording}, too."""
+    pairs = numbers.items() if isinstance(numbers, dict) else enumerate(numbers)
+    tables = {index: recording(number, **options) for index, number in pairs}
+    return write_v2(root, tables, {"fps": fps})
+
+
+class Learned(Knowing):
+    """With the statistics of some recordings."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        columns = [recording(number) for number in numbers]
+        state, action = (np.concatenate([c[key] for c in columns]) for key in SHOWN)
+        self.stats = Normalizer("mean_std", statistics(state, action))
+
+
+EPISODES = {"trained on": [0, 1, 2, 4, 6, 7], "held out": [3, 5]}
+
+
+@pytest.fixture
+def again(play, tmp_path, capsys):
+    """again(root, *options) -> (results.json, printed): of a policy that recordings 0-7 taught."""
+
+    def run(root, *options, meta=None, episodes=EPISODES, **data):
+        policy = Learned(episodes["trained on"])
+        capsys.readouterr()
+        settings = {"root": str(root), "val_episodes": 0.25} | data
+        results, _ = play(
+            *options,
+            policy=policy,
+            env=None,
+            meta={"episodes": episodes, **(meta or {})},
+            **settings,
+        )
+        return results, capsys.readouterr().out
+
+    return run
+
+
+def test_the_episodes_held_out_are_those_of_the_checkpoint(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8))
+    results, out = again(root)
+    assert results["episodes"] == [3, 5]  # the last two are the share of data.val_episodes now
+    assert results["new_episodes"] == []
+    assert "notice" not in out
+    moved = root.rename(tmp_path / "moved")
+    results, out = again("nowhere", "--data", moved)
+    assert results["episodes"] == [3, 5]
+    assert "notice" not in out
+
+
+def test_a_dataset_that_grew(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(10))
+    results, out = again(root)
+    assert results["episodes"] == [3, 5]
+    assert (
+        f"notice: {root} has episodes that the run has never seen: [8, 9]; --new_episodes evaluates"
+        in out
+    )
+    results, out = again(root, "--new_episodes", meta={"dataset": {"content_key": "before"}})
+    assert results["episodes"] == [3, 5, 8, 9]
+    assert results["new_episodes"] == [8, 9]
+    assert "notice: new episodes are evaluated, too: [8, 9]" in out
+    assert "changed since training; episodes kept their numbers" in out
+    nothing_held_out = {"trained on": list(range(8)), "held out": []}
+    results, _ = again(root, "--new_episodes", episodes=nothing_held_out)
+    assert results["episodes"] == [8, 9]
+    with pytest.raises(UserError, match=r"held no episodes out.*--new_episodes"):
+        again(root, episodes=nothing_held_out)
+
+
+def without(*gone):
+    return {number: number for number in range(8) if number not in gone}
+
+
+def test_a_dataset_that_lost_episodes(again, tmp_path):
+    root = write_recordings(tmp_path / "a", without(5))
+    results, out = again(root)
+    assert results["episodes"] == [3]
+    assert f"notice: held-out episodes [5] are gone from {root}: left out" in out
+    results, out = again(write_recordings(tmp_path / "b", without(2)))
+    assert results["episodes"] == [3, 5]
+    assert "notice" not in out
+    with pytest.raises(UserError, match=r"no episode to evaluate: held out were \[3, 5\]"):
+        again(write_recordings(tmp_path / "c", without(3, 5)))
+    with pytest.raises(UserError, match=r"none of the episodes of training; --new_episodes"):
+        again(write_recordings(tmp_path / "d", {30: 3, 31: 5}))
+
+
+@pytest.mark.parametrize("gone", [0, 2, 3, 5])
+def test_episodes_numbered_anew_are_not_taken_for_those_held_out(again, tmp_path, gone):
+    root = write_recordings(tmp_path / "data", without(gone).values())
+    with pytest.raises(UserError, match=r"does not have the episodes that .* was trained on, or"):
+        again(root, *(["--data", root] if gone else []))
+    results, out = again(root, "--new_episodes")
+    assert results["episodes"] == results["new_episodes"] == list(range(7))
+    assert "has other episodes than in training: all are new" in out
+
+
+def test_data_in_other_units(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8), scale=50)
+    message = (
+        r"--data: .*data is of another kind than the training data:\n    state\[0\]: mean .*\n"
+        r"(.*\n)*    action\[3\]: mean .* other units.*\n    --other_units evaluates it anyway"
+    )
+    with pytest.raises(UserError, match=message):
+        again(root, "--data", root, "--new_episodes")
+    with pytest.raises(UserError, match="does not have the episodes"):
+        again(root, "--other_units")
+    results, _ = again(root, "--other_units", "--new_episodes")
+    assert results["episodes"] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "message"),
+    [
+        ({"action": 3}, {}, "the action has 3 numbers, in training 4"),
+        ({"observation.state": 6}, {}, "the state has 6 numbers, in training 5"),
+        ({"a": 2, "b": 3}, {"state_keys": ["a", "b"]}, "a has 2 numbers, in training 3; b has 3"),
+        (
+            {},
+            {"state_keys": ["joints"]},
+            r"no numeric column 'joints'(.*\n)*.* trained on the columns \['joints', 'action'\]",
+        ),
+        (
+            {},
+            {"cameras": {"up": "top"}},
+            r"'top' is not in the dataset(.*\n)*.* and the cameras \['top'\]",
+        ),
+    ],
+)
+def test_data_of_other_columns(again, tmp_path, sizes, settings, message):
+    root = write_recordings(tmp_path / "data", range(8), sizes=SHOWN | sizes)
+    meta = {"columns": {"a": 3, "b": 2}}
+    with pytest.raises(UserError, match=rf"--data: .* than the training data: (.*\n)*.*{message}"):
+        again("nowhere", "--data", root, "--other_units", meta=meta, **settings)
+
+
+def test_data_of_another_rate(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8), fps=5)
+    _, out = again("nowhere", "--data", root, "--new_episodes")
+    assert f"notice: --data: {root} has 5 fps, resampled to the policy's 10 Hz" in out
+
+
+def test_a_real_run_and_a_dataset_that_grew_since(experiment, tmp_path, capsys):
+    exp = experiment()
+    exp.main("train.total_steps=1", "data.val_episodes=0.3")
+    assert exp.meta("step_1")["columns"] == {"observation.state": 5, "action": 4}
+    grown = write_demos(tmp_path / "grown", lengths=(*LENGTHS, 12))
+    argv = ["--checkpoint", str(exp.save_dir), "--out", str(tmp_path / "out"), "--data", str(grown)]
+    assert evaluate.main(argv) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["episodes"] == exp.meta("step_1")["episodes"]["held out"] == [4, 5]
+    assert "has episodes that the run has never seen: [6]" in capsys.readouterr().out

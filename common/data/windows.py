@@ -27,7 +27,7 @@ class Windows(Dataset):
 
     Per row: state and action, episode_index (the dataset's), step (in its episode), source_row
     (nearest frame), and episode (its place in first and last, which are rows of each episode's
-    ends).
+    ends). sizes: numbers in a row of each column.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Windows(Dataset):
         above = np.minimum(below + 1, end)
         share = np.clip(frame - (below - start), 0, 1).astype(np.float32)[:, None]
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
+        self.sizes = {key: values.shape[1] for key, values in columns.items()}
 
         def resample(key):
             values = columns[key]
