@@ -340,30 +340,29 @@ def load_script(folder: Path, recorded: str, given: Path | None = None) -> Modul
         file = given.expanduser().resolve()
         if not file.is_file():
             raise UserError(f"--script: no such file: {file}")
-    else:
-        file = ROOT / recorded
-        if Path(recorded).name != recorded or file.resolve().parent != ROOT:
-            raise UserError(
-                f"{folder}: trained by the script {recorded!r}, which is not beside common/ and "
-                "is not run for a checkpoint's sake. If you trust it: --script PATH"
-            )
-        if not file.is_file():
-            raise UserError(
-                f"{file}: the script that trained this checkpoint is gone; if it is elsewhere: "
-                "--script PATH"
-            )
-    loaded = sys.modules.get(file.stem)
-    if loaded and getattr(loaded, "__file__", None) == str(file):
-        return _policy_script(loaded, file)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file}: not a Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return _policy_script(module, file)
+        return _as_module(file)
+    file = ROOT / recorded
+    if Path(recorded).name != recorded or file.resolve().parent != ROOT:
+        raise UserError(
+            f"{folder}: trained by the script {recorded!r}, which is not beside common/ and is "
+            "not run for a checkpoint's sake. If you trust it: --script PATH"
+        )
+    if not file.is_file():
+        raise UserError(
+            f"{file}: the script that trained this checkpoint is gone; --script PATH names it "
+            "elsewhere"
+        )
+    return _as_module(file)
 
 
-def _policy_script(module, file):
+def _as_module(file):
+    module = sys.modules.get(file.stem)
+    if module is None or getattr(module, "__file__", None) != str(file):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"{file}: not a Python file")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     if not is_dataclass(getattr(module, "Config", None)) or not hasattr(module, "Policy"):
         raise UserError(f"{file}: not a training script: it has no Config and Policy")
     return module
@@ -388,8 +387,8 @@ def _of_project(name, folder):
     words = name.split(".")
     if not all(word.isidentifier() for word in words):
         return False
-    for i in range(len(words)):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(words[: i + 1]), search)
+    for word in words:
+        spec = importlib.machinery.PathFinder.find_spec(word, search)
         if spec is None:
             return False
         search = list(spec.submodule_search_locations or [])

@@ -53,10 +53,15 @@ def assert_same_run(a, b, name):
     assert steps_of(a / "log.jsonl") == steps_of(b / "log.jsonl")
 
 
-def rewrite_meta(folder, **changes):
-    """meta.json of a checkpoint with other entries, as if it had been written so; None: without."""
-    meta = checkpoint.read_meta(folder) | changes
-    meta = {key: value for key, value in meta.items() if value is not None}
+def rewrite_meta(folder, change=None, **changes):
+    """meta.json of a checkpoint with other entries, as if it had been written so; None: without.
+
+    change: a function that changes it in place.
+    """
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    meta = {key: value for key, value in meta.items() if value is not None and key != "sha256"}
+    if change:
+        change(meta)
     (folder / "meta.json").write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
 
 

@@ -536,11 +536,13 @@ def test_weights_that_a_block_names_are_loaded_moved_and_not_needed_for_trained_
     moved = file.rename(exp.folder / "moved.safetensors")
     if freeze == "true":
         with pytest.raises(UserError, match=rf"{file}: weights of frozen 'backbone' are gone"):
-            checkpoint.open_policy(exp.save_dir)
-        policy, _ = checkpoint.open_policy(exp.save_dir, {"backbone": moved})
+            checkpoint.open_policy(exp.save_dir, plugins=["pretrained_blocks"])
+        policy, _ = checkpoint.open_policy(
+            exp.save_dir, {"backbone": moved}, plugins=["pretrained_blocks"]
+        )
         assert same(part(policy.state_dict(), "backbone"), part(exp.start, "backbone"))
     else:
-        checkpoint.open_policy(exp.save_dir)
+        checkpoint.open_policy(exp.save_dir, plugins=["pretrained_blocks"])
     del sys.modules["pretrained_blocks"]
     del build._BLOCKS["pretrained_cnn"]
 
