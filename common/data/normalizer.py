@@ -1,5 +1,7 @@
 """Statistics of state and action, and the conversion to and from normalised units."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,60 @@ def statistics(state: np.ndarray, action: np.ndarray) -> dict[str, Tensor]:
         if constant:
             print(f"warning: {name} dimensions {constant} are constant over the training episodes")
     return stats
+
+
+def differences(
+    trained: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, list[str]] | None = None
+) -> list[str]:
+    """One line per dimension that other statistics show to be of another kind than in training.
+
+    trained, found: as statistics() returns them; names: state and action -> a name per dimension.
+    A dimension is named if its mean lies more than five standard deviations off, or if its spread
+    is more than five times as large or as small. Another number of dimensions is one line.
+    """
+    lines = []
+    for name in ("state", "action"):
+        was_mean, was_std = (trained[f"{name}_{key}"].cpu().double() for key in ("mean", "std"))
+        mean, std = (found[f"{name}_{key}"].cpu().double() for key in ("mean", "std"))
+        if len(mean) != len(was_mean):
+            lines.append(f"{name}: {len(mean)} numbers, in training {len(was_mean)}")
+            continue
+        # A dimension that was constant may differ a little without being another one.
+        floor = torch.where(was_std > 1e-6 * was_mean.abs(), 0, 0.01 * was_mean.abs() + 1e-3)
+        ratio = std.clamp(min=floor) / was_std.clamp(min=floor)
+        far = (mean - was_mean).abs() > 5 * was_std.clamp(min=floor)
+        for i in torch.nonzero(far | (ratio > 5) | (ratio < 0.2)).flatten().tolist():
+            title = label(name, i, names)
+            here = f"mean {mean[i]:.3g} with a spread of {std[i]:.3g}"
+            before = f"in training {was_mean[i]:.3g} with {was_std[i]:.3g}"
+            lines.append(f"{title}: {here}, {before}: {_likely(ratio[i].item(), floor[i].item())}")
+    return lines
+
+
+UNITS = {  # ratio of the spreads -> likely cause
+    180 / math.pi: "degrees, in training radians?",
+    math.pi / 180: "radians, in training degrees?",
+    1000.0: "millimetres, in training metres?",
+    0.001: "metres, in training millimetres?",
+}
+
+
+def _likely(ratio, floor):
+    if floor:
+        return "constant in training"
+    if not ratio:
+        return "constant here"
+    for factor, cause in UNITS.items():
+        if 0.7 < ratio / factor < 1.4:
+            return f"other units ({cause})"
+    return "other units?"
+
+
+def label(name: str, i: int, names: dict[str, list[str]] | None = None) -> str:
+    """Dimension i of state or action as messages name it: action[3] (left_gripper)."""
+    known = (names or {}).get(name)
+    own = known[i] if known else ""
+    return f"{name}[{i}]" if not own or own.endswith(f"[{i}]") else f"{name}[{i}] ({own})"
 
 
 class Normalizer(nn.Module):
