@@ -120,7 +120,8 @@ class Run:
             cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
-        return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
+        data = self.cfg.data
+        return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
 
     def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
@@ -162,8 +163,13 @@ class Run:
         self.step = meta["step"]
         self.epoch = meta["epoch"]
         self.offset = meta["offset"]
+        configured = self.cfg.data.min_std
+        self.cfg.data.min_std = self.policy.stats.min_std
         if not self.is_main:
             return
+        if configured != self.cfg.data.min_std:
+            kept = f"{self.cfg.data.min_std:g}, as this run began"
+            print(f"warning: data.min_std stays {kept}; a new train.save_dir takes {configured:g}")
         for key, was, now in changes(meta["config"], to_dict(self.cfg)):
             print(f"warning: {key} was {was}, now {now}")
         if meta["episodes"]["trained on"] != self.data.episodes:

@@ -15,7 +15,7 @@ from common.data.frames import FrameCache, VideoFrames
 from common.data.generated import locate
 from common.data.images import DRAWS, IMAGE, augmented
 from common.data.lerobot import LeRobotDataset, cache_folder, check_files
-from common.data.normalizer import statistics
+from common.data.normalizer import Normalizer, neighbour_scale, poor_scales, statistics
 from common.data.order import Order
 from common.data.scores import best_episodes
 from common.data.windows import Windows
@@ -46,8 +46,8 @@ class Data:
     """The dataset of one run.
 
     windows: all samples; train_rows, val_rows: the rows of windows to train on and to hold out;
-    episodes, val_episodes: their episodes; stats: of the training episodes; facts: sizes that
-    components need.
+    episodes, val_episodes: their episodes; names: of the dimensions of state and action; stats: of
+    the training episodes; facts: sizes that components need.
     """
 
     def __init__(self, cfg: schema.Data):
@@ -74,7 +74,13 @@ class Data:
         count = min(cfg.val_samples, len(rows))
         self.val_rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
         seen = windows.rows(self.episodes)  # chunks go on to the end of an episode
-        self.stats = statistics(windows.state[seen], windows.action[seen])
+        state = windows.state[seen]
+        action = windows.action[seen]
+        self.names = windows.names
+        self.stats = statistics(state, action, self.names)
+        normalizer = Normalizer(cfg.normalize, self.stats, cfg.min_std)
+        for line in poor_scales(normalizer, state, action, self.names):
+            print(f"warning: {line}")
         self.facts = {
             "action_dim": windows.action.shape[1],
             "state_dim": windows.state.shape[1],
@@ -145,8 +151,7 @@ class Data:
         groups = None
         if cfg.neighbours > 1:
             state = self.windows.state
-            scaled = state / (state[self.train_rows].std(0) + 1e-2)
-            groups = (scaled, cfg.neighbours)
+            groups = (state / neighbour_scale(state[self.train_rows]), cfg.neighbours)
         order = Order(
             self.train_rows,
             cfg.batch_size,
