@@ -120,8 +120,16 @@ class Run:
             cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
+        if load_dir and (load_dir / "dataset_stats.safetensors").is_file():
+            self._warn_of_other_data(load_dir, f"components of {load_dir} (train.load_dir)")
         data = self.cfg.data
         return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
+
+    def _warn_of_other_data(self, folder, trained):
+        """Name the dimensions that are of another kind than in the checkpoint `folder`."""
+        lines = self.data.differences(folder) if self.is_main else []
+        if lines:
+            print("\n    ".join([f"warning: other data than {trained} learned from", *lines]))
 
     def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
@@ -155,6 +163,7 @@ class Run:
         self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _load(self, folder):
+        self.data.require_width(folder, checkpoint.read_meta(folder)["facts"])
         meta = checkpoint.load(folder, self.policy, self.optimizers, self.average)
         if meta["script"] != self.script:
             raise UserError(
@@ -177,6 +186,13 @@ class Run:
                 "warning: other training episodes than so far "
                 "(data.episodes, val_episodes, scores, keep_top)"
             )
+        found = self.data.identity
+        if meta.get("dataset", found)["content_key"] != found["content_key"]:
+            print(
+                f"warning: files of {found['root']} are not those that {folder} was trained on, in "
+                f"{meta['dataset']['root']}: changed, recorded anew, or a copy with other times"
+            )
+        self._warn_of_other_data(folder, f"this run, which keeps the statistics of {folder},")
         for key, now in self._conditions().items():
             if meta[key] != now:
                 print(
@@ -324,6 +340,8 @@ class Run:
             "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
             "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
+            "names": self.data.names,
+            "dataset": self.data.identity,
             "aliases": parts.aliases,
             "episodes": {"trained on": self.data.episodes, "held out": self.data.val_episodes},
             "components": {name: self.sources[name].text for name in [*parts, *parts.aliases]},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Experiment, write_demos
 
-from common import checkpoint
+from common import checkpoint, run
 from common.data.loader import Data
 from common.data.normalizer import (
     Normalizer,
@@ -240,3 +240,71 @@ def test_warnings_name_dimensions_as_the_dataset_does(small, capsys):
     assert "state dimensions [8] (action[3]) are constant" in out
     assert "warning: state[5] (action[0]): 98 % of the rows have a normalised spread of 0.0" in out
     assert data.names["state"][4:6] == ["observation.state[4]", "action[0]"]
+
+
+def finished(exp, capsys, *overrides):
+    """Exit code of the command and all that it printed."""
+    with pytest.raises(SystemExit) as e:
+        run.cli(lambda: exp.main(*overrides))
+    streams = capsys.readouterr()
+    return e.value.code, streams.out + streams.err
+
+
+OTHER_UNITS = r"\n    action\[1\]: mean \S+ with a spread of \S+, in training \S+ with \S+: other "
+OTHER_UNITS += r"units \(degrees, in training radians\?\)\n(?!    )"
+
+
+def test_resuming_on_another_dataset_names_its_dimensions(demos, tmp_path, capsys):
+    def edit(episode, arrays):
+        arrays["action"][:, 1] *= 57.3
+
+    degrees = write_demos(tmp_path / "degrees", edit=edit)
+    exp = Experiment(tmp_path / "exp", demos)
+    assert finished(exp, capsys, "train.total_steps=1")[0] == 0
+    stats = exp.job.policy.stats.state_dict()
+    code, out = finished(exp, capsys, "train.total_steps=2", f"data.root={degrees}")
+    assert code == 0
+    folder = f"{exp.save_dir}/step_1"
+    assert f"files of {degrees} are not those that {folder} was trained on, in {demos}" in out
+    start = re.escape(f"warning: other data than this run, which keeps the statistics of {folder},")
+    assert re.search(start + " learned from" + OTHER_UNITS, out)
+    kept = exp.job.policy.stats.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in stats.items())
+    assert exp.meta("step_2")["dataset"]["root"] == str(degrees)
+    assert exp.meta("step_2")["names"]["action"][1] == "action[1]"
+
+
+def test_components_of_another_dataset(demos, tmp_path, capsys):
+    def edit(episode, arrays):
+        arrays["action"][:, 1] *= 57.3
+
+    old = Experiment(tmp_path / "old", demos)
+    assert finished(old, capsys, "train.total_steps=1")[0] == 0
+    degrees = write_demos(tmp_path / "degrees", edit=edit)
+    exp = Experiment(tmp_path / "exp", degrees)
+    options = ("train.total_steps=1", f"train.load_dir={old.save_dir}")
+    code, out = finished(exp, capsys, *options)
+    assert code == 0
+    start = re.escape(f"other data than components of {old.save_dir}/step_1 (train.load_dir)")
+    assert re.search(start + " learned from" + OTHER_UNITS, out)
+
+
+def test_resuming_on_the_same_dataset_says_nothing_of_it(demos, tmp_path, capsys):
+    exp = Experiment(tmp_path, demos)
+    assert finished(exp, capsys, "train.total_steps=1")[0] == 0
+    write_meta(exp.save_dir / "step_1", lambda meta: meta.pop("dataset"))  # as before it was there
+    for steps in (2, 3):
+        code, out = finished(exp, capsys, f"train.total_steps={steps}")
+        assert code == 0
+        assert "other data" not in out
+        assert "files of" not in out
+
+
+def test_resuming_on_data_of_another_width_is_one_error(demos, tmp_path, capsys):
+    exp = Experiment(tmp_path, demos)
+    assert finished(exp, capsys, "train.total_steps=1")[0] == 0
+    wider = "data.state_keys=[observation.state, action]"
+    code, out = finished(exp, capsys, "train.total_steps=2", wider)
+    assert code == 2
+    assert f"error: {demos}: state_dim 9, action_dim 4; {exp.save_dir}/step_1 was trained" in out
+    assert "on state_dim 5, action_dim 4\n    give data.root, data.state_keys" in out

@@ -117,7 +117,7 @@ class Normalizer(nn.Module):
         self.mode = mode
         self.min_std = min_std
         for key, value in stats.items():
-            self.register_buffer(key, value)
+            self.register_buffer(key, value.clone())
 
     def constant(self, name: str) -> Tensor:
         """Dimensions that are not scaled: bool (dim,)."""
