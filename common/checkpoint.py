@@ -283,6 +283,7 @@ def load(
         )
         raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems]))
     policy.stats.load_state_dict(read_tensors(folder / "dataset_stats.safetensors"))
+    policy.stats.min_std = meta["config"]["data"]["min_std"]
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
         if name not in parts.sources:
@@ -457,5 +458,6 @@ def open_policy(
             part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], cfg.data.cameras, folder)
-    stats = Normalizer(cfg.data.normalize, read_tensors(folder / "dataset_stats.safetensors"))
+    values = read_tensors(folder / "dataset_stats.safetensors")
+    stats = Normalizer(cfg.data.normalize, values, cfg.data.min_std)
     return module.Policy(parts, stats, cfg).eval(), cfg

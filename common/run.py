@@ -120,7 +120,16 @@ class Run:
             cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
-        return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
+        if load_dir and (load_dir / "dataset_stats.safetensors").is_file():
+            self._warn_of_other_data(load_dir, f"components of {load_dir} (train.load_dir)")
+        data = self.cfg.data
+        return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
+
+    def _warn_of_other_data(self, folder, trained):
+        """Name the dimensions that are of another kind than in the checkpoint `folder`."""
+        lines = self.data.differences(folder) if self.is_main else []
+        if lines:
+            print("\n    ".join([f"warning: other data than {trained} learned from", *lines]))
 
     def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
@@ -154,6 +163,7 @@ class Run:
         self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _load(self, folder):
+        self.data.require_width(folder, checkpoint.read_meta(folder)["facts"])
         meta = checkpoint.load(folder, self.policy, self.optimizers, self.average)
         if meta["script"] != self.script:
             raise UserError(
@@ -162,8 +172,13 @@ class Run:
         self.step = meta["step"]
         self.epoch = meta["epoch"]
         self.offset = meta["offset"]
+        configured = self.cfg.data.min_std
+        self.cfg.data.min_std = self.policy.stats.min_std
         if not self.is_main:
             return
+        if configured != self.cfg.data.min_std:
+            kept = f"{self.cfg.data.min_std:g}, as this run began"
+            print(f"warning: data.min_std stays {kept}; a new train.save_dir takes {configured:g}")
         for key, was, now in changes(meta["config"], to_dict(self.cfg)):
             print(f"warning: {key} was {was}, now {now}")
         if meta["episodes"]["trained on"] != self.data.episodes:
@@ -171,6 +186,13 @@ class Run:
                 "warning: other training episodes than so far "
                 "(data.episodes, val_episodes, scores, keep_top)"
             )
+        found = self.data.identity
+        if meta.get("dataset", found)["content_key"] != found["content_key"]:
+            print(
+                f"warning: files of {found['root']} are not those that {folder} was trained on, in "
+                f"{meta['dataset']['root']}: changed, recorded anew, or a copy with other times"
+            )
+        self._warn_of_other_data(folder, f"this run, which keeps the statistics of {folder},")
         for key, now in self._conditions().items():
             if meta[key] != now:
                 print(
@@ -319,6 +341,8 @@ class Run:
             "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
             "columns": self.data.windows.sizes,
+            "names": self.data.names,
+            "dataset": self.data.identity,
             "aliases": parts.aliases,
             "episodes": {"trained on": self.data.episodes, "held out": self.data.val_episodes},
             "components": {name: self.sources[name].text for name in [*parts, *parts.aliases]},

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import schema
+from common.data.columns import joint_names
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.images import IMAGE
@@ -25,9 +26,9 @@ class Windows(Dataset):
     (hold_keys: nearest), frames are the nearest. With `features`, its entries (see FeatureCache)
     come too, and pictures only of the cameras in `pictures`.
 
-    Per row: state and action, episode_index (the dataset's), step (in its episode), source_row
-    (nearest frame), and episode (its place in first and last, which are rows of each episode's
-    ends). sizes: numbers in a row of each column.
+    sizes: numbers in a row of each column; names: a name per dimension of state and action. Per
+    row: state and action, episode_index (the dataset's), step (in its episode), source_row (nearest
+    frame), and episode (its place in first and last, which are rows of each episode's ends).
     """
 
     def __init__(
@@ -58,6 +59,11 @@ class Windows(Dataset):
         share = np.clip(frame - (below - start), 0, 1).astype(np.float32)[:, None]
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
         self.sizes = {key: values.shape[1] for key, values in columns.items()}
+        named = {key: joint_names(dataset.features, key, n) for key, n in self.sizes.items()}
+        self.names = {
+            "state": [name for key in cfg.state_keys for name in named[key]],
+            "action": named[cfg.action_key],
+        }
 
         def resample(key):
             values = columns[key]
