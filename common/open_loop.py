@@ -30,7 +30,7 @@ def open_loop(
     )
     windows = recordings.windows
     episodes = recordings.episodes
-    names = recordings.names
+    names = windows.names["action"]
     nfe = args.nfe[-1]
     errors = []
     drawn = []

@@ -341,6 +341,7 @@ class Run:
             "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
             "columns": self.data.windows.sizes,
+            "episode_hashes": {str(n): text for n, text in self.data.windows.hashes.items()},
             "names": self.data.names,
             "dataset": self.data.identity,
             "aliases": parts.aliases,

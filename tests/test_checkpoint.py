@@ -127,7 +127,7 @@ def test_what_counts_as_a_plugin_of_the_project(tmp_path, stranger, monkeypatch,
 def test_scoring_again_passes_script_and_plugins_on(trained, stranger, monkeypatch):
     rewrite_meta(trained.save_dir / "step_2", script=str(stranger / "train_theirs.py"))
     again = ["--score", str(trained.save_dir)]
-    with pytest.raises(UserError, match="train_theirs.py', which is not beside common/"):
+    with pytest.raises(UserError, match=r"train_theirs.py', which is not beside common/"):
         train_mi.rescore(again)
     with pytest.raises(UserError, match="holds a policy, which ranks nothing"):
         train_mi.rescore([*again, "--script", "train_theirs.py"])

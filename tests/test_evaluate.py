@@ -26,6 +26,7 @@ from common.data import columns
 from common.data.images import IMAGE
 from common.data.lerobot import LeRobotDataset
 from common.data.normalizer import Normalizer, statistics
+from common.data.windows import content_hash
 
 torch.set_num_threads(1)
 TOLD = defaultdict(list)  # reset seed -> actions that its robot was told
@@ -618,11 +619,18 @@ class Knowing(ScriptedPolicy):
 
 
 def trained_on(root, held_out):
-    """meta.json's record of a dataset and its episodes."""
+    """meta.json's record of the episodes of a dataset."""
     dataset = LeRobotDataset(root)
-    others = [episode.index for episode in dataset.episodes if episode.index not in held_out]
-    episodes = {"trained on": others, "held out": held_out}
-    return {"episodes": episodes, "dataset": {"content_key": dataset.content_key}}
+    numbers = [episode.index for episode in dataset.episodes]
+    columns = dataset.columns(["observation.state", "action"], numbers).values()
+    ends = np.cumsum([episode.length for episode in dataset.episodes])[:-1]
+    rows = zip(*(np.split(values, ends) for values in columns), strict=True)
+    hashes = {str(n): content_hash(arrays) for n, arrays in zip(numbers, rows, strict=True)}
+    others = [number for number in numbers if number not in held_out]
+    return {
+        "episodes": {"trained on": others, "held out": held_out},
+        "episode_hashes": hashes,
+    }
 
 
 @pytest.fixture
@@ -744,23 +752,21 @@ class Learned(Knowing):
 
 
 EPISODES = {"trained on": [0, 1, 2, 4, 6, 7], "held out": [3, 5]}
+HASHES = {
+    str(n): content_hash(np.float32(column) for column in recording(n).values()) for n in range(8)
+}
 
 
 @pytest.fixture
-def again(play, tmp_path, capsys):
+def again(play, capsys):
     """again(root, *options) -> (results.json, printed): of a policy that recordings 0-7 taught."""
 
     def run(root, *options, meta=None, episodes=EPISODES, **data):
         policy = Learned(episodes["trained on"])
-        capsys.readouterr()
+        about = {"episodes": episodes, "episode_hashes": HASHES, **(meta or {})}
         settings = {"root": str(root), "val_episodes": 0.25} | data
-        results, _ = play(
-            *options,
-            policy=policy,
-            env=None,
-            meta={"episodes": episodes, **(meta or {})},
-            **settings,
-        )
+        capsys.readouterr()
+        results, _ = play(*options, policy=policy, env=None, meta=about, **settings)
         return results, capsys.readouterr().out
 
     return run
@@ -783,14 +789,13 @@ def test_a_dataset_that_grew(again, tmp_path):
     results, out = again(root)
     assert results["episodes"] == [3, 5]
     assert (
-        f"notice: {root} has episodes that the run has never seen: [8, 9]; --new_episodes evaluates"
-        in out
+        f"notice: {root} has episodes that are new to the run: [8, 9]; --new_episodes evaluates "
+        "them, too\n" in out
     )
-    results, out = again(root, "--new_episodes", meta={"dataset": {"content_key": "before"}})
+    results, out = again(root, "--new_episodes")
     assert results["episodes"] == [3, 5, 8, 9]
     assert results["new_episodes"] == [8, 9]
-    assert "notice: new episodes are evaluated, too: [8, 9]" in out
-    assert "changed since training; episodes kept their numbers" in out
+    assert "notice: episodes that are new to the run are evaluated, too: [8, 9]\n" in out
     nothing_held_out = {"trained on": list(range(8)), "held out": []}
     results, _ = again(root, "--new_episodes", episodes=nothing_held_out)
     assert results["episodes"] == [8, 9]
@@ -806,24 +811,63 @@ def test_a_dataset_that_lost_episodes(again, tmp_path):
     root = write_recordings(tmp_path / "a", without(5))
     results, out = again(root)
     assert results["episodes"] == [3]
-    assert f"notice: held-out episodes [5] are gone from {root}: left out" in out
+    assert f"notice: {root}: of the held-out episodes [3, 5] there are [3], by" in out
     results, out = again(write_recordings(tmp_path / "b", without(2)))
     assert results["episodes"] == [3, 5]
     assert "notice" not in out
-    with pytest.raises(UserError, match=r"no episode to evaluate: held out were \[3, 5\]"):
-        again(write_recordings(tmp_path / "c", without(3, 5)))
-    with pytest.raises(UserError, match=r"none of the episodes of training; --new_episodes"):
-        again(write_recordings(tmp_path / "d", {30: 3, 31: 5}))
+    nothing = "has none of the episodes that this run held out; new to the run are"
+    for number, left in enumerate((without(3, 5), {0: 0}, {30: 3, 31: 5})):
+        unseen = [30, 31] if 30 in left else []
+        with pytest.raises(UserError, match=re.escape(f"{nothing} {unseen}")):
+            again(write_recordings(tmp_path / f"c{number}", left))
 
 
-@pytest.mark.parametrize("gone", [0, 2, 3, 5])
-def test_episodes_numbered_anew_are_not_taken_for_those_held_out(again, tmp_path, gone):
-    root = write_recordings(tmp_path / "data", without(gone).values())
-    with pytest.raises(UserError, match=r"does not have the episodes that .* was trained on, or"):
-        again(root, *(["--data", root] if gone else []))
+@pytest.mark.parametrize(
+    ("gone", "held_out"), [(0, [2, 4]), (2, [2, 4]), (3, [4]), (4, [3, 4]), (5, [3]), (7, [3, 5])]
+)
+def test_episodes_that_were_numbered_anew_are_found_by_what_they_hold(
+    again, tmp_path, gone, held_out
+):
+    root = write_recordings(tmp_path / "data", [*without(gone).values(), 8])
+    results, out = again(root)
+    assert results["episodes"] == held_out
+    assert (f"there are {held_out}, by the numbers that they have now" in out) == (gone != 7)
     results, out = again(root, "--new_episodes")
-    assert results["episodes"] == results["new_episodes"] == list(range(7))
-    assert "has other episodes than in training: all are new" in out
+    assert results["episodes"] == sorted([*held_out, 7])
+    assert results["new_episodes"] == [7]
+
+
+def test_a_copy_of_an_episode_that_was_trained_on_is_held_out_only_as_recorded(again, tmp_path):
+    """Recording 3 was trained on as episode 8, too, and held out as episode 3."""
+    episodes = EPISODES | {"trained on": [*EPISODES["trained on"], 8]}
+    meta = {"episode_hashes": HASHES | {"8": HASHES["3"]}}
+    root = write_recordings(tmp_path / "same", [*range(8), 3])
+    assert again(root, meta=meta, episodes=episodes)[0]["episodes"] == [3, 5]
+    root = write_recordings(tmp_path / "renumbered", [1, 2, 3, 4, 5, 6, 7, 3])
+    assert again(root, meta=meta, episodes=episodes)[0]["episodes"] == [4]
+
+
+def test_other_recordings_of_the_same_kind_are_all_new(again, tmp_path):
+    root = write_recordings(tmp_path / "other", range(20, 24))
+    with pytest.raises(
+        UserError, match=r"--data: .* has none .* new to the run are \[0, 1, 2, 3\]:"
+    ):
+        again("nowhere", "--data", root)
+    results, _ = again("nowhere", "--data", root, "--new_episodes")
+    assert results["episodes"] == results["new_episodes"] == [0, 1, 2, 3]
+
+
+def test_older_checkpoints_know_their_episodes_by_number(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(10))
+    results, out = again(root, meta={"episode_hashes": None})
+    assert results["episodes"] == [3, 5]
+    assert "notice: an older checkpoint, which knows its held-out episodes by number only" in out
+    assert "new to the run: [8, 9]" in out
+    results, _ = again(root, "--new_episodes", meta={"episode_hashes": None})
+    assert results["new_episodes"] == [8, 9]
+    root = write_recordings(tmp_path / "large", range(8), scale=50)
+    with pytest.raises(UserError, match="of another kind than the training data"):
+        again(root, meta={"episode_hashes": None})
 
 
 def test_data_in_other_units(again, tmp_path):
@@ -834,7 +878,7 @@ def test_data_in_other_units(again, tmp_path):
     )
     with pytest.raises(UserError, match=message):
         again(root, "--data", root, "--new_episodes")
-    with pytest.raises(UserError, match="does not have the episodes"):
+    with pytest.raises(UserError, match="has none of the episodes that this run held out"):
         again(root, "--other_units")
     results, _ = again(root, "--other_units", "--new_episodes")
     assert results["episodes"] == list(range(8))
@@ -880,4 +924,4 @@ def test_a_real_run_and_a_dataset_that_grew_since(experiment, tmp_path, capsys):
     assert evaluate.main(argv) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["episodes"] == exp.meta("step_1")["episodes"]["held out"] == [4, 5]
-    assert "has episodes that the run has never seen: [6]" in capsys.readouterr().out
+    assert "has episodes that are new to the run: [6]" in capsys.readouterr().out
