@@ -266,12 +266,17 @@ def environment(
         raise UserError(
             f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})"
         ) from e
-    check_environment(trial, policy, data)
+    check_environment(trial, policy, data, args.columns)
     return make, trial.unwrapped
 
 
-def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> None:
-    """Raise UserError unless it has the keys, the rate and the dimensions of the training data."""
+def check_environment(
+    env: gymnasium.Env, policy: ActionPolicy, data: Any, columns: dict[str, int]
+) -> None:
+    """Raise UserError unless it has the keys, the rate and the dimensions of the training data.
+
+    columns: numbers that each column had in training, as far as the checkpoint records them.
+    """
     name = env.spec.id
     spaces = dict(getattr(env.observation_space, "spaces", {}))
     missing = [key for key in [*data.state_keys, *data.cameras.values()] if key not in spaces]
@@ -286,8 +291,17 @@ def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> No
             f"--env: {name} runs at {hz} Hz, the policy at {data.HZ:g} "
             "(its render_fps, and data.HZ)"
         )
-    state = sum(int(np.prod(spaces[key].shape)) for key in data.state_keys)
-    found = (state, *(env.action_space.shape or ()))
+    sizes = {}
+    for key in data.state_keys:
+        shape = spaces[key].shape
+        if shape is None:
+            raise UserError(f"--env: {name}: {key} is {spaces[key]}, the policy takes numbers")
+        sizes[key] = int(np.prod(shape))
+        if sizes[key] != columns.get(key, sizes[key]):
+            raise UserError(
+                f"--env: {name}: {key} has {sizes[key]} numbers, in training {columns[key]}"
+            )
+    found = (sum(sizes.values()), *(env.action_space.shape or ()))
     trained = (len(policy.stats.state_mean), len(policy.stats.action_mean))
     if found != trained:
         raise UserError(
@@ -317,6 +331,8 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
             args.hold,
             args.precision,
             threaded=False,
+            check_units=not args.other_units,
+            columns=args.columns,
         )
         film = args.videos if nfe == args.nfe[-1] else 0
         episodes, times = play(robot, args, make, nfe, film)
@@ -431,6 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_writable(args.out, "--out")
     args.log = folder.parent / "log.jsonl"
     args.precision = meta.get("mixed_precision", "no")
+    args.columns = meta.get("columns", {})
     args.about = {
         "checkpoint": str(args.checkpoint),
         "policy": Path(meta["script"]).stem,

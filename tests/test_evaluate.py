@@ -111,6 +111,10 @@ class Wide(World):
     action_space = gymnasium.spaces.Box(-1, 1, (3,))
 
 
+class Nested(World):
+    observation_space = gymnasium.spaces.Dict({"observation.state": World.observation_space})
+
+
 class Endless(World):
     def step(self, action):
         observation, reward, _, truncated, info = super().step(action)
@@ -125,7 +129,7 @@ class Unprepared(World):
     render_mode = None  # and __init__ takes none
 
 
-for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
+for kind in (World, Foreign, Mute, Renamed, Wide, Nested, Endless, Blind, Unprepared):
     gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
 
 
@@ -456,6 +460,7 @@ def test_a_mistake_in_code_that_draws_is_no_full_disk(tmp_path):
         ),
         ({}, {"HZ": 25}, r"runs at 10 Hz, the policy at 25 \(its render_fps"),
         ({"env": "Wide-v0"}, {}, r"\(2, 3\) numbers, the policy was trained on \(2, 2\)"),
+        ({"env": "Nested-v0"}, {}, r"observation.state is Dict\(.*\), the policy takes numbers"),
         ({"env": "Mute-v0"}, {}, r"must tell info\['success'\]"),
         (
             {"env": "Blind-v0"},
@@ -486,6 +491,24 @@ def test_replans_after_eight_steps_but_for_a_policy_of_whole_episodes(play, data
     play("--episodes", 3, "--nfe", 1, "--videos", 0, **data)
     seed = next(seed for seed in range(50_000, 50_003) if seed % 3 == 2)
     assert first_numbers(seed) == list(told)
+
+
+def test_an_environment_in_other_units(play, capsys):
+    policy = ScriptedPolicy(latent=False)
+    policy.stats.state_min[0] = 0
+    policy.stats.state_max[0] = 900
+    with pytest.raises(UserError, match=r"state\[0\] of robot 0 is 5e\+04, .* --other_units\)"):
+        play(*SHORT, "--replan_steps", 4, policy=policy)
+    results, _ = play(*SHORT, "--replan_steps", 4, "--other_units", policy=policy)
+    assert results["results"][0]["episodes"] == 3
+    assert capsys.readouterr().out.count("warning: observation.state[0] of robot 0 is 5e+04") == 1
+
+
+def test_an_environment_with_other_sizes_of_a_state_key(play):
+    with pytest.raises(
+        UserError, match=r"World-v0: observation.state has 2 numbers, in training 3"
+    ):
+        play(*SHORT, meta={"columns": {"observation.state": 3}}, action_horizon=8)
 
 
 def test_an_episode_without_an_end_fails_in_time(play, capsys):
