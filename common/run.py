@@ -34,13 +34,30 @@ from common.optim import AveragedWeights
 from common.parts import Parts, build_parts
 from common.plots import draw_curves
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step that is under way
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where no step is under way: what Ctrl-C cleans up, this does."""
+
 
 def cli(main: Callable[[], int]) -> None:
-    """Run a script's main and exit: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a script's main and exit: 0; 2 after a user's mistake; 130 after Ctrl-C, 143 after kill.
+
+    Whatever the script is at when a signal comes, a command that follows it in a Makefile or shell
+    script is not to take half of its work for the whole.
+    """
+
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         code = main()
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as e:
+        number = signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT
+        print(f"stopped by {number.name}", file=sys.stderr)
+        code = 128 + number
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
@@ -55,6 +72,8 @@ def cli(main: Callable[[], int]) -> None:
             file=sys.stderr,
         )
         code = 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code)
 
 
@@ -62,7 +81,8 @@ class Run:
     """One training run in its folder.
 
     step, epoch, offset: finished optimizer steps, finished epochs, and samples of the epoch that is
-    under way. total: optimizer steps of the whole run. scalars: of this step, to be logged.
+    under way. total: optimizer steps of the whole run. scalars: of this step, to be logged. signal:
+    that told this process to stop; stopping: the one that all processes know of; None without any.
     """
 
     def __init__(self, cfg: Any, options: Namespace, script: str):
@@ -95,8 +115,8 @@ class Run:
         self.step = 0
         self.epoch = 0
         self.offset = 0
-        self.signal = None
-        self.stopping = False
+        self.signal: signal.Signals | None = None
+        self.stopping: signal.Signals | None = None
         self.scalars = {}
 
     def components(self) -> tuple[Parts, Normalizer]:
@@ -151,7 +171,7 @@ class Run:
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
             (self.folder / "config.yaml").write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
-        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self._stop) for number in STOPPING}
 
     def _load(self, folder):
         meta = checkpoint.load(folder, self.policy, self.optimizers, self.average)
@@ -188,7 +208,7 @@ class Run:
 
     def _stop(self, number, frame):
         """Finish the step, save, exit; a second Ctrl-C stops at once."""
-        self.signal = number
+        self.signal = signal.Signals(number)
         signal.signal(number, self.handlers[number])
 
     def loader(self, epoch: int = 0, offset: int = 0) -> DataLoader:
@@ -217,7 +237,7 @@ class Run:
             torch.manual_seed(seed_of("dropout", *key, self.rank))
             yield batch
             micro = 0 if self.accelerator.sync_gradients else micro + 1
-            if self.step >= self.total or self.stopping:
+            if self.step >= self.total or self.stopping is not None:
                 return
 
     def _noise(self, *key):
@@ -232,7 +252,7 @@ class Run:
         """Clip each component's gradients; stop all processes if loss or a norm is not finite.
 
         The weights are untouched then. This holds the only host read of a step: whether everything
-        is finite, and whether any process was told to stop.
+        is finite, and which signals told any process to stop.
         """
         self.accelerator.unscale_gradients()
         norms = {}
@@ -246,9 +266,11 @@ class Run:
             checked += norms.values()
         finite = torch.stack([value.float() for value in checked]).isfinite()
         broken = (~finite).any().float()
-        flags = torch.stack([broken, torch.full_like(broken, self.signal is not None)])
-        broken, stopping = self.accelerator.reduce(flags, "sum").tolist()
-        self.stopping = bool(stopping)
+        signals = [torch.full_like(broken, self.signal == number) for number in STOPPING]
+        flags = torch.stack([broken, *signals])
+        broken, *received = self.accelerator.reduce(flags, "sum").tolist()
+        told = [number for number, count in zip(STOPPING, received, strict=True) if count]
+        self.stopping = told[0] if told else None
         if broken:
             bad = [name for name, value in self.scalars.items() if not math.isfinite(value)]
             self.close()
@@ -266,7 +288,7 @@ class Run:
             self.epoch += 1
             self.offset = 0
         self.log.bar.update()
-        last = self.step >= self.total or self.stopping
+        last = self.step >= self.total or self.stopping is not None
         if last or self.step % self.train.log_every == 0:
             self.log.training(self.step, self.epoch, self.scalars)
         self.scalars = {}
@@ -325,12 +347,16 @@ class Run:
         }
 
     def finish(self) -> int:
-        """Close the run; the exit code: 130 after Ctrl-C, else 0."""
+        """Close the run; the exit code: 130 after Ctrl-C, 143 after SIGTERM, else 0.
+
+        The signal counts in all processes, whichever received it.
+        """
         self.close()
+        stopped_by = self.stopping or self.signal  # a signal after the last step is known here only
         if self.is_main:
             state = "stopped" if self.step < self.total else "finished"
             print(f"{state} at step {self.step}: {self.folder}")
-        return 130 if self.signal == signal.SIGINT else 0
+        return 128 + stopped_by if stopped_by else 0
 
     def close(self) -> None:
         for number, handler in self.handlers.items():

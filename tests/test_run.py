@@ -23,8 +23,9 @@ import train_flow_matching
 import train_mi
 import train_vfp
 import train_vfp_moe
-from common import checkpoint, legacy, run
+from common import checkpoint, legacy, preflight, run
 from common.config import UserError
+from common.data import frames
 from common.data.loader import to_device
 from common.log import Log
 from common.noise import Noise
@@ -79,7 +80,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
         exp.main(f"train.save_dir={straight}", "train.save_every_steps=3", *SETTINGS[setting]) == 0
     )
     workers = "data.num_workers=2" if setting == "adamw" else "data.num_workers=0"
-    assert exp.stop_at(12, workers, *SETTINGS[setting]) == 0
+    assert exp.stop_at(12, workers, *SETTINGS[setting]) == 143
     assert exp.job.step == 12
     assert max(exp.log()) == 12
     assert exp.main(workers, *SETTINGS[setting]) == 0
@@ -169,7 +170,7 @@ def test_a_run_may_stop_anywhere(experiment):
     for stops in ([1], [2], [3], [4], [5], [6], [2, 5, 6]):
         again = exp.folder / f"stops_{stops}"
         for stop in stops:
-            assert exp.stop_at(stop, *short, f"train.save_dir={again}") == 0
+            assert exp.stop_at(stop, *short, f"train.save_dir={again}") == 143
             assert exp.job.step == stop
         assert exp.main(*short, f"train.save_dir={again}") == 0
         assert_same_run(exp.save_dir, again, "epoch_2")
@@ -220,7 +221,7 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curve
 
 def test_signals_save_the_current_step(experiment):
     exp, before = experiment(), signal.getsignal(signal.SIGINT)
-    assert exp.stop_at(3) == 0
+    assert exp.stop_at(3) == 143
     assert exp.meta("step_3")["step"] == 3
     assert exp.stop_at(5, number=signal.SIGINT) == 130
     assert exp.meta("step_5")["step"] == 5
@@ -239,7 +240,7 @@ def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypa
         return function(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
-    assert exp.main("data.batch_size=16", "train.save_every_steps=5") == 0
+    assert exp.main("data.batch_size=16", "train.save_every_steps=5") == 143
     assert exp.job.step == 6
     assert list(checkpoint.steps(exp.save_dir).values()) == [5, 6]
 
@@ -261,7 +262,7 @@ def test_a_second_ctrl_c_stops_at_once(experiment, monkeypatch):
 
 def test_exit_codes_of_the_process(experiment):
     exp = experiment()
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         pid = exp.fork("train.epoch=100000", "data.num_workers=2")
         wait_for_step(exp, 3)
         os.kill(pid, number)
@@ -285,8 +286,49 @@ def test_a_signal_to_the_whole_process_group_saves_as_well(experiment):
         )
     wait_for_step(exp, 3)
     os.killpg(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (exp.folder / "out").read_text()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 143, (exp.folder / "out").read_text()
     assert exp.meta(checkpoint.newest(exp.save_dir).name)["step"] == max(exp.log())
+
+
+def interrupt_at(monkeypatch, owner, name, number):
+    """From now on a call of this function gets the signal while it runs."""
+    function = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (frames, "resize"),  # while frames are decoded
+        (run, "build_parts"),
+        (preflight, "parameters_of"),
+        (checkpoint, "repair"),
+        (run.Run, "finish"),  # in the last step
+    ],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_at_any_time_is_no_success(
+    experiment, monkeypatch, tmp_path, owner, name, number, code
+):
+    exp = experiment()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    interrupt_at(monkeypatch, owner, name, number)
+    pid = exp.fork("train.total_steps=2", output=exp.folder / "out")
+    out = exp.folder / "out"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code, out.read_text()
+    assert "Traceback" not in out.read_text()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))  # nothing half-decoded stays
+    if name == "finish":
+        assert "finished at step 2" in out.read_text()
+    else:
+        assert f"stopped by {number.name}\n" in out.read_text()
+        assert not (exp.save_dir / "log.jsonl").exists()
 
 
 KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in range(5)]
