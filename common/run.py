@@ -98,7 +98,7 @@ class Run:
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not _threads_are_chosen():
             # The launcher leaves one thread per process. Results depend on the number, bit for bit.
             cores = len(os.sched_getaffinity(0))
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
@@ -115,6 +115,7 @@ class Run:
         self.step = 0
         self.epoch = 0
         self.offset = 0
+        self.parent = os.getppid()
         self.signal: signal.Signals | None = None
         self.stopping: signal.Signals | None = None
         self.scalars = {}
@@ -254,6 +255,8 @@ class Run:
         The weights are untouched then. This holds the only host read of a step: whether everything
         is finite, and which signals told any process to stop.
         """
+        if self.signal is None and _is_launched() and os.getppid() != self.parent:
+            self.signal = signal.SIGTERM  # it reached the launcher only, which does not pass it on
         self.accelerator.unscale_gradients()
         norms = {}
         for name in self.policy.parts.trainable():
@@ -364,6 +367,29 @@ class Run:
         self.log.close()
         if self.file_lock:
             self.file_lock.close()
+
+
+def _is_launched():
+    """Whether `accelerate launch` or torchrun is the parent of this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _threads_are_chosen():
+    """Whether the user set the number of threads, which torch then has already.
+
+    By OMP_NUM_THREADS, or --num_cpu_threads_per_process of `accelerate launch`. The launchers set
+    OMP_NUM_THREADS as well where the user did not: only their own environment tells.
+    """
+    if "OMP_NUM_THREADS" not in os.environ or not _is_launched():
+        return "OMP_NUM_THREADS" in os.environ
+    launcher = Path(f"/proc/{os.getppid()}")
+    try:
+        environment = (launcher / "environ").read_bytes().split(b"\0")
+        command = (launcher / "cmdline").read_bytes().replace(b"-", b"_")
+    except OSError:  # of another user, or gone
+        return False
+    by_environment = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
+    return by_environment or b"__num_cpu_threads_per_process" in command
 
 
 def _lock_folder(folder):

@@ -184,6 +184,7 @@ def test_the_command_of_the_readme(experiment):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"finished at step 3: {exp.save_dir}" in done.stdout
+    assert exp.meta("step_3")["threads"] == 1  # OMP_NUM_THREADS of environment()
     launched = exp.save_dir.rename(exp.folder / "launched")
     exp.main("train.total_steps=3")
     keys = ("step", "loss", "norm/backbone")

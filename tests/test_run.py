@@ -8,9 +8,11 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +331,62 @@ def test_a_signal_at_any_time_is_no_success(
     else:
         assert f"stopped by {number.name}\n" in out.read_text()
         assert not (exp.save_dir / "log.jsonl").exists()
+
+
+def test_a_launcher_that_is_killed_takes_its_run_along(experiment, monkeypatch):
+    """`accelerate launch` does not pass SIGTERM on."""
+    exp = experiment()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: 1 if exp.job.step == 2 else parent)
+    exp.job = SimpleNamespace(step=0)
+    assert exp.main() == 143
+    assert list(checkpoint.steps(exp.save_dir).values()) == [3]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # a shell may go away: nohup
+    assert exp.main("train.total_steps=5") == 0
+
+
+@pytest.mark.parametrize(
+    ("launched", "own", "of_launcher", "flag", "chosen"),
+    [
+        (False, None, "", "", False),
+        (False, "1", "", "", True),
+        (True, "1", "", "", False),  # the launcher set it
+        (True, "1", "OMP_NUM_THREADS", "", True),
+        (True, "3", "OMP_NUM_THREADS", "", True),
+        (True, "3", "", "--num_cpu_threads_per_process=3", True),
+        (True, "3", "", "--num-cpu-threads-per-process", True),
+        (True, None, "OMP_NUM_THREADS", "", False),
+    ],
+)
+def test_a_number_of_threads_that_the_user_set_is_kept(
+    monkeypatch, launched, own, of_launcher, flag, chosen
+):
+    for name, value in (("TORCHELASTIC_RUN_ID", launched), ("OMP_NUM_THREADS", own)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    command = ["bash", "-c", "read", "launch", flag]
+    environment = {of_launcher: own} if of_launcher and own else {}
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    assert run._threads_are_chosen() == chosen
+    launcher.communicate()
+    if launched and own:
+        assert not run._threads_are_chosen()  # nothing can tell any more
+
+
+def test_threads_are_left_as_they_were_chosen(experiment, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    experiment().main("train.total_steps=1")
+    assert not numbers
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    experiment(name="other").main("train.total_steps=1")
+    assert numbers == [2]
 
 
 KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in range(5)]
