@@ -25,6 +25,7 @@ from common.envs.registry import ENVIRONMENTS
 from common.files import require_writable, write_json
 from common.open_loop import open_loop
 from common.policy import ActionPolicy
+from common.progress import progress
 from common.robot import Robot, open_action_policy
 
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
@@ -83,8 +84,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--nfe",
         type=count,
         nargs="+",
-        default=[1, 2, 4, 10],
-        help="evaluations per chunk (1 2 4 10); open loop: the last one",
+        help="evaluations per chunk (1 2 4 10; open loop: 10); figures of single episodes show the "
+        "last one",
     )
     add(
         "--replan_steps",
@@ -379,7 +380,7 @@ def play(
     seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
     episodes: list[Episode] = []
     times: list[float] = []
-    with tqdm(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
+    with progress(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
         for start in range(0, args.episodes, args.batch):
             part = seeds[start : start + args.batch]
             filmed = max(film - start, 0)
@@ -437,6 +438,7 @@ def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    args.nfe = list(dict.fromkeys(args.nfe or ([1, 2, 4, 10] if args.env else [10])))
     folder = find_checkpoint(args.checkpoint)
     weights = dict(item.partition("=")[::2] for item in args.weights)
     policy, cfg, meta = open_action_policy(

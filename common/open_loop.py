@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import metrics, plots
 from common.data.loader import to_device
@@ -13,6 +12,7 @@ from common.data.windows import Windows
 from common.files import write_json
 from common.noise import RowNoise
 from common.policy import ActionPolicy
+from common.progress import progress
 from common.recordings import Recordings
 from common.robot import autocast
 
@@ -21,91 +21,84 @@ from common.robot import autocast
 def open_loop(
     policy: ActionPolicy, cfg: Any, meta: dict[str, Any], args: argparse.Namespace
 ) -> None:
-    """Predicted against recorded chunks of held-out episodes.
+    """Predicted against recorded chunks of held-out episodes, by NFE.
 
-    Draws chunks_*.png, error_by_step.png and velocity_loss.png.
+    Draws chunks_*.png (of the last NFE), error_by_step.png and velocity_loss.png.
     """
     recordings = Recordings(
         cfg.data, meta, policy.stats, args.data, args.new_episodes, args.other_units
     )
     windows = recordings.windows
-    episodes = recordings.episodes
     names = windows.names["action"]
-    nfe = args.nfe[-1]
-    errors = []
     drawn = []
-    for episode in tqdm(episodes, desc="held-out episodes", unit="episode"):
-        draws, recorded, padded = predicted_chunks(policy, windows, episode, nfe, args)
-        error = np.abs(draws - recorded)
-        errors.append(np.ma.array(error, mask=np.broadcast_to(padded[..., None], error.shape)))
-        drawn.append((episode, draws[0], recorded, ~padded))
-    errors = np.ma.concatenate(errors, 1)  # (draws, chunks, T, A), without padding
+    errors = {nfe: [] for nfe in args.nfe}
+    for episode in progress(recordings.episodes, desc="held-out episodes", unit="episode"):
+        chunks, recorded, padded = predicted_chunks(policy, windows, episode, args)
+        for nfe, draws in chunks.items():
+            error = np.abs(draws - recorded)
+            mask = np.broadcast_to(padded[..., None], error.shape)
+            errors[nfe].append(np.ma.array(error, mask=mask))
+        drawn.append((episode, chunks[args.nfe[-1]][0], recorded, ~padded))
     _, scale = policy.stats.affine("action")
     scale = scale.cpu().numpy()
-    per_joint = errors.mean((0, 1, 2))
-    by_step = errors.mean((0, 1))
-    of_chunks = (errors / scale).mean((2, 3))
-    best = float(of_chunks.min(0).mean())
-    mean = float(of_chunks.mean())
+    rows = []
+    for nfe, parts in errors.items():
+        rows.append({"nfe": nfe, **metrics.chunk_errors(np.ma.concatenate(parts, 1), scale)})
+    chunks = sum(len(recorded) for _, _, recorded, _ in drawn)
     print(
-        f"\nmean absolute error of {errors.shape[1]} held-out chunks, NFE {nfe}, "
-        "in the action's units (normalised):"
+        f"\nmean absolute error of {chunks} held-out chunks, in the action's units (normalised):\n"
+        f"{metrics.joint_table(rows, names, scale)}"
     )
-    for name, value, normalised in zip(names, per_joint, per_joint / scale, strict=True):
-        print(f"  {name}  {value:.4g}  ({normalised:.2f})")
-    print(
-        f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}"
-    )
-    rows = windows.rows(episodes, cfg.data.first_frames)
-    count = min(max(cfg.data.val_samples, 512), len(rows))
-    rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    shown = windows.rows(recordings.episodes, cfg.data.first_frames)
+    count = min(max(cfg.data.val_samples, 512), len(shown))
+    shown = shown[np.linspace(0, len(shown) - 1, count).astype(int)]
     with autocast(args.precision, next(policy.parameters()).device):
-        loss = metrics.velocity_loss(policy, windows, rows, args.seed)
-    levels = [
-        f"{source} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}"
-        for source, values in loss.items()
-    ]
-    print(f"velocity loss, normalised, by source of the latent: {'; '.join(levels)}")
+        loss = metrics.velocity_loss(policy, windows, shown, args.seed)
+    # A policy of one's own may define velocity() without that key.
+    print(metrics.velocity_levels(loss, getattr(policy.weights, "target", "velocity")))
     results = {
-        "nfe": nfe,
+        **rows[-1],
         "seed": args.seed,
-        "episodes": episodes,
+        "episodes": recordings.episodes,
         "new_episodes": recordings.new,
         "joints": names,
-        "mae": per_joint.tolist(),
-        "mae_by_step": by_step.tolist(),
-        "chunk_error": {"samples": args.samples, "mean": mean, "best": best},
         "velocity_loss": loss,
+        "results": rows,
     }
     write_json({**args.about, **results}, args.out / "results.json")
     for episode in drawn[:4]:
         with plots.decoration(args.out / f"chunks_{episode[0]}.png") as file:
             plots.draw_chunks(*episode, names, file)
     with plots.decoration(args.out / "error_by_step.png") as file:
-        plots.draw_error_by_step(by_step, names, cfg.data.HZ, file)
+        plots.draw_error_by_step(rows, names, cfg.data.HZ, file)
     with plots.decoration(args.out / "velocity_loss.png") as file:
         plots.draw_velocity_loss(loss, file)
 
 
 def predicted_chunks(
-    policy: ActionPolicy, windows: Windows, episode: int, nfe: int, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws (samples, n, T, A), recorded chunks (n, T, A), their padding (n, T) of an episode."""
+    policy: ActionPolicy, windows: Windows, episode: int, args: argparse.Namespace
+) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
+    """n chunks of an episode: draws {NFE: (samples, n, T, A)}, recorded (n, T, A), padding (n, T).
+
+    All NFE start from the same noise.
+    """
     device = next(policy.parameters()).device
     every = windows.cfg.action_horizon
     rows = windows.rows([episode], windows.cfg.first_frames)[::every]
     batch = to_device(windows[rows], device)
     recorded = batch["action"]
-    draws = []
+    draws = {nfe: [] for nfe in args.nfe}
     with autocast(args.precision, device):
         memory = policy.encode(batch)
         for draw in range(args.samples):
             key = ("open loop", args.seed, episode, *([draw] if draw else []))
             noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
             z = policy.latent(memory, noise)
-            draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z).float())
+            x0 = noise.normal(*recorded.shape)
+            for nfe, chunks in draws.items():
+                chunks.append(policy.sample(memory, x0, nfe, z).float())
     return (
-        torch.stack(draws).cpu().numpy(),
+        {nfe: torch.stack(chunks).cpu().numpy() for nfe, chunks in draws.items()},
         recorded.cpu().numpy(),
         batch["action_is_pad"].cpu().numpy(),
     )

@@ -692,6 +692,60 @@ def test_best_of_n_draws(off_line):
     assert error["best"] < 0.4 * error["mean"]
 
 
+class Closer(Knowing):
+    """Errors fall with the number of evaluations; `given` has the noise of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = defaultdict(list)
+        self.encoded = 0
+
+    def encode(self, obs, camera_mask=None):
+        self.encoded += 1
+        return super().encode(obs, camera_mask)
+
+    def sample(self, memory, x0, steps=10, z=None, prefix=None):
+        self.given[steps].append(x0.numpy())
+        recorded = memory["action"]
+        return recorded + (super().sample(memory, x0, steps, z, prefix) - recorded) / steps
+
+
+def test_open_loop_reports_every_nfe(off_line, tmp_path, capsys):
+    results, policy = off_line("--nfe", 1, 4, 2, 4, "--samples", 2, policy=Closer(), draw=True)
+    assert [row["nfe"] for row in results["results"]] == [1, 4, 2]
+    for row in results["results"]:
+        np.testing.assert_allclose(
+            row["mae"], np.arange(1, 5) / 10 / row["nfe"], rtol=1e-3, atol=1e-6
+        )
+    assert {key: results[key] for key in results["results"][-1]} == results["results"][-1]
+    for one, other in zip(policy.given[1], policy.given[4], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert policy.encoded == 2 + 1  # both episodes, and the velocity loss
+    out = capsys.readouterr().out
+    assert (
+        "\n| | NFE 1 | NFE 4 | NFE 2 |\n|---|---|---|---|\n| action[0] | 0.1 (0.10) | 0.025" in out
+    )
+    assert "\n| whole chunk | (0.081) | (0.020) | (0.041) |\n| best of 2 draws | (0.081) |" in out
+
+
+def test_open_loop_takes_ten_evaluations_unless_told(off_line):
+    results, policy = off_line(policy=Closer())
+    assert list(policy.given) == [10]
+    assert results["nfe"] == 10
+
+
+@pytest.mark.parametrize("target", ["velocity", "x1"])
+def test_the_velocity_loss_is_explained_by_what_the_decoder_predicts(off_line, capsys, target):
+    policy = Knowing(target)
+    policy.weights.target = target
+    results, _ = off_line(policy=policy)
+    out = capsys.readouterr().out
+    first, middle, last = (results["velocity_loss"]["prior"][k] for k in (0, 5, 9))
+    assert "at t = 0.05, 0.55, 0.95, by source of the latent: posterior 0.0" in out
+    assert f"; prior {first:.3g}, {middle:.3g}, {last:.3g}\n" in out
+    assert ("squared error of x1, divided by (1 - t)^2" in out) == (target == "x1")
+
+
 @pytest.mark.parametrize("target", ["velocity", "x1"])
 def test_velocity_loss_by_source_of_the_latent(off_line, target):
     results, policy = off_line(policy=Knowing(target))
