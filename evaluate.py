@@ -8,30 +8,25 @@ repeats bit for bit, for a seed and a batch size.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import metrics, plots, run
 from common.checkpoint import find_checkpoint
 from common.config import UserError, nearest
-from common.data.columns import joint_names
-from common.data.generated import locate
-from common.data.loader import Data, to_device
 from common.envs.registry import ENVIRONMENTS
-from common.files import require_writable, whole_file
-from common.noise import RowNoise
-from common.plots import decoration
+from common.files import require_writable, write_json
+from common.open_loop import open_loop
 from common.policy import ActionPolicy
-from common.robot import Robot, autocast, open_action_policy
+from common.progress import progress
+from common.robot import Robot, open_action_policy
 
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 ENDS = ("success", "is_success")  # keys of info that tell how an episode ended
@@ -63,7 +58,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--env",
         help=f"{', '.join(ENVIRONMENTS)}, or a gymnasium id, module:Id; left out: open loop",
     )
-    add("--data", help="open loop: the dataset, if it is no longer where it was for training")
+    add(
+        "--data",
+        help="open loop: the dataset, if it is no longer where it was for training; or another "
+        "one, whose episodes are all new (--new_episodes)",
+    )
+    add(
+        "--new_episodes",
+        action="store_true",
+        help="open loop: evaluate episodes, too, that the run neither trained on nor held out",
+    )
+    add(
+        "--other_units",
+        action="store_true",
+        help="evaluate although states or actions look as if they had other units than in training",
+    )
     add(
         "--samples",
         type=count,
@@ -75,8 +84,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--nfe",
         type=count,
         nargs="+",
-        default=[1, 2, 4, 10],
-        help="evaluations per chunk (1 2 4 10); open loop: the last one",
+        help="evaluations per chunk (1 2 4 10; open loop: 10); figures of single episodes show the "
+        "last one",
     )
     add(
         "--replan_steps",
@@ -258,12 +267,17 @@ def environment(
         raise UserError(
             f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})"
         ) from e
-    check_environment(trial, policy, data)
+    check_environment(trial, policy, data, args.columns)
     return make, trial.unwrapped
 
 
-def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> None:
-    """Raise UserError unless it has the keys, the rate and the dimensions of the training data."""
+def check_environment(
+    env: gymnasium.Env, policy: ActionPolicy, data: Any, columns: dict[str, int]
+) -> None:
+    """Raise UserError unless it has the keys, the rate and the dimensions of the training data.
+
+    columns: numbers that each column had in training, as far as the checkpoint records them.
+    """
     name = env.spec.id
     spaces = dict(getattr(env.observation_space, "spaces", {}))
     missing = [key for key in [*data.state_keys, *data.cameras.values()] if key not in spaces]
@@ -278,8 +292,17 @@ def check_environment(env: gymnasium.Env, policy: ActionPolicy, data: Any) -> No
             f"--env: {name} runs at {hz} Hz, the policy at {data.HZ:g} "
             "(its render_fps, and data.HZ)"
         )
-    state = sum(int(np.prod(spaces[key].shape)) for key in data.state_keys)
-    found = (state, *(env.action_space.shape or ()))
+    sizes = {}
+    for key in data.state_keys:
+        shape = spaces[key].shape
+        if shape is None:
+            raise UserError(f"--env: {name}: {key} is {spaces[key]}, the policy takes numbers")
+        sizes[key] = int(np.prod(shape))
+        if sizes[key] != columns.get(key, sizes[key]):
+            raise UserError(
+                f"--env: {name}: {key} has {sizes[key]} numbers, in training {columns[key]}"
+            )
+    found = (sum(sizes.values()), *(env.action_space.shape or ()))
     trained = (len(policy.stats.state_mean), len(policy.stats.action_mean))
     if found != trained:
         raise UserError(
@@ -309,6 +332,8 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
             args.hold,
             args.precision,
             threaded=False,
+            check_units=not args.other_units,
+            columns=args.columns,
         )
         film = args.videos if nfe == args.nfe[-1] else 0
         episodes, times = play(robot, args, make, nfe, film)
@@ -318,30 +343,29 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
             rows[-1] |= metrics.experts(episodes, names, policy.experts)
     print_results(policy, cfg.data, args, robot, rows, names)
     settings = ("replan_steps", "batch", "seed", "hold", "ensemble", "delay")
-    write(
-        {
-            "env": args.env,
-            **{key: getattr(args, key) for key in settings},
-            "conditioned": robot.continues,
-            "results": rows,
-        },
-        args,
-    )
-    with decoration(args.out / "success.png") as file:
+    results = {
+        "env": args.env,
+        **{key: getattr(args, key) for key in settings},
+        "conditioned": robot.continues,
+        "results": rows,
+    }
+    # Before anything is drawn: the costly part is safe.
+    write_json({**args.about, **results}, args.out / "results.json")
+    with plots.decoration(args.out / "success.png") as file:
         plots.draw_success(rows, file)
     if all(episode.path for episode in played[f"NFE {args.nfe[0]}"]):
-        with decoration(args.out / "tracks.png") as file:
+        with plots.decoration(args.out / "tracks.png") as file:
             plots.draw_paths(played, names or (), file)
     if names:
-        with decoration(args.out / "modes.png") as file:
+        with plots.decoration(args.out / "modes.png") as file:
             plots.draw_mode_shares(rows, names, shares, file)
     if "experts" in rows[-1]:
         title = f"successes at NFE {args.nfe[-1]}, {args.env}"
-        with decoration(args.out / "experts.png") as file:
+        with plots.decoration(args.out / "experts.png") as file:
             plots.draw_expert_use(rows[-1]["experts"], title, args.log, file)
     reel = [(episode.pictures, episode.success) for episode in episodes if episode.pictures]
     if reel:
-        with decoration(args.out / "episodes.mp4") as file:
+        with plots.decoration(args.out / "episodes.mp4") as file:
             plots.write_video(reel, cfg.data.HZ, file)
 
 
@@ -356,7 +380,7 @@ def play(
     seeds = range(FIRST_SEED, FIRST_SEED + args.episodes)
     episodes: list[Episode] = []
     times: list[float] = []
-    with tqdm(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
+    with progress(total=args.episodes, desc=f"NFE {nfe}", unit="episode") as bar:
         for start in range(0, args.episodes, args.batch):
             part = seeds[start : start + args.batch]
             filmed = max(film - start, 0)
@@ -397,110 +421,6 @@ def print_results(
         )
 
 
-@torch.no_grad()
-def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
-    """Predicted against recorded chunks of held-out episodes.
-
-    Draws chunks_*.png, error_by_step.png and velocity_loss.png.
-    """
-    folder = locate(args.data or cfg.data.root)
-    held_out = replace(
-        cfg.data,
-        root=str(folder),
-        val_samples=max(cfg.data.val_samples, 512),
-        scores=None,  # which episodes are held out does not depend on scores
-        keep_top=None,
-    )
-    data = Data(held_out)
-    if not data.val_episodes:
-        raise UserError(
-            "this run held no episodes out (data.val_episodes): nothing to compare with; "
-            "or give --env"
-        )
-    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
-    names = joint_names(info["features"], cfg.data.action_key, data.facts["action_dim"])
-    nfe = args.nfe[-1]
-    errors = []
-    drawn = []
-    for episode in tqdm(data.val_episodes, desc="held-out episodes", unit="episode"):
-        draws, recorded, padded = predicted_chunks(policy, data, episode, nfe, args)
-        error = np.abs(draws - recorded)
-        errors.append(np.ma.array(error, mask=np.broadcast_to(padded[..., None], error.shape)))
-        drawn.append((episode, draws[0], recorded, ~padded))
-    errors = np.ma.concatenate(errors, 1)  # (draws, chunks, T, A), without padding
-    _, scale = policy.stats.affine("action")
-    scale = scale.cpu().numpy()
-    per_joint = errors.mean((0, 1, 2))
-    by_step = errors.mean((0, 1))
-    of_chunks = (errors / scale).mean((2, 3))
-    best = float(of_chunks.min(0).mean())
-    mean = float(of_chunks.mean())
-    print(
-        f"\nmean absolute error of {errors.shape[1]} held-out chunks, NFE {nfe}, "
-        "in the action's units (normalised):"
-    )
-    for name, value, normalised in zip(names, per_joint, per_joint / scale, strict=True):
-        print(f"  {name}  {value:.4g}  ({normalised:.2f})")
-    print(
-        f"normalised, of a whole chunk: {mean:.3f}; of the best of {args.samples} draws: {best:.3f}"
-    )
-    with autocast(args.precision, next(policy.parameters()).device):
-        loss = metrics.velocity_loss(policy, data, args.seed)
-    levels = [
-        f"{source} {values[0]:.3g}, {values[5]:.3g}, {values[9]:.3g}"
-        for source, values in loss.items()
-    ]
-    print(f"velocity loss, normalised, by source of the latent: {'; '.join(levels)}")
-    results = {
-        "nfe": nfe,
-        "seed": args.seed,
-        "episodes": data.val_episodes,
-        "joints": names,
-        "mae": per_joint.tolist(),
-        "mae_by_step": by_step.tolist(),
-        "chunk_error": {"samples": args.samples, "mean": mean, "best": best},
-        "velocity_loss": loss,
-    }
-    write(results, args)
-    for episode in drawn[:4]:
-        with decoration(args.out / f"chunks_{episode[0]}.png") as file:
-            plots.draw_chunks(*episode, names, file)
-    with decoration(args.out / "error_by_step.png") as file:
-        plots.draw_error_by_step(by_step, names, cfg.data.HZ, file)
-    with decoration(args.out / "velocity_loss.png") as file:
-        plots.draw_velocity_loss(loss, file)
-
-
-def predicted_chunks(
-    policy: ActionPolicy, data: Data, episode: int, nfe: int, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws (samples, n, T, A), recorded chunks (n, T, A), their padding (n, T) of an episode."""
-    device = next(policy.parameters()).device
-    every = data.cfg.action_horizon
-    rows = data.windows.rows([episode], data.cfg.first_frames)[::every]
-    batch = to_device(data.windows[rows], device)
-    recorded = batch["action"]
-    draws = []
-    with autocast(args.precision, device):
-        memory = policy.encode(batch)
-        for draw in range(args.samples):
-            key = ("open loop", args.seed, episode, *([draw] if draw else []))
-            noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
-            z = policy.latent(memory, noise)
-            draws.append(policy.sample(memory, noise.normal(*recorded.shape), nfe, z).float())
-    return (
-        torch.stack(draws).cpu().numpy(),
-        recorded.cpu().numpy(),
-        batch["action_is_pad"].cpu().numpy(),
-    )
-
-
-def write(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """results.json, written before anything is drawn: the costly part is safe."""
-    with whole_file(args.out / "results.json") as file:
-        file.write_text(json.dumps({**args.about, **results}, indent=1))
-
-
 def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
     """Put the options given here in place of the policy's; all that it has, to report."""
     has = {} if policy.sampling is None else asdict(policy.sampling)
@@ -518,6 +438,7 @@ def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    args.nfe = list(dict.fromkeys(args.nfe or ([1, 2, 4, 10] if args.env else [10])))
     folder = find_checkpoint(args.checkpoint)
     weights = dict(item.partition("=")[::2] for item in args.weights)
     policy, cfg, meta = open_action_policy(
@@ -528,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_writable(args.out, "--out")
     args.log = folder.parent / "log.jsonl"
     args.precision = meta.get("mixed_precision", "no")
+    args.columns = meta.get("columns", {})
     args.about = {
         "checkpoint": str(args.checkpoint),
         "policy": Path(meta["script"]).stem,
@@ -538,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.env:
         closed_loop(policy, cfg, args)
     else:
-        open_loop(policy, cfg, args)
+        open_loop(policy, cfg, meta, args)
     print(f"\nwritten to {args.out}")
     return 0
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common import config, information, optim, plots, run, schema
 from common.checkpoint import open_policy
@@ -32,6 +31,7 @@ from common.data.images import IMAGE
 from common.data.loader import Data, to_device
 from common.losses import masked_mse, unit_kl, warmup
 from common.policy import ActionPolicy
+from common.progress import progress
 
 
 @dataclass
@@ -234,7 +234,7 @@ def latent_points(policy, windows, device):
     states = []
     actions = []
     batches = np.array_split(np.arange(len(windows)), -(-len(windows) // 256))
-    for rows in tqdm(batches, desc="latents", unit="batch"):
+    for rows in progress(batches, desc="latents", unit="batch"):
         state, action = policy.encode(to_device(windows[rows], device))
         states.append([x.flatten(1).float() for x in state])
         actions.append([x.flatten(1).float() for x in action])

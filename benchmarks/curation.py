@@ -114,10 +114,10 @@ def half_losses(env, seed, numbers, half, folder):
     data.cache_frames()
     losses = []
     for number in tqdm(cfg.data.episodes, desc="losses", unit="episode"):
-        windows = data.windows.rows([number])
-        some = np.linspace(0, len(windows) - 1, min(len(windows), 32)).astype(int)
-        data.val_rows = windows[some]
-        losses.append(np.mean(metrics.velocity_loss(policy, data, seed)["none"]))
+        rows = data.windows.rows([number])
+        some = np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int)
+        loss = metrics.velocity_loss(policy, data.windows, rows[some], seed)
+        losses.append(np.mean(loss["none"]))
     return (losses - np.mean(losses)) / np.std(losses)
 
 

@@ -138,6 +138,8 @@ def train_and_evaluate(row, seed, args):
             "out": out,
             "videos": 0,
         }
+        if row.script not in config.SCRIPTS:
+            options["script"] = row.script
         command = ["evaluate.py", "--nfe", *args.nfe]
         for name, value in options.items():
             command += [f"--{name}", value]

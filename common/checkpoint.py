@@ -383,6 +383,7 @@ def load(
         raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems]))
     sizes = {name: len(getattr(policy.stats, f"{name}_mean")) for name in ("state", "action")}
     policy.stats.load_state_dict(read_stats(folder, sizes))
+    policy.stats.min_std = meta["config"]["data"]["min_std"]
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
         if name not in parts.sources:
@@ -544,7 +545,7 @@ def open_policy(
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
     sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
-    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes))
+    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes), cfg.data.min_std)
     return module.Policy(parts, stats, cfg).eval(), cfg
 
 

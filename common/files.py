@@ -1,10 +1,12 @@
 """Files that are there whole or not at all, also on a disk that is full."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -33,6 +35,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def write_json(values: Any, path: Path) -> None:
+    """A JSON file, whole or as it was before. Raises WriteError."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=1))
 
 
 def require_writable(folder: Path, option: str) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.config import DataError
 from common.data.scores import COLUMNS
 from common.data.windows import Windows
 from common.noise import seed_of
+from common.progress import progress
 
 # A latent dimension is active if its mean varies more than this (arXiv:1509.00519, 5.2).
 ACTIVE = 0.01
@@ -109,7 +109,7 @@ def contributions(
     total = torch.zeros(len(s), dtype=torch.float64)
     nats = []
     batches = list(shuffled_batches(len(s), scoring, seed))
-    for rows in tqdm(batches, desc="neighbours", unit="batch"):
+    for rows in progress(batches, desc="neighbours", unit="batch"):
         there = rows.to(s.device)
         found = ksg(s[there], a[there], episodes[there], times[there], k, scoring.window).cpu()
         total[rows] += found / scoring.shuffles

@@ -1,6 +1,7 @@
-"""Translates meta.json of the first version, which has no `format`, to today's scripts and keys.
+"""Translates meta.json of earlier versions to today's scripts and keys.
 
-The first version's train_vfp.py held several policies. Its runs with experts belong to
+Before `data.min_std` there was a fixed smallest scale. The first version wrote no `format`. The
+first version's train_vfp.py held several policies. Its runs with experts belong to
 train_vfp_moe.py now; its runs with codes and one expert cannot be translated.
 """
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from common.config import RENAMED, UserError
 
 FORMAT = 2
+MIN_STD = 0.01  # of states and actions, in raw units, before data.min_std
 FLOW = ["target", "draws", "camera_dropout", "prefix"]
 CODES = ["commitment", "posterior_ema", "revive_every", "revive_until", "sinkhorn"]
 LOSS_KEYS = {  # script -> the keys of `loss` that it still has
@@ -34,11 +36,18 @@ def translated(meta: dict, folder: Path) -> dict:
     """meta.json of the checkpoint in folder, with today's script and keys.
 
     Raises UserError for a policy that today's scripts do not have. Forked scripts keep their own
-    keys: their meta is returned as it is.
+    keys of `loss`.
     """
+    if "format" not in meta and meta["script"] in LOSS_KEYS:
+        meta = _of_first_version(meta, folder)
+    config = dict(meta["config"])
+    if "data" in config:
+        config["data"] = {"min_std": MIN_STD, **config["data"]}
+    return {**meta, "config": config}
+
+
+def _of_first_version(meta, folder):
     script = meta["script"]
-    if "format" in meta or script not in LOSS_KEYS:
-        return meta
     if script == "train_vfp.py" and "gate" in meta["components"]:
         script = "train_vfp_moe.py"
     elif script == "train_vfp.py" and "vqvae_posterior" in meta["components"]:

@@ -1,6 +1,7 @@
 """The log of a run: log.jsonl, the tracker, the progress bar, and the time that steps take."""
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,8 +18,9 @@ from common.config import to_dict
 class Log:
     """Writes one line of log.jsonl per logged step or held-out loss, and the same to the tracker.
 
-    Lines are {"step", "epoch", scalars, timing}. data_s: seconds per step that training waited for
-    data. updt_s: seconds per step for the rest of it.
+    Lines are {"step", "epoch", "time", scalars, timing}. time: of day, in seconds since 1970.
+    data_s: seconds per step that training waited for data. updt_s: seconds per step for the rest of
+    it. stderr shows a progress bar, or, where it is no terminal, a line for each logged step.
     """
 
     def __init__(self, accelerator: Accelerator, cfg: Any, step: int, total: int):
@@ -26,6 +28,8 @@ class Log:
         self.is_main = accelerator.is_main_process
         self.file = cfg.train.save_dir / "log.jsonl"
         self.batch_size = cfg.data.batch_size
+        self.total = total
+        self.terminal = sys.stderr.isatty()
         if self.is_main:
             self._cut_back(step)
         if cfg.train.tracker:
@@ -35,7 +39,7 @@ class Log:
             unit="step",
             initial=step,
             total=total,
-            disable=not self.is_main,
+            disable=not (self.is_main and self.terminal),
             dynamic_ncols=True,
         )
 
@@ -66,8 +70,10 @@ class Log:
 
     def timed(self, batches: Iterable[dict], step: int) -> Iterator[dict]:
         """The same batches; the time spent on waiting for them is measured."""
+        self.first_step = step
         self.logged_step = step
-        self.logged_at = time.perf_counter()
+        self.started_at = time.perf_counter()
+        self.logged_at = self.started_at
         self.waited = 0.0
         asked = self.logged_at
         for batch in batches:
@@ -89,14 +95,19 @@ class Log:
         self.logged_at = now
         self.waited = 0.0
         scalars = self.write(step, epoch, scalars, **timing)
-        self.bar.set_postfix(
-            {
-                "loss": f"{scalars['loss']:.4f}",
-                "samples/s": f"{timing['samples_per_s']:.0f}",
-                "data_s": f"{timing['data_s']:.3f}",
-                "updt_s": f"{timing['updt_s']:.3f}",
-            }
-        )
+        shown = {
+            "loss": f"{scalars['loss']:.4f}",
+            "samples/s": f"{timing['samples_per_s']:.0f}",
+            "data_s": f"{timing['data_s']:.3f}",
+            "updt_s": f"{timing['updt_s']:.3f}",
+        }
+        if self.terminal:
+            self.bar.set_postfix(shown)
+        elif self.is_main:
+            rate = (now - self.started_at) / (step - self.first_step)
+            shown["ETA"] = tqdm.format_interval(rate * (self.total - step))
+            line = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{self.total}: {line}", file=sys.stderr, flush=True)
 
     def held_out(self, step: int, epoch: int, scalars: dict) -> None:
         """Log the scalars of the held-out episodes under val/."""
@@ -111,8 +122,10 @@ class Log:
         means = self.accelerator.reduce(torch.stack(values), "mean").tolist()
         scalars = dict(zip(scalars, means, strict=True))
         if self.is_main:
+            clock = {"time": round(time.time(), 3)}
+            line = {"step": step, "epoch": epoch, **clock, **scalars, **timing}
             with self.file.open("a") as f:
-                f.write(json.dumps({"step": step, "epoch": epoch, **scalars, **timing}) + "\n")
+                f.write(json.dumps(line) + "\n")
         self.accelerator.log({**scalars, **timing}, step=step)
         return scalars
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common.data.loader import Data, to_device
+from common.data.loader import to_device
+from common.data.windows import Windows
 from common.noise import RowNoise
 from common.policy import ActionPolicy
+from common.progress import progress
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -152,6 +153,38 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items()) or "-"
 
 
+def chunk_errors(errors: np.ma.MaskedArray, scale: np.ndarray) -> dict[str, Any]:
+    """Absolute errors (samples, chunks, T, A), padding masked -> their means, for results.json.
+
+    mae (A,) and mae_by_step (T, A) in the action's units; chunk_error of whole chunks in units of
+    scale (A,): the mean over all draws, and that of the best of `samples` draws.
+    """
+    of_chunks = (errors / scale).mean((2, 3))
+    return {
+        "mae": errors.mean((0, 1, 2)).tolist(),
+        "mae_by_step": errors.mean((0, 1)).tolist(),
+        "chunk_error": {
+            "samples": len(errors),
+            "mean": float(of_chunks.mean()),
+            "best": float(of_chunks.min(0).mean()),
+        },
+    }
+
+
+def joint_table(rows: Sequence[dict[str, Any]], names: Sequence[str], scale: np.ndarray) -> str:
+    """Rows of chunk_errors() as Markdown, a column per NFE; normalised by scale in brackets."""
+    lines = ["| | " + " | ".join(f"NFE {row['nfe']}" for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for i, name in enumerate(names):
+        cells = [f"{row['mae'][i]:.4g} ({row['mae'][i] / scale[i]:.2f})" for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    samples = rows[0]["chunk_error"]["samples"]
+    for title, key in (("whole chunk", "mean"), (f"best of {samples} draws", "best")):
+        cells = [f"({row['chunk_error'][key]:.3f})" for row in rows]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> list[float]:
     """Times (s) of up to `calls` single chunks, one by one and warm, for about `seconds`."""
     spent: list[float] = []
@@ -163,11 +196,34 @@ def times(chunk: Callable[[], Any], calls: int = 50, seconds: float = 5.0) -> li
     return spent[1:]
 
 
+def velocity_levels(loss: dict[str, list[float]], target: str) -> str:
+    """velocity_loss() near the noise, midway and near the data, as text.
+
+    target: what the decoder predicts. From x1 the velocity is (x1 - x_t) / (1 - t): its loss is the
+    squared error of x1, divided by (1 - t)^2.
+    """
+    shown = (0, len(loss["t"]) // 2, len(loss["t"]) - 1)
+    times = ", ".join(f"{loss['t'][k]:g}" for k in shown)
+    levels = []
+    for source, values in loss.items():
+        if source != "t":
+            levels.append(f"{source} {', '.join(f'{values[k]:.3g}' for k in shown)}")
+    text = (
+        f"velocity loss, normalised, at t = {times}, by source of the latent: {'; '.join(levels)}"
+    )
+    if target == "x1":
+        text += (
+            "\n    (the decoder predicts x1: this is the squared error of x1, divided by "
+            "(1 - t)^2, which grows towards t = 1; compare sources at the same t)"
+        )
+    return text
+
+
 @torch.no_grad()
 def velocity_loss(
-    policy: ActionPolicy, data: Data, seed: int, bins: int = 10
+    policy: ActionPolicy, windows: Windows, rows: np.ndarray, seed: int, bins: int = 10
 ) -> dict[str, list[float]]:
-    """Mean squared error of the normalised velocity on held-out windows, at middles of bins of t.
+    """Mean squared error of the normalised velocity on rows of windows, at middles of bins of t.
 
     {"t": [...], "posterior": [...], "prior": [...]}, by the source of the latent, or {"t", "none"}
     of a policy without one; all with the same noise, without guidance. Their gap is what z settles.
@@ -176,12 +232,12 @@ def velocity_loss(
     sums = defaultdict(lambda: np.zeros(bins))
     entries = 0
     device = next(policy.parameters()).device
-    batches = np.array_split(data.val_rows, -(-len(data.val_rows) // 64))
-    for rows in tqdm(batches, desc="velocity loss", leave=None):
-        batch = to_device(data.windows[rows], device)
+    batches = np.array_split(rows, -(-len(rows) // 64))
+    for some in progress(batches, desc="velocity loss", leave=None):
+        batch = to_device(windows[some], device)
         memory = policy.encode(batch)
         x1 = policy.stats.normalize("action", batch["action"])
-        keys = [("velocity", seed, row) for row in rows.tolist()]
+        keys = [("velocity", seed, row) for row in some.tolist()]
         x0 = RowNoise([(*key, "x0") for key in keys], device).normal(*x1.shape)
         valid = ~batch["action_is_pad"][..., None]
         entries += valid.sum().item() * x1.shape[2]

@@ -278,14 +278,23 @@ def draw_chunks(
     figure.savefig(file)
 
 
-def draw_error_by_step(error: np.ndarray, names: list[str], hz: float, file: Path) -> None:
-    """Mean absolute error (T, A) over the time in a chunk, in the action's units."""
+def draw_error_by_step(rows: list[dict], names: list[str], hz: float, file: Path) -> None:
+    """Mean absolute error over the time in a chunk, in the action's units, a line per NFE.
+
+    rows: as in results.json, with mae_by_step (T, A) each.
+    """
     title = "mean absolute error of held-out chunks"
     figure, axes = joint_grid(names, title, "time into the chunk (s)")
-    for axis, errors in zip(axes, error.T, strict=True):
-        axis.plot(np.arange(len(errors)) / hz, errors)
+    for row in rows:
+        errors = np.array(row["mae_by_step"])
+        seconds = np.arange(len(errors)) / hz
+        for axis, error in zip(axes, errors.T, strict=True):
+            axis.plot(seconds, error, label=f"NFE {row['nfe']}")
+    for axis in axes:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    if len(rows) > 1:
+        axes[0].legend(fontsize=7)
     figure.savefig(file)
 
 

@@ -66,7 +66,11 @@ class Robot:
     weights exp(-ensemble i), i = 0 the oldest; hold: seconds for which the latent keeps its noise,
     so that it changes with the observation only; precision: of the training run (no, bf16, fp16);
     threaded: plan late chunks in a thread, as a real robot needs it; without, results never depend
-    on timing.
+    on timing; columns: numbers that each state key had in training, where they are known.
+
+    check_units: refuse a first observation of an episode whose state lies more than five standard
+    deviations outside of its range in training. Later ones are counted in `outside`, with one
+    warning: a policy that fails does lead there.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Robot:
         hold: float = 2.0,
         precision: str = "no",
         threaded: bool = True,
+        check_units: bool = True,
+        columns: dict[str, int] | None = None,
     ):
         whole = {"nfe": (nfe, 1), "replan_steps": (replan_steps, 1), "delay": (delay, 0)}
         for name, (value, low) in whole.items():
@@ -113,6 +119,13 @@ class Robot:
                 f"notice: chunks come {delay} ticks late and do not continue the running one: the "
                 f"policy was trained with loss.prefix: {policy.weights.prefix}"
             )
+        self.check_units = check_units
+        self.columns = columns or {}
+        self.range = [policy.stats.state_min.cpu().numpy(), policy.stats.state_max.cpu().numpy()]
+        # One that hardly moved in training counts as one that moved by 1 % of its size.
+        size = np.maximum(np.abs(self.range).max(0), 1)
+        self.margin = 5 * np.maximum(policy.stats.state_std.cpu().numpy(), 0.01 * size)
+        self.outside = 0
         self.device = next(policy.parameters()).device
         self.threads = ThreadPoolExecutor(1) if threaded and delay else None
         self.pending: Future[Plan] | None = None
@@ -134,6 +147,7 @@ class Robot:
         weights: dict[str, Path] | None = None,
         script: Path | str | None = None,
         plugins: Sequence[str] = (),
+        check_units: bool = True,
     ) -> "Robot":
         """The policy of a run folder (its newest checkpoint), or of one checkpoint.
 
@@ -142,8 +156,18 @@ class Robot:
         where the checkpoint is damaged, gone, draws no actions, or needs code that is not named.
         """
         policy, cfg, meta = open_action_policy(checkpoint, weights, device, script, plugins)
-        precision = meta.get("mixed_precision", "no")
-        return cls(policy, cfg, nfe, replan_steps, delay, ensemble, hold, precision)
+        return cls(
+            policy,
+            cfg,
+            nfe,
+            replan_steps,
+            delay,
+            ensemble,
+            hold,
+            meta.get("mixed_precision", "no"),
+            check_units=check_units,
+            columns=meta.get("columns"),
+        )
 
     def reset(self, keys: Sequence[tuple] | None = None) -> None:
         """Begin an episode. keys: one for each of several robots, which its noise depends on."""
@@ -293,6 +317,11 @@ class Robot:
             if value.ndim > 2:
                 raise ObservationError(f"{key}: expected a vector, found shape {value.shape[1:]}")
             columns.append(value.reshape(count, -1))
+            size = columns[-1].shape[1]
+            if size != self.columns.get(key, size):
+                raise ObservationError(
+                    f"{key}: {size} numbers a robot, the policy was trained on {self.columns[key]}"
+                )
         states = np.concatenate(columns, 1, dtype=np.float32, casting="unsafe")
         expected = len(self.policy.stats.state_mean)
         if states.shape[1] != expected:
@@ -306,7 +335,35 @@ class Robot:
             raise ObservationError(
                 f"{' + '.join(self.data.state_keys)}: {where} is {states[row, column]}"
             )
+        self._check_range(states, rows, [values.shape[1] for values in columns])
         return states
+
+    def _check_range(self, states: np.ndarray, rows: list[int], sizes: list[int]) -> None:
+        """states (B, S) of robots `rows`; sizes: numbers of each state key."""
+        low, high = self.range
+        far = (states < low - self.margin) | (states > high + self.margin)
+        if not far.any():
+            return
+        starts = np.array([not self.states[row] for row in rows])
+        refused = far & starts[:, None] & self.check_units
+        row, column = np.argwhere(refused if refused.any() else far)[0]
+        keys = zip(self.data.state_keys, sizes, strict=True)
+        places = [f"{key}[{i}]" for key, size in keys for i in range(size)]
+        robot = "" if self.single else f" of robot {rows[row]}"
+        found = (
+            f"{places[column]}{robot} is {states[row, column]:.4g}, in training it was "
+            f"{low[column]:.4g} to {high[column]:.4g}"
+        )
+        if refused.any():
+            raise ObservationError(
+                f"{found}: other units than in training? check_units=False takes it as it is "
+                "(evaluate.py: --other_units)"
+            )
+        if not self.outside:
+            print(
+                f"warning: {found}: far from all demonstrations (told once, counted in `outside`)"
+            )
+        self.outside += int(far.any(1).sum())
 
     def _read_pictures(self, observation: Observation, count: int) -> dict[str, np.ndarray]:
         pictures = {}

@@ -34,13 +34,30 @@ from common.optim import AveragedWeights
 from common.parts import Parts, build_parts
 from common.plots import draw_curves
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step that is under way
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where no step is under way: what Ctrl-C cleans up, this does."""
+
 
 def cli(main: Callable[[], int]) -> None:
-    """Run a script's main and exit: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a script's main and exit: 0; 2 after a user's mistake; 130 after Ctrl-C, 143 after kill.
+
+    Whatever the script is at when a signal comes, a command that follows it in a Makefile or shell
+    script is not to take half of its work for the whole.
+    """
+
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         code = main()
-    except KeyboardInterrupt:
-        code = 130
+    except KeyboardInterrupt as e:
+        number = signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT
+        print(f"stopped by {number.name}", file=sys.stderr)
+        code = 128 + number
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
@@ -55,6 +72,8 @@ def cli(main: Callable[[], int]) -> None:
             file=sys.stderr,
         )
         code = 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code)
 
 
@@ -62,7 +81,8 @@ class Run:
     """One training run in its folder.
 
     step, epoch, offset: finished optimizer steps, finished epochs, and samples of the epoch that is
-    under way. total: optimizer steps of the whole run. scalars: of this step, to be logged.
+    under way. total: optimizer steps of the whole run. scalars: of this step, to be logged. signal:
+    that told this process to stop; stopping: the one that all processes know of; None without any.
     """
 
     def __init__(self, cfg: Any, options: Namespace, script: str):
@@ -78,7 +98,7 @@ class Run:
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not _threads_are_chosen():
             # The launcher leaves one thread per process. Results depend on the number, bit for bit.
             cores = len(os.sched_getaffinity(0))
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
@@ -95,8 +115,9 @@ class Run:
         self.step = 0
         self.epoch = 0
         self.offset = 0
-        self.signal = None
-        self.stopping = False
+        self.parent = os.getppid()
+        self.signal: signal.Signals | None = None
+        self.stopping: signal.Signals | None = None
         self.scalars = {}
 
     def components(self) -> tuple[Parts, Normalizer]:
@@ -118,7 +139,16 @@ class Run:
             cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
-        return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
+        if load_dir and (load_dir / "dataset_stats.safetensors").is_file():
+            self._warn_of_other_data(load_dir, f"components of {load_dir} (train.load_dir)")
+        data = self.cfg.data
+        return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
+
+    def _warn_of_other_data(self, folder, trained):
+        """Name the dimensions that are of another kind than in the checkpoint `folder`."""
+        lines = self.data.differences(folder) if self.is_main else []
+        if lines:
+            print("\n    ".join([f"warning: other data than {trained} learned from", *lines]))
 
     def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
@@ -149,10 +179,11 @@ class Run:
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
             (self.folder / "config.yaml").write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
-        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self._stop) for number in STOPPING}
 
     def _load(self, folder):
         meta = checkpoint.translated_meta(folder)
+        self.data.require_width(folder, meta["facts"])
         if meta["script"] != self.script:
             raise UserError(
                 f"{folder}: of {meta['script']}, not of {self.script}: set another train.save_dir"
@@ -162,8 +193,13 @@ class Run:
         self.step = meta["step"]
         self.epoch = meta["epoch"]
         self.offset = meta["offset"]
+        configured = self.cfg.data.min_std
+        self.cfg.data.min_std = self.policy.stats.min_std
         if not self.is_main:
             return
+        if configured != self.cfg.data.min_std:
+            kept = f"{self.cfg.data.min_std:g}, as this run began"
+            print(f"warning: data.min_std stays {kept}; a new train.save_dir takes {configured:g}")
         for key, was, now in changes(meta["config"], to_dict(self.cfg)):
             print(f"warning: {key} was {was}, now {now}")
         if meta["episodes"]["trained on"] != self.data.episodes:
@@ -171,6 +207,13 @@ class Run:
                 "warning: other training episodes than so far "
                 "(data.episodes, val_episodes, scores, keep_top)"
             )
+        found = self.data.identity
+        if meta.get("dataset", found)["content_key"] != found["content_key"]:
+            print(
+                f"warning: files of {found['root']} are not those that {folder} was trained on, in "
+                f"{meta['dataset']['root']}: changed, recorded anew, or a copy with other times"
+            )
+        self._warn_of_other_data(folder, f"this run, which keeps the statistics of {folder},")
         for key, now in self._conditions().items():
             if meta[key] != now:
                 print(
@@ -188,7 +231,7 @@ class Run:
 
     def _stop(self, number, frame):
         """Finish the step, save, exit; a second Ctrl-C stops at once."""
-        self.signal = number
+        self.signal = signal.Signals(number)
         signal.signal(number, self.handlers[number])
 
     def loader(self, epoch: int = 0, offset: int = 0) -> DataLoader:
@@ -217,7 +260,7 @@ class Run:
             torch.manual_seed(seed_of("dropout", *key, self.rank))
             yield batch
             micro = 0 if self.accelerator.sync_gradients else micro + 1
-            if self.step >= self.total or self.stopping:
+            if self.step >= self.total or self.stopping is not None:
                 return
 
     def _noise(self, *key):
@@ -232,8 +275,10 @@ class Run:
         """Clip each component's gradients; stop all processes if loss or a norm is not finite.
 
         The weights are untouched then. This holds the only host read of a step: whether everything
-        is finite, and whether any process was told to stop.
+        is finite, and which signals told any process to stop.
         """
+        if self.signal is None and _is_launched() and os.getppid() != self.parent:
+            self.signal = signal.SIGTERM  # it reached the launcher only, which does not pass it on
         self.accelerator.unscale_gradients()
         norms = {}
         for name in self.policy.parts.trainable():
@@ -246,9 +291,11 @@ class Run:
             checked += norms.values()
         finite = torch.stack([value.float() for value in checked]).isfinite()
         broken = (~finite).any().float()
-        flags = torch.stack([broken, torch.full_like(broken, self.signal is not None)])
-        broken, stopping = self.accelerator.reduce(flags, "sum").tolist()
-        self.stopping = bool(stopping)
+        signals = [torch.full_like(broken, self.signal == number) for number in STOPPING]
+        flags = torch.stack([broken, *signals])
+        broken, *received = self.accelerator.reduce(flags, "sum").tolist()
+        told = [number for number, count in zip(STOPPING, received, strict=True) if count]
+        self.stopping = told[0] if told else None
         if broken:
             bad = [name for name, value in self.scalars.items() if not math.isfinite(value)]
             self.close()
@@ -266,7 +313,7 @@ class Run:
             self.epoch += 1
             self.offset = 0
         self.log.bar.update()
-        last = self.step >= self.total or self.stopping
+        last = self.step >= self.total or self.stopping is not None
         if last or self.step % self.train.log_every == 0:
             self.log.training(self.step, self.epoch, self.scalars)
         self.scalars = {}
@@ -318,6 +365,10 @@ class Run:
             "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
             "mixed_precision": self.accelerator.mixed_precision,
             "facts": self.data.facts,
+            "columns": self.data.windows.sizes,
+            "episode_hashes": {str(n): text for n, text in self.data.windows.hashes.items()},
+            "names": self.data.names,
+            "dataset": self.data.identity,
             "aliases": parts.aliases,
             "episodes": {"trained on": self.data.episodes, "held out": self.data.val_episodes},
             "components": {name: self.sources[name].text for name in [*parts, *parts.aliases]},
@@ -325,12 +376,16 @@ class Run:
         }
 
     def finish(self) -> int:
-        """Close the run; the exit code: 130 after Ctrl-C, else 0."""
+        """Close the run; the exit code: 130 after Ctrl-C, 143 after SIGTERM, else 0.
+
+        The signal counts in all processes, whichever received it.
+        """
         self.close()
+        stopped_by = self.stopping or self.signal  # a signal after the last step is known here only
         if self.is_main:
             state = "stopped" if self.step < self.total else "finished"
             print(f"{state} at step {self.step}: {self.folder}")
-        return 130 if self.signal == signal.SIGINT else 0
+        return 128 + stopped_by if stopped_by else 0
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
@@ -338,6 +393,29 @@ class Run:
         self.log.close()
         if self.file_lock:
             self.file_lock.close()
+
+
+def _is_launched():
+    """Whether `accelerate launch` or torchrun is the parent of this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _threads_are_chosen():
+    """Whether the user set the number of threads, which torch then has already.
+
+    By OMP_NUM_THREADS, or --num_cpu_threads_per_process of `accelerate launch`. The launchers set
+    OMP_NUM_THREADS as well where the user did not: only their own environment tells.
+    """
+    if "OMP_NUM_THREADS" not in os.environ or not _is_launched():
+        return "OMP_NUM_THREADS" in os.environ
+    launcher = Path(f"/proc/{os.getppid()}")
+    try:
+        environment = (launcher / "environ").read_bytes().split(b"\0")
+        command = (launcher / "cmdline").read_bytes().replace(b"-", b"_")
+    except OSError:  # of another user, or gone
+        return False
+    by_environment = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
+    return by_environment or b"__num_cpu_threads_per_process" in command
 
 
 def _lock_folder(folder):

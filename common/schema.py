@@ -115,6 +115,9 @@ class Data:
     normalize: Literal["mean_std", "quantile"] = key(
         "mean_std", "how states and actions are scaled"
     )
+    min_std: float = key(
+        0.0, "smallest spread, in raw units, that a dimension is scaled by; 0: its own", low=0
+    )
     first_frames: int | None = key(
         None, "samples start at this many first frames of an episode; null: at all frames", low=1
     )

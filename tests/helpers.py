@@ -35,7 +35,7 @@ from common.schema import Model, Part
 ROOT = Path(__file__).resolve().parents[1]
 
 # runs
-TIMING = ("data_s", "updt_s", "samples_per_s")
+TIMING = ("time", "data_s", "updt_s", "samples_per_s")
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

@@ -14,17 +14,19 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import CAMERAS, write_demos
+from conftest import CAMERAS, LENGTHS, write_demos
 from fuzz import ending
-from helpers import ScriptedPolicy
+from helpers import ScriptedPolicy, write_v2
 from scipy import stats
 
 import evaluate
-from common import config, metrics, plots, schema
+from common import config, metrics, open_loop, plots, schema
 from common.config import UserError
 from common.data import columns
 from common.data.images import IMAGE
-from common.data.normalizer import Normalizer
+from common.data.lerobot import LeRobotDataset
+from common.data.normalizer import Normalizer, statistics
+from common.data.windows import content_hash
 
 torch.set_num_threads(1)
 TOLD = defaultdict(list)  # reset seed -> actions that its robot was told
@@ -109,6 +111,10 @@ class Wide(World):
     action_space = gymnasium.spaces.Box(-1, 1, (3,))
 
 
+class Nested(World):
+    observation_space = gymnasium.spaces.Dict({"observation.state": World.observation_space})
+
+
 class Endless(World):
     def step(self, action):
         observation, reward, _, truncated, info = super().step(action)
@@ -123,7 +129,7 @@ class Unprepared(World):
     render_mode = None  # and __init__ takes none
 
 
-for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
+for kind in (World, Foreign, Mute, Renamed, Wide, Nested, Endless, Blind, Unprepared):
     gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
 
 
@@ -131,7 +137,7 @@ for kind in (World, Foreign, Mute, Renamed, Wide, Endless, Blind, Unprepared):
 def play(tmp_path, monkeypatch):
     """play(*options, policy=None, prefix=0, **data) -> (results.json, the policy), scripted."""
 
-    def run(*options, policy=None, prefix=0, env="World-v0", draw=False, **data):
+    def run(*options, policy=None, prefix=0, env="World-v0", draw=False, meta=None, **data):
         policy = policy or ScriptedPolicy(prefix=prefix)
         settings = {
             "root": "nowhere",
@@ -142,10 +148,11 @@ def play(tmp_path, monkeypatch):
         }
         cfg = SimpleNamespace(data=config.from_dict(schema.Data, settings | data))
         monkeypatch.setattr(evaluate, "find_checkpoint", lambda folder: folder)
-        meta = {"script": "/home/me/train_mine.py", "step": 5}
-        monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, meta))
+        about = {"script": "/home/me/train_mine.py", "step": 5, **(meta or {})}
+        monkeypatch.setattr(evaluate, "open_action_policy", lambda *a, **b: (policy, cfg, about))
         if not draw:
-            monkeypatch.setattr(evaluate, "plots", MagicMock())
+            for module in (evaluate, open_loop):
+                monkeypatch.setattr(module, "plots", MagicMock())
         argv = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), *map(str, options)]
         argv += ["--env", env] if env else []
         TOLD.clear()
@@ -453,6 +460,7 @@ def test_a_mistake_in_code_that_draws_is_no_full_disk(tmp_path):
         ),
         ({}, {"HZ": 25}, r"runs at 10 Hz, the policy at 25 \(its render_fps"),
         ({"env": "Wide-v0"}, {}, r"\(2, 3\) numbers, the policy was trained on \(2, 2\)"),
+        ({"env": "Nested-v0"}, {}, r"observation.state is Dict\(.*\), the policy takes numbers"),
         ({"env": "Mute-v0"}, {}, r"must tell info\['success'\]"),
         (
             {"env": "Blind-v0"},
@@ -483,6 +491,24 @@ def test_replans_after_eight_steps_but_for_a_policy_of_whole_episodes(play, data
     play("--episodes", 3, "--nfe", 1, "--videos", 0, **data)
     seed = next(seed for seed in range(50_000, 50_003) if seed % 3 == 2)
     assert first_numbers(seed) == list(told)
+
+
+def test_an_environment_in_other_units(play, capsys):
+    policy = ScriptedPolicy(latent=False)
+    policy.stats.state_min[0] = 0
+    policy.stats.state_max[0] = 900
+    with pytest.raises(UserError, match=r"state\[0\] of robot 0 is 5e\+04, .* --other_units\)"):
+        play(*SHORT, "--replan_steps", 4, policy=policy)
+    results, _ = play(*SHORT, "--replan_steps", 4, "--other_units", policy=policy)
+    assert results["results"][0]["episodes"] == 3
+    assert capsys.readouterr().out.count("warning: observation.state[0] of robot 0 is 5e+04") == 1
+
+
+def test_an_environment_with_other_sizes_of_a_state_key(play):
+    with pytest.raises(
+        UserError, match=r"World-v0: observation.state has 2 numbers, in training 3"
+    ):
+        play(*SHORT, meta={"columns": {"observation.state": 3}}, action_horizon=8)
 
 
 def test_an_episode_without_an_end_fails_in_time(play, capsys):
@@ -576,7 +602,11 @@ class Knowing(ScriptedPolicy):
     def __init__(self, target="velocity", latent=True, drawn=0.0):
         super().__init__(latent)
         self.target, self.drawn, self.arms = target, drawn, []
-        values = {key: value.repeat(2) for key, value in self.stats.state_dict().items()}
+        sizes = {"state": 5, "action": 4}
+        values = {
+            key: value[:1].repeat(sizes[key.partition("_")[0]])
+            for key, value in self.stats.state_dict().items()
+        }
         values["action_std"] = torch.tensor([1.0, 2, 4, 8])
         self.stats = Normalizer("mean_std", values)
 
@@ -611,10 +641,30 @@ class Knowing(ScriptedPolicy):
         return x1 - x0 + off if self.target == "velocity" else (x1 + off - x) / (1 - t)
 
 
+def trained_on(root, held_out):
+    """meta.json's record of the episodes of a dataset."""
+    dataset = LeRobotDataset(root)
+    numbers = [episode.index for episode in dataset.episodes]
+    columns = dataset.columns(["observation.state", "action"], numbers).values()
+    ends = np.cumsum([episode.length for episode in dataset.episodes])[:-1]
+    rows = zip(*(np.split(values, ends) for values in columns), strict=True)
+    hashes = {str(n): content_hash(arrays) for n, arrays in zip(numbers, rows, strict=True)}
+    others = [number for number in numbers if number not in held_out]
+    return {
+        "episodes": {"trained on": others, "held out": held_out},
+        "episode_hashes": hashes,
+    }
+
+
 @pytest.fixture
 def off_line(play, demos):
-    data = {"root": str(demos), "cameras": CAMERAS, "image_size": [32, 32], "val_episodes": [3, 5]}
-    return lambda *options, **more: play(*options, env=None, **data | more)
+    def run(*options, **more):
+        data = {"root": demos, "cameras": CAMERAS, "image_size": [32, 32], "val_episodes": [3, 5]}
+        data |= more
+        meta = trained_on(data["root"], data["val_episodes"])
+        return play(*options, env=None, meta=meta, **data | {"root": str(data["root"])})
+
+    return run
 
 
 def test_open_loop_errors_are_of_recorded_steps_only(off_line, tmp_path):
@@ -640,6 +690,60 @@ def test_best_of_n_draws(off_line):
     assert error["samples"] == 8
     assert 0.5 * scale < error["mean"] < 1.1 * scale
     assert error["best"] < 0.4 * error["mean"]
+
+
+class Closer(Knowing):
+    """Errors fall with the number of evaluations; `given` has the noise of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = defaultdict(list)
+        self.encoded = 0
+
+    def encode(self, obs, camera_mask=None):
+        self.encoded += 1
+        return super().encode(obs, camera_mask)
+
+    def sample(self, memory, x0, steps=10, z=None, prefix=None):
+        self.given[steps].append(x0.numpy())
+        recorded = memory["action"]
+        return recorded + (super().sample(memory, x0, steps, z, prefix) - recorded) / steps
+
+
+def test_open_loop_reports_every_nfe(off_line, tmp_path, capsys):
+    results, policy = off_line("--nfe", 1, 4, 2, 4, "--samples", 2, policy=Closer(), draw=True)
+    assert [row["nfe"] for row in results["results"]] == [1, 4, 2]
+    for row in results["results"]:
+        np.testing.assert_allclose(
+            row["mae"], np.arange(1, 5) / 10 / row["nfe"], rtol=1e-3, atol=1e-6
+        )
+    assert {key: results[key] for key in results["results"][-1]} == results["results"][-1]
+    for one, other in zip(policy.given[1], policy.given[4], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert policy.encoded == 2 + 1  # both episodes, and the velocity loss
+    out = capsys.readouterr().out
+    assert (
+        "\n| | NFE 1 | NFE 4 | NFE 2 |\n|---|---|---|---|\n| action[0] | 0.1 (0.10) | 0.025" in out
+    )
+    assert "\n| whole chunk | (0.081) | (0.020) | (0.041) |\n| best of 2 draws | (0.081) |" in out
+
+
+def test_open_loop_takes_ten_evaluations_unless_told(off_line):
+    results, policy = off_line(policy=Closer())
+    assert list(policy.given) == [10]
+    assert results["nfe"] == 10
+
+
+@pytest.mark.parametrize("target", ["velocity", "x1"])
+def test_the_velocity_loss_is_explained_by_what_the_decoder_predicts(off_line, capsys, target):
+    policy = Knowing(target)
+    policy.weights.target = target
+    results, _ = off_line(policy=policy)
+    out = capsys.readouterr().out
+    first, middle, last = (results["velocity_loss"]["prior"][k] for k in (0, 5, 9))
+    assert "at t = 0.05, 0.55, 0.95, by source of the latent: posterior 0.0" in out
+    assert f"; prior {first:.3g}, {middle:.3g}, {last:.3g}\n" in out
+    assert ("squared error of x1, divided by (1 - t)^2" in out) == (target == "x1")
 
 
 @pytest.mark.parametrize("target", ["velocity", "x1"])
@@ -689,5 +793,212 @@ def test_joint_names_reach_the_results(off_line, tmp_path):
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["action"]["names"] = ["a", "b", "c", "d"]
     (root / "meta/info.json").write_text(json.dumps(info))
-    results, _ = off_line("--data", root, policy=Knowing(), val_episodes=[1])
+    results, _ = off_line(root=root, policy=Knowing(), val_episodes=[1])
     assert results["joints"] == ["a", "b", "c", "d"]
+
+
+# which episodes are evaluated
+
+SHOWN = {"observation.state": 5, "action": 4}  # column -> numbers in a row
+
+
+def recording(number, scale=1.0, sizes=None):
+    """Columns of a recorded episode that no other one is like."""
+    rng = np.random.default_rng(number)
+    columns = {}
+    for key, size in (sizes or SHOWN).items():
+        columns[key] = (scale * rng.normal(size=(9 + number, size))).astype(np.float32).tolist()
+    return columns
+
+
+def write_recordings(root, numbers, fps=10, **options):
+    """A v2.1 dataset whose episodes 0, 1, ... are these recordings; {episode: recording}, too."""
+    pairs = numbers.items() if isinstance(numbers, dict) else enumerate(numbers)
+    tables = {index: recording(number, **options) for index, number in pairs}
+    return write_v2(root, tables, {"fps": fps})
+
+
+class Learned(Knowing):
+    """With the statistics of some recordings."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        columns = [recording(number) for number in numbers]
+        state, action = (np.concatenate([c[key] for c in columns]) for key in SHOWN)
+        self.stats = Normalizer("mean_std", statistics(state, action))
+
+
+EPISODES = {"trained on": [0, 1, 2, 4, 6, 7], "held out": [3, 5]}
+HASHES = {
+    str(n): content_hash(np.float32(column) for column in recording(n).values()) for n in range(8)
+}
+
+
+@pytest.fixture
+def again(play, capsys):
+    """again(root, *options) -> (results.json, printed): of a policy that recordings 0-7 taught."""
+
+    def run(root, *options, meta=None, episodes=EPISODES, **data):
+        policy = Learned(episodes["trained on"])
+        about = {"episodes": episodes, "episode_hashes": HASHES, **(meta or {})}
+        settings = {"root": str(root), "val_episodes": 0.25} | data
+        capsys.readouterr()
+        results, _ = play(*options, policy=policy, env=None, meta=about, **settings)
+        return results, capsys.readouterr().out
+
+    return run
+
+
+def test_the_episodes_held_out_are_those_of_the_checkpoint(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8))
+    results, out = again(root)
+    assert results["episodes"] == [3, 5]  # the last two are the share of data.val_episodes now
+    assert results["new_episodes"] == []
+    assert "notice" not in out
+    moved = root.rename(tmp_path / "moved")
+    results, out = again("nowhere", "--data", moved)
+    assert results["episodes"] == [3, 5]
+    assert "notice" not in out
+
+
+def test_a_dataset_that_grew(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(10))
+    results, out = again(root)
+    assert results["episodes"] == [3, 5]
+    assert (
+        f"notice: {root} has episodes that are new to the run: [8, 9]; --new_episodes evaluates "
+        "them, too\n" in out
+    )
+    results, out = again(root, "--new_episodes")
+    assert results["episodes"] == [3, 5, 8, 9]
+    assert results["new_episodes"] == [8, 9]
+    assert "notice: episodes that are new to the run are evaluated, too: [8, 9]\n" in out
+    nothing_held_out = {"trained on": list(range(8)), "held out": []}
+    results, _ = again(root, "--new_episodes", episodes=nothing_held_out)
+    assert results["episodes"] == [8, 9]
+    with pytest.raises(UserError, match=r"held no episodes out.*--new_episodes"):
+        again(root, episodes=nothing_held_out)
+
+
+def without(*gone):
+    return {number: number for number in range(8) if number not in gone}
+
+
+def test_a_dataset_that_lost_episodes(again, tmp_path):
+    root = write_recordings(tmp_path / "a", without(5))
+    results, out = again(root)
+    assert results["episodes"] == [3]
+    assert f"notice: {root}: of the held-out episodes [3, 5] there are [3], by" in out
+    results, out = again(write_recordings(tmp_path / "b", without(2)))
+    assert results["episodes"] == [3, 5]
+    assert "notice" not in out
+    nothing = "has none of the episodes that this run held out; new to the run are"
+    for number, left in enumerate((without(3, 5), {0: 0}, {30: 3, 31: 5})):
+        unseen = [30, 31] if 30 in left else []
+        with pytest.raises(UserError, match=re.escape(f"{nothing} {unseen}")):
+            again(write_recordings(tmp_path / f"c{number}", left))
+
+
+@pytest.mark.parametrize(
+    ("gone", "held_out"), [(0, [2, 4]), (2, [2, 4]), (3, [4]), (4, [3, 4]), (5, [3]), (7, [3, 5])]
+)
+def test_episodes_that_were_numbered_anew_are_found_by_what_they_hold(
+    again, tmp_path, gone, held_out
+):
+    root = write_recordings(tmp_path / "data", [*without(gone).values(), 8])
+    results, out = again(root)
+    assert results["episodes"] == held_out
+    assert (f"there are {held_out}, by the numbers that they have now" in out) == (gone != 7)
+    results, out = again(root, "--new_episodes")
+    assert results["episodes"] == sorted([*held_out, 7])
+    assert results["new_episodes"] == [7]
+
+
+def test_a_copy_of_an_episode_that_was_trained_on_is_held_out_only_as_recorded(again, tmp_path):
+    """Recording 3 was trained on as episode 8, too, and held out as episode 3."""
+    episodes = EPISODES | {"trained on": [*EPISODES["trained on"], 8]}
+    meta = {"episode_hashes": HASHES | {"8": HASHES["3"]}}
+    root = write_recordings(tmp_path / "same", [*range(8), 3])
+    assert again(root, meta=meta, episodes=episodes)[0]["episodes"] == [3, 5]
+    root = write_recordings(tmp_path / "renumbered", [1, 2, 3, 4, 5, 6, 7, 3])
+    assert again(root, meta=meta, episodes=episodes)[0]["episodes"] == [4]
+
+
+def test_other_recordings_of_the_same_kind_are_all_new(again, tmp_path):
+    root = write_recordings(tmp_path / "other", range(20, 24))
+    with pytest.raises(
+        UserError, match=r"--data: .* has none .* new to the run are \[0, 1, 2, 3\]:"
+    ):
+        again("nowhere", "--data", root)
+    results, _ = again("nowhere", "--data", root, "--new_episodes")
+    assert results["episodes"] == results["new_episodes"] == [0, 1, 2, 3]
+
+
+def test_older_checkpoints_know_their_episodes_by_number(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(10))
+    results, out = again(root, meta={"episode_hashes": None})
+    assert results["episodes"] == [3, 5]
+    assert "notice: an older checkpoint, which knows its held-out episodes by number only" in out
+    assert "new to the run: [8, 9]" in out
+    results, _ = again(root, "--new_episodes", meta={"episode_hashes": None})
+    assert results["new_episodes"] == [8, 9]
+    root = write_recordings(tmp_path / "large", range(8), scale=50)
+    with pytest.raises(UserError, match="of another kind than the training data"):
+        again(root, meta={"episode_hashes": None})
+
+
+def test_data_in_other_units(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8), scale=50)
+    message = (
+        r"--data: .*data is of another kind than the training data:\n    state\[0\]: mean .*\n"
+        r"(.*\n)*    action\[3\]: mean .* other units.*\n    --other_units evaluates it anyway"
+    )
+    with pytest.raises(UserError, match=message):
+        again(root, "--data", root, "--new_episodes")
+    with pytest.raises(UserError, match="has none of the episodes that this run held out"):
+        again(root, "--other_units")
+    results, _ = again(root, "--other_units", "--new_episodes")
+    assert results["episodes"] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "message"),
+    [
+        ({"action": 3}, {}, "the action has 3 numbers, in training 4"),
+        ({"observation.state": 6}, {}, "the state has 6 numbers, in training 5"),
+        ({"a": 2, "b": 3}, {"state_keys": ["a", "b"]}, "a has 2 numbers, in training 3; b has 3"),
+        (
+            {},
+            {"state_keys": ["joints"]},
+            r"no numeric column 'joints'(.*\n)*.* trained on the columns \['joints', 'action'\]",
+        ),
+        (
+            {},
+            {"cameras": {"up": "top"}},
+            r"'top' is not in the dataset(.*\n)*.* and the cameras \['top'\]",
+        ),
+    ],
+)
+def test_data_of_other_columns(again, tmp_path, sizes, settings, message):
+    root = write_recordings(tmp_path / "data", range(8), sizes=SHOWN | sizes)
+    meta = {"columns": {"a": 3, "b": 2}}
+    with pytest.raises(UserError, match=rf"--data: .* than the training data: (.*\n)*.*{message}"):
+        again("nowhere", "--data", root, "--other_units", meta=meta, **settings)
+
+
+def test_data_of_another_rate(again, tmp_path):
+    root = write_recordings(tmp_path / "data", range(8), fps=5)
+    _, out = again("nowhere", "--data", root, "--new_episodes")
+    assert f"notice: --data: {root} has 5 fps, resampled to the policy's 10 Hz" in out
+
+
+def test_a_real_run_and_a_dataset_that_grew_since(experiment, tmp_path, capsys):
+    exp = experiment()
+    exp.main("train.total_steps=1", "data.val_episodes=0.3")
+    assert exp.meta("step_1")["columns"] == {"observation.state": 5, "action": 4}
+    grown = write_demos(tmp_path / "grown", lengths=(*LENGTHS, 12))
+    argv = ["--checkpoint", str(exp.save_dir), "--out", str(tmp_path / "out"), "--data", str(grown)]
+    assert evaluate.main(argv) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["episodes"] == exp.meta("step_1")["episodes"]["held out"] == [4, 5]
+    assert "has episodes that are new to the run: [6]" in capsys.readouterr().out

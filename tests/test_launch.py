@@ -65,7 +65,7 @@ seeds = [None, None]
 torch.distributed.all_gather_object(seeds, torch.initial_seed())
 assert seeds[0] != seeds[1]  # dropout
 # The signal reaches one process only.
-assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 0
+assert (dropout.stop_at(12) if rank == 1 else dropout.main()) == 143
 assert dropout.job.step == 12
 assert dropout.main() == 0
 
@@ -156,6 +156,7 @@ def test_torchrun_and_sigterm(experiment):
         wait_for_step(exp, 3, 120)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    assert process.returncode  # for scripts and make
     out = (exp.folder / "out").read_text()
     assert "RuntimeError" not in out
     assert f"stopped at step {max(exp.log())}" in out
@@ -183,6 +184,7 @@ def test_the_command_of_the_readme(experiment):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"finished at step 3: {exp.save_dir}" in done.stdout
+    assert exp.meta("step_3")["threads"] == 1  # OMP_NUM_THREADS of environment()
     launched = exp.save_dir.rename(exp.folder / "launched")
     exp.main("train.total_steps=3")
     keys = ("step", "loss", "norm/backbone")

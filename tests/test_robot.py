@@ -6,6 +6,7 @@ from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,9 @@ from common.data.frames import VideoFrames
 from common.data.images import IMAGE
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import to_device
+from common.data.normalizer import Normalizer, statistics
+from common.envs import avoid, tabletop
+from common.envs.registry import ENVIRONMENTS
 from common.noise import RowNoise
 from common.robot import Execution, ObservationError, Robot
 
@@ -169,6 +173,122 @@ def test_a_number_that_is_not_finite_is_that_of_its_robot():
         robot.act({STATE: states[:2]}, [0, 2])
     with pytest.raises(ObservationError, match=r"a row for each of 2 robots, found shape \(3, 2\)"):
         robot.act({STATE: states}, [0, 2])
+
+
+# states of another kind than in training
+
+
+def ranged(low, high, std):
+    """A ScriptedPolicy with states of these ranges and spreads."""
+    policy = ScriptedPolicy()
+    values = {"min": low, "max": high, "std": std}
+    for key, value in values.items():
+        getattr(policy.stats, f"state_{key}").copy_(torch.tensor(value))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1.5, 0.0], None),
+        ([1.9 + 5 * 0.4 - 0.01, 0.0], None),
+        (
+            [1.9 + 5 * 0.4 + 0.01, 0.0],
+            r"a\[0\] is 3.91, in training it was -1.2 to 1.9: other units",
+        ),
+        ([-1.2 - 5 * 0.4 - 0.01, 0.0], r"a\[0\] is -3.21, in training it was -1.2 to 1.9: other"),
+        ([90.0, 0.0], r"a\[0\] is 90, .* check_units=False takes it as it is"),
+        ([0.0, -70.0], r"b\[0\] is -70, in training it was 0 to 1: other units"),
+    ],
+)
+def test_an_episode_that_starts_far_outside_of_the_training_data_is_refused(state, message):
+    robot = robot_of(ranged([-1.2, 0.0], [1.9, 1.0], [0.4, 0.2]), {"state_keys": ["a", "b"]})
+    observation = {"a": state[:1], "b": state[1:]}
+    for _ in range(2):  # at the start of each episode
+        if message is None:
+            robot.act(observation)
+        else:
+            with pytest.raises(ObservationError, match=message):
+                robot.act(observation)
+            assert not robot.states[0]
+        robot.act({"a": [0.0], "b": [0.5]})
+        robot.reset()
+    assert robot.outside == 0
+
+
+@pytest.mark.parametrize(
+    ("constant", "good", "poor"),
+    [(0.0, 0.04, 0.06), (1.57, 1.64, 90.0), (300.0, 314.0, 0.3), (-0.04, 0.0, -40.0)],
+)
+def test_a_dimension_that_was_constant_may_differ_a_little(constant, good, poor):
+    policy = ranged([constant, 0.0], [constant, 9.0], [0.0, 1.0])
+    robot_of(policy).act({STATE: [good, 0.0]})
+    with pytest.raises(ObservationError, match=f"in training it was {constant:g} to {constant:g}"):
+        robot_of(policy).act({STATE: [poor, 0.0]})
+
+
+def test_later_observations_may_lie_anywhere_and_are_counted(capsys):
+    robot = robot_of(ranged([0.0, 0.0], [1.0, 9.0], [0.1, 1.0]), replan_steps=1)
+    robot.reset([("a",), ("b",)])
+    robot.act({STATE: [[0, 0], [1, 9]]})
+    robot.act({STATE: [[0, 0], [1, 9]]})
+    assert robot.outside == 0
+    robot.act({STATE: [[0, 0], [50, 9]]})
+    robot.act({STATE: [[50, 90], [50, 9]]})
+    assert robot.outside == 3
+    out = capsys.readouterr().out
+    problem = "warning: observation.state[0] of robot 1 is 50, in training it was 0 to 1: far from"
+    assert problem in out
+    assert out.count("warning") == 1
+    robot.reset([("a",), ("b",)])
+    with pytest.raises(ObservationError, match=r"state\[1\] of robot 1 is 90, in training"):
+        robot.act({STATE: [[0, 0], [1, 90]]})
+
+
+def test_the_check_of_units_can_be_left_out(capsys):
+    robot = robot_of(ranged([0.0, 0.0], [1.0, 9.0], [0.1, 1.0]), check_units=False)
+    robot.act({STATE: [57.3, 0]})
+    assert robot.outside == 1
+    assert "warning: observation.state[0] is 57.3, in training it was 0 to 1" in (
+        capsys.readouterr().out
+    )
+
+
+def test_each_state_key_has_the_numbers_that_it_had_in_training():
+    policy = ranged([0.0] * 2, [9.0] * 2, [1.0] * 2)
+    policy.stats = Normalizer(
+        "mean_std", {k: v[:1].repeat(5) for k, v in policy.stats.named_buffers()}
+    )
+    settings = {"state_keys": ["a", "b"]}
+    robot = robot_of(policy, settings, columns={"a": 3, "b": 2, "action": 2})
+    robot._remember({"a": np.ones(3), "b": np.ones(2)}, [0])
+    with pytest.raises(ObservationError, match="a: 2 numbers a robot, the policy was trained on 3"):
+        robot.act({"a": np.ones(2), "b": np.ones(3)})
+
+
+def demonstrated(name, seeds):
+    """States (N, S) of a few demonstrations of an environment."""
+    env = gymnasium.make(ENVIRONMENTS[name], disable_env_checker=True).unwrapped
+    if name.startswith("avoid"):
+        _, _, paths = avoid.demonstrations((1,) * len(env.MODES))
+        return ["observation.state"], avoid.states(paths).reshape(-1, 4)
+    episodes = [tabletop.demonstrate(seed, type(env), (8, 8), render=False) for seed in seeds]
+    keys = [key for key in episodes[0] if key.startswith("observation.") and "images" not in key]
+    return keys, np.concatenate([np.concatenate([e[k] for k in keys], 1) for e in episodes if e])
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_episodes_of_our_environments_start_within_their_demonstrations(name):
+    keys, states = demonstrated(name, range(8))
+    policy = ScriptedPolicy()
+    policy.stats = Normalizer("mean_std", statistics(states, states))
+    env = gymnasium.make(ENVIRONMENTS[name], disable_env_checker=True)
+    env.unwrapped.render_observations = False
+    robot = robot_of(policy, {"state_keys": keys})
+    for seed in range(50_000, 50_100):
+        robot.reset()
+        robot._remember(env.reset(seed=seed)[0], [0])
+    assert robot.outside == 0
 
 
 # replanning
@@ -429,6 +549,7 @@ def test_a_robot_of_a_run_folder_is_that_of_its_newest_checkpoint(trained):
         runs[folder] = np.array([robot.act(camera_observation(tick)) for tick in range(7)])
         assert runs[folder].shape == (7, 4)
         assert np.isfinite(runs[folder]).all()
+        assert robot.columns == {STATE: 5, "action": 4}
         np.testing.assert_array_equal(runs[folder], runs[trained])
 
 
@@ -457,6 +578,15 @@ def robot_picture(robot, observation, name):
     picture = Image.fromarray(observation[CAMERAS[name]])
     resized = np.asarray(picture.resize((40, 24), Image.Resampling.BILINEAR))
     return resized.transpose(2, 0, 1)[None].copy()
+
+
+def test_a_robot_in_degrees_is_refused_where_the_run_had_radians(trained):
+    robot = Robot.open(trained, replan_steps=3, device="cpu")
+    degrees = camera_observation(0)
+    degrees[STATE] = np.degrees(degrees[STATE])
+    with pytest.raises(ObservationError, match=r"observation.state\[\d\] is .*: other units than"):
+        robot.act(degrees)
+    Robot.open(trained, replan_steps=3, device="cpu", check_units=False).act(degrees)
 
 
 def test_one_robot_and_a_batch_give_the_same_actions(trained):

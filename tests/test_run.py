@@ -8,9 +8,11 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +25,9 @@ import train_flow_matching
 import train_mi
 import train_vfp
 import train_vfp_moe
-from common import checkpoint, legacy, run
+from common import checkpoint, legacy, preflight, run
 from common.config import UserError
+from common.data import frames
 from common.data.loader import to_device
 from common.log import Log
 from common.noise import Noise
@@ -79,7 +82,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(experiment, script, setting):
         exp.main(f"train.save_dir={straight}", "train.save_every_steps=3", *SETTINGS[setting]) == 0
     )
     workers = "data.num_workers=2" if setting == "adamw" else "data.num_workers=0"
-    assert exp.stop_at(12, workers, *SETTINGS[setting]) == 0
+    assert exp.stop_at(12, workers, *SETTINGS[setting]) == 143
     assert exp.job.step == 12
     assert max(exp.log()) == 12
     assert exp.main(workers, *SETTINGS[setting]) == 0
@@ -169,7 +172,7 @@ def test_a_run_may_stop_anywhere(experiment):
     for stops in ([1], [2], [3], [4], [5], [6], [2, 5, 6]):
         again = exp.folder / f"stops_{stops}"
         for stop in stops:
-            assert exp.stop_at(stop, *short, f"train.save_dir={again}") == 0
+            assert exp.stop_at(stop, *short, f"train.save_dir={again}") == 143
             assert exp.job.step == stop
         assert exp.main(*short, f"train.save_dir={again}") == 0
         assert_same_run(exp.save_dir, again, "epoch_2")
@@ -220,7 +223,7 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curve
 
 def test_signals_save_the_current_step(experiment):
     exp, before = experiment(), signal.getsignal(signal.SIGINT)
-    assert exp.stop_at(3) == 0
+    assert exp.stop_at(3) == 143
     assert exp.meta("step_3")["step"] == 3
     assert exp.stop_at(5, number=signal.SIGINT) == 130
     assert exp.meta("step_5")["step"] == 5
@@ -239,7 +242,7 @@ def test_a_signal_between_steps_ends_the_run_after_the_next(experiment, monkeypa
         return function(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
-    assert exp.main("data.batch_size=16", "train.save_every_steps=5") == 0
+    assert exp.main("data.batch_size=16", "train.save_every_steps=5") == 143
     assert exp.job.step == 6
     assert list(checkpoint.steps(exp.save_dir).values()) == [5, 6]
 
@@ -261,7 +264,7 @@ def test_a_second_ctrl_c_stops_at_once(experiment, monkeypatch):
 
 def test_exit_codes_of_the_process(experiment):
     exp = experiment()
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         pid = exp.fork("train.epoch=100000", "data.num_workers=2")
         wait_for_step(exp, 3)
         os.kill(pid, number)
@@ -285,8 +288,105 @@ def test_a_signal_to_the_whole_process_group_saves_as_well(experiment):
         )
     wait_for_step(exp, 3)
     os.killpg(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (exp.folder / "out").read_text()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 143, (exp.folder / "out").read_text()
     assert exp.meta(checkpoint.newest(exp.save_dir).name)["step"] == max(exp.log())
+
+
+def interrupt_at(monkeypatch, owner, name, number):
+    """From now on a call of this function gets the signal while it runs."""
+    function = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (frames, "resize"),  # while frames are decoded
+        (run, "build_parts"),
+        (preflight, "parameters_of"),
+        (checkpoint, "repair"),
+        (run.Run, "finish"),  # in the last step
+    ],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_at_any_time_is_no_success(
+    experiment, monkeypatch, tmp_path, owner, name, number, code
+):
+    exp = experiment()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    interrupt_at(monkeypatch, owner, name, number)
+    pid = exp.fork("train.total_steps=2", output=exp.folder / "out")
+    out = exp.folder / "out"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code, out.read_text()
+    assert "Traceback" not in out.read_text()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))  # nothing half-decoded stays
+    if name == "finish":
+        assert "finished at step 2" in out.read_text()
+    else:
+        assert f"stopped by {number.name}\n" in out.read_text()
+        assert not (exp.save_dir / "log.jsonl").exists()
+
+
+def test_a_launcher_that_is_killed_takes_its_run_along(experiment, monkeypatch):
+    """`accelerate launch` does not pass SIGTERM on."""
+    exp = experiment()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: 1 if exp.job.step == 2 else parent)
+    exp.job = SimpleNamespace(step=0)
+    assert exp.main() == 143
+    assert list(checkpoint.steps(exp.save_dir).values()) == [3]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # a shell may go away: nohup
+    assert exp.main("train.total_steps=5") == 0
+
+
+@pytest.mark.parametrize(
+    ("launched", "own", "of_launcher", "flag", "chosen"),
+    [
+        (False, None, "", "", False),
+        (False, "1", "", "", True),
+        (True, "1", "", "", False),  # the launcher set it
+        (True, "1", "OMP_NUM_THREADS", "", True),
+        (True, "3", "OMP_NUM_THREADS", "", True),
+        (True, "3", "", "--num_cpu_threads_per_process=3", True),
+        (True, "3", "", "--num-cpu-threads-per-process", True),
+        (True, None, "OMP_NUM_THREADS", "", False),
+    ],
+)
+def test_a_number_of_threads_that_the_user_set_is_kept(
+    monkeypatch, launched, own, of_launcher, flag, chosen
+):
+    for name, value in (("TORCHELASTIC_RUN_ID", launched), ("OMP_NUM_THREADS", own)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    command = ["bash", "-c", "read", "launch", flag]
+    environment = {of_launcher: own} if of_launcher and own else {}
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    assert run._threads_are_chosen() == chosen
+    launcher.communicate()
+    if launched and own:
+        assert not run._threads_are_chosen()  # nothing can tell any more
+
+
+def test_threads_are_left_as_they_were_chosen(experiment, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    experiment().main("train.total_steps=1")
+    assert not numbers
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    experiment(name="other").main("train.total_steps=1")
+    assert numbers == [2]
 
 
 KILLS = [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in range(5)]

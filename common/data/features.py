@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common.config import ConfigError, DataError, UserError, Yaml
 from common.data.frames import ArrayFiles, FrameCache, reserve
 from common.parts import Parts
+from common.progress import progress
 
 DTYPE = np.float16
 CPU_BATCH = 8  # frames at a time
@@ -98,7 +99,7 @@ class FeatureCache(ArrayFiles):
             if missing:
                 remove_leftovers(folder, missing)
             lacking = estimate(extractions, accelerator, folder, max_gb)
-            bar = tqdm(
+            bar = progress(
                 total=sum(len(one.pictures) for one in missing),
                 initial=sum(done for _, _, done in lacking),
                 unit=" frames",

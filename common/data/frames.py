@@ -19,11 +19,11 @@ import av
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import DataError
 from common.data.images import resize
 from common.data.lerobot import Episode, LeRobotDataset, reading
+from common.progress import progress
 
 RESIZE = "bilinear"  # part of the cache's key
 OPEN_FILES = 32
@@ -279,7 +279,7 @@ def build(
 
     try:
         arrays = {name: reserve(unfinished[name], (ends[-1], 3, *size)) for name in cameras}
-        bar = tqdm(total=ends[-1] * len(cameras), unit=" frames", desc="decoding")
+        bar = progress(total=ends[-1] * len(cameras), unit=" frames", desc="decoding")
         with bar, ThreadPoolExecutor(workers) as pool:
             try:
                 decoded = [pool.submit(decode, name, files[name, path]) for name, path in files]

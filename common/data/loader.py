@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,13 +10,20 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from common import schema
+from common.blocks.weights import read_tensors
 from common.config import DataError, Yaml
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.generated import locate
 from common.data.images import DRAWS, IMAGE, augmented
 from common.data.lerobot import LeRobotDataset, cache_folder, check_files
-from common.data.normalizer import statistics
+from common.data.normalizer import (
+    Normalizer,
+    differences,
+    neighbour_scale,
+    poor_scales,
+    statistics,
+)
 from common.data.order import Order
 from common.data.scores import best_episodes
 from common.data.windows import Windows
@@ -46,8 +54,8 @@ class Data:
     """The dataset of one run.
 
     windows: all samples; train_rows, val_rows: the rows of windows to train on and to hold out;
-    episodes, val_episodes: their episodes; stats: of the training episodes; facts: sizes that
-    components need.
+    episodes, val_episodes: their episodes; names: of the dimensions of state and action; stats: of
+    the training episodes; facts: sizes that components need.
     """
 
     def __init__(self, cfg: schema.Data):
@@ -74,7 +82,13 @@ class Data:
         count = min(cfg.val_samples, len(rows))
         self.val_rows = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
         seen = windows.rows(self.episodes)  # chunks go on to the end of an episode
-        self.stats = statistics(windows.state[seen], windows.action[seen])
+        state = windows.state[seen]
+        action = windows.action[seen]
+        self.names = windows.names
+        self.stats = statistics(state, action, self.names)
+        normalizer = Normalizer(cfg.normalize, self.stats, cfg.min_std)
+        for line in poor_scales(normalizer, state, action, self.names):
+            print(f"warning: {line}")
         self.facts = {
             "action_dim": windows.action.shape[1],
             "state_dim": windows.state.shape[1],
@@ -82,6 +96,31 @@ class Data:
             "action_horizon": cfg.action_horizon,
             "proprio_history": cfg.obs_proprio_history,
         }
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint records of the dataset."""
+        return {"root": str(self.dataset.root), "content_key": self.dataset.content_key}
+
+    def differences(self, checkpoint: Path) -> list[str]:
+        """One line per dimension of another kind than in the data that a checkpoint learned from.
+
+        See normalizer.differences(). Raises UserError if its statistics cannot be read.
+        """
+        trained = read_tensors(checkpoint / "dataset_stats.safetensors")
+        return differences(trained, self.stats, self.names)
+
+    def require_width(self, checkpoint: Path, facts: dict[str, int]) -> None:
+        """Raises DataError unless states and actions are as wide as the facts of a checkpoint."""
+        keys = ("state_dim", "action_dim")
+        found = [f"{key} {self.facts[key]}" for key in keys]
+        expected = [f"{key} {facts[key]}" for key in keys]
+        if found != expected:
+            raise DataError(
+                f"{self.dataset.root}: {', '.join(found)}; {checkpoint} was trained on "
+                f"{', '.join(expected)}\n    give data.root, data.state_keys and data.action_key "
+                "of that run, or another train.save_dir for a new one"
+            )
 
     def cache_frames(self, dry_run: bool = False) -> None:
         """Fill the frame cache; from now on, pictures are read from it in place of the videos.
@@ -145,8 +184,7 @@ class Data:
         groups = None
         if cfg.neighbours > 1:
             state = self.windows.state
-            scaled = state / (state[self.train_rows].std(0) + 1e-2)
-            groups = (scaled, cfg.neighbours)
+            groups = (state / neighbour_scale(state[self.train_rows]), cfg.neighbours)
         order = Order(
             self.train_rows,
             cfg.batch_size,

@@ -1,5 +1,6 @@
 """Every time step of a LeRobot dataset as a sample, at a fixed rate."""
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import schema
+from common.data.columns import joint_names
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.images import IMAGE
@@ -25,9 +27,10 @@ class Windows(Dataset):
     (hold_keys: nearest), frames are the nearest. With `features`, its entries (see FeatureCache)
     come too, and pictures only of the cameras in `pictures`.
 
-    Per row: state and action, episode_index (the dataset's), step (in its episode), source_row
-    (nearest frame), and episode (its place in first and last, which are rows of each episode's
-    ends).
+    sizes: numbers in a row of each column; names: a name per dimension of state and action; hashes:
+    of the rows of each episode, whatever its number is. Per row: state and action, episode_index
+    (the dataset's), step (in its episode), source_row (nearest frame), and episode (its place in
+    first and last, which are rows of each episode's ends).
     """
 
     def __init__(
@@ -57,6 +60,18 @@ class Windows(Dataset):
         above = np.minimum(below + 1, end)
         share = np.clip(frame - (below - start), 0, 1).astype(np.float32)[:, None]
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
+        self.sizes = {key: values.shape[1] for key, values in columns.items()}
+        named = {key: joint_names(dataset.features, key, n) for key, n in self.sizes.items()}
+        self.names = {
+            "state": [name for key in cfg.state_keys for name in named[key]],
+            "action": named[cfg.action_key],
+        }
+
+        starts = np.cumsum(lengths) - lengths
+        self.hashes = {
+            number: content_hash([values[a : a + n] for values in columns.values()])
+            for number, a, n in zip(episodes, starts, lengths, strict=True)
+        }
 
         def resample(key):
             values = columns[key]
@@ -105,3 +120,11 @@ class Windows(Dataset):
         if self.features:
             sample |= self.features.gather(seen)
         return {key: torch.from_numpy(value) for key, value in sample.items()}
+
+
+def content_hash(arrays: Iterable[np.ndarray]) -> str:
+    """16 hexadecimal digits that depend on the values alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -16,10 +16,10 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.random import Generator
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from common.envs.demonstrations import Observation, vector, write
 from common.envs.geometry import camera, capsules, clip_near, length
+from common.progress import progress
 
 CAMERAS = ("cam_head", "cam_left", "cam_right")
 BAR_RADIUS = 0.015  # m
@@ -448,12 +448,12 @@ def _successes(run, count):
     """The first `count` of run(0), run(1), ... that are not None."""
     first = 0
     workers = min(os.cpu_count() or 1, 16, count)
-    progress = tqdm(total=count, desc="demonstrations")
-    with get_context("spawn").Pool(workers) as pool, progress:
-        while progress.n < count:
-            wave = min(count - progress.n, 32)  # bounds the episodes held in memory
+    bar = progress(total=count, desc="demonstrations")
+    with get_context("spawn").Pool(workers) as pool, bar:
+        while bar.n < count:
+            wave = min(count - bar.n, 32)  # bounds the episodes held in memory
             for episode in pool.imap(run, range(first, first + wave)):
                 if episode is not None:
                     yield episode
-                    progress.update()
+                    bar.update()
             first += wave
