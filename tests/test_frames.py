@@ -30,9 +30,10 @@ from PIL import Image
 
 from common.config import DataError
 from common.data import frames as frames_module
+from common.data.checks import check_files
 from common.data.frames import FrameCache, Video, VideoFrames
 from common.data.images import resize
-from common.data.lerobot import LeRobotDataset, check_files
+from common.data.lerobot import LeRobotDataset
 
 NAMES = {"head": PAINTED_CAMERAS[0], "left": PAINTED_CAMERAS[1]}
 
