@@ -123,8 +123,12 @@ def test_several_files_and_inexact_start_times(dataset, tmp_path):
             for key in row
             if key.endswith("from_timestamp")
         }
+        row |= {key: row[key] + 92 for key in ("dataset_from_index", "dataset_to_index")}
         rows.append(row | {"episode_index": row["episode_index"] + 3})
     pq.write_table(pa.Table.from_pylist(rows), path)
+    info = root / "meta/info.json"
+    totals = {"total_episodes": 6, "total_frames": 184}
+    info.write_text(json.dumps(json.loads(info.read_text()) | totals))
     both = LeRobotDataset(root)
     assert [e.index for e in both.episodes] == [*range(6)]
     assert check_files(both, PAINTED_CAMERAS, ["action"]) == []

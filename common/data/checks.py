@@ -1,14 +1,23 @@
-"""A check of a dataset before training: every file of the chosen episodes, nothing decoded."""
+"""A check of a dataset before training: every file of the chosen episodes, nothing decoded.
 
-from collections.abc import Sequence
+Files and tables are also compared with each other: after a merge, an edit or half a copy they may
+contradict each other, and an episode would get the frames of another one.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 
 from common.config import DataError
-from common.data.lerobot import Episode, LeRobotDataset, by_file, reading
+from common.data.lerobot import LeRobotDataset, by_file, leaf
+from common.data.metadata import Episode, Record, parse_json, reading
 
 
 def check_files(
@@ -20,22 +29,27 @@ def check_files(
     """Check every file of the chosen episodes without decoding videos; -> warnings.
 
     Raises one DataError that lists all problems, each with its file and episode: files missing or
-    cut short, row or frame counts unlike the episode table, widths unlike info.json, non-finite
-    numbers, gaps in frame_index.
+    cut short, row or frame counts unlike the episode table, columns unlike info.json, non-finite
+    numbers, gaps in frame_index, and tables that contradict each other (see check_table).
     """
     dataset.require_cameras(cameras)
     dataset.require_columns(low_dim_keys)
     chosen = dataset.select(episodes)
     warnings = []
-    if dataset.absent:
-        warnings.append(
-            f"{dataset.root}: no files for the listed episodes {dataset.absent}: left out"
-        )
+    for numbers, what in ((dataset.absent, "files for"), (dataset.empty, "rows in")):
+        if numbers:
+            warnings.append(
+                f"{dataset.root}: no {what} the listed episodes {some(numbers)}: left out"
+            )
     unused = [key for key in dataset.cameras if key not in cameras]
     if unused:
         warnings.append(f"{dataset.root}: cameras not used: {', '.join(unused)}")
-    problems = check_rows(dataset, low_dim_keys, chosen, warnings)
+    problems = check_table(dataset, cameras, chosen, warnings)
+    problems += check_columns(dataset, low_dim_keys, warnings)
+    problems += check_owners(dataset, chosen, warnings)
+    problems += check_rows(dataset, low_dim_keys, chosen, warnings)
     problems += check_videos(dataset, cameras, chosen, warnings)
+    warnings += check_tasks(dataset, chosen)
     if problems:
         shown = problems[:12]
         if len(problems) > 12:
@@ -43,6 +57,230 @@ def check_files(
         advice = "    Download or record these again, or list only the good ones in data.episodes"
         raise DataError("\n".join([*shown, advice]))
     return warnings
+
+
+def some(numbers: Iterable) -> str:
+    """The first of many numbers as a list."""
+    listed = list(numbers)
+    more = ", ..." if len(listed) > 8 else ""
+    return f"[{', '.join(map(str, listed[:8]))}{more}]"
+
+
+def check_table(
+    dataset: LeRobotDataset, cameras: list[str], chosen: list[Episode], warnings: list[str]
+) -> list[str]:
+    """Problems of the episode table itself, by its rows and by info.json's totals.
+
+    Numbers must differ, and episodes must share neither rows nor frames of a video file. Episodes
+    that are not chosen count where they collide with a chosen one.
+    """
+    numbers = {episode.index for episode in chosen}
+    problems = []
+    first: dict[int, Episode] = {}
+    for episode in dataset.listed:
+        other = first.setdefault(episode.index, episode)
+        if other is not episode and episode.index in numbers:
+            problems.append(
+                f"{episode.place}: episode_index {episode.index} is taken, see {other.place}"
+            )
+    present = [episode for episode in dataset.listed if episode.length]
+    spans = [Span(*e.rows, e) for e in present if e.rows]
+    for span in spans:
+        if span.end - span.start != span.episode.length and span.episode.index in numbers:
+            problems.append(
+                f"{span.episode.place}: episode {span.episode.index}: length is "
+                f"{span.episode.length}, but dataset_from_index {span.start} to dataset_to_index "
+                f"{span.end} are {span.end - span.start} rows"
+            )
+    for a, b in collisions(spans, numbers):
+        problems.append(
+            f"{b.episode.place}: episodes {a.episode.index} and {b.episode.index} share rows: "
+            f"dataset_from_index to dataset_to_index are {a.start} to {a.end} and {b.start} to "
+            f"{b.end}"
+        )
+    for key in cameras:
+        problems += check_segments(dataset, key, present, numbers, warnings)
+    return problems + check_totals(dataset, warnings)
+
+
+class Span(NamedTuple):
+    """What an episode takes of a row of frames or rows, the end exclusive."""
+
+    start: int
+    end: int
+    episode: Episode
+
+
+def collisions(
+    spans: list[Span], numbers: set[int], tolerance: int = 0
+) -> Iterator[tuple[Span, Span]]:
+    """Pairs that overlap by more than the tolerance, one of each among the chosen numbers."""
+    last = None
+    for span in sorted(spans, key=lambda span: span[:2]):
+        chosen = last is not None and {last.episode.index, span.episode.index} & numbers
+        if last is not None and chosen and span.start < last.end - tolerance:
+            yield last, span
+        if last is None or span.end > last.end:
+            last = span
+
+
+def check_segments(
+    dataset: LeRobotDataset,
+    key: str,
+    episodes: list[Episode],
+    numbers: set[int],
+    warnings: list[str],
+) -> list[str]:
+    """Problems of a camera's parts of video files; adds a warning for frames beyond the rows.
+
+    Start times are float sums of the durations of files: a frame is allowed.
+    """
+    problems = []
+    files: dict[Path, list[Span]] = {}
+    longer = []
+    for episode in episodes:
+        if key not in episode.videos:
+            continue
+        path, start, end = episode.videos[key]
+        first = round(start * dataset.fps)
+        last = first + episode.length
+        if end is not None:
+            last = round(end * dataset.fps)
+        beyond = last - first - episode.length
+        if beyond < -1 and episode.index in numbers:
+            problems.append(
+                f"{episode.place}: episode {episode.index}: {episode.length} rows, but "
+                f"from_timestamp {start:g} to to_timestamp {end:g} of {key} are {last - first} "
+                "frames"
+            )
+        if beyond > 1 and episode.index in numbers:
+            longer.append(episode.index)
+        span = Span(first, max(last, first + episode.length), episode)
+        files.setdefault(path, []).append(span)
+    for path, spans in files.items():
+        for a, b in collisions(spans, numbers, tolerance=1):
+            problems.append(
+                f"{path}: episodes {a.episode.index} and {b.episode.index} share frames by the "
+                f"episode table: {a.start} to {a.end} and {b.start} to {b.end}"
+            )
+    if longer:
+        warnings.append(
+            f"{dataset.root}: episodes {some(longer)} have more frames of {key} than rows, by "
+            "from_timestamp and to_timestamp; row k is frame k"
+        )
+    return problems
+
+
+def check_totals(dataset: LeRobotDataset, warnings: list[str]) -> list[str]:
+    """More episodes or frames than info.json's totals are a problem, fewer a warning.
+
+    A table of fewer episodes may be a part of a dataset that somebody cut out.
+    """
+    info = dataset.info
+    problems = []
+    episodes = len(dataset.listed)
+    frames = sum(episode.length for episode in dataset.listed)
+    complete = episodes == info.total_episodes
+    for key, total, found in (
+        ("total_episodes", info.total_episodes, episodes),
+        ("total_frames", info.total_frames, frames),
+    ):
+        if total is None or found == total:
+            continue
+        text = f"{info.path}: {key} is {total}, but the episode table has {found}"
+        if found > total or complete:
+            problems.append(text)
+        else:
+            warnings.append(f"{text}: the rest is left out")
+    return problems
+
+
+def check_columns(dataset: LeRobotDataset, keys: list[str], warnings: list[str]) -> list[str]:
+    """Problems of the kind of numbers in the columns, against the dtypes of info.json."""
+    problems = []
+    for key in keys:
+        dtype = dataset.features.get(key, {}).get("dtype")
+        stored = dataset.schema.field(key).type
+        if dtype is None or kind_of(dtype) == kind_of(leaf(stored)):
+            continue
+        text = f"{dataset.info.path}: features: dtype of {key!r} is {dtype!r}, stored is {stored}"
+        if kind_of(dtype):
+            warnings.append(text)
+        else:
+            problems.append(text)
+    return problems
+
+
+def kind_of(dtype: object) -> str:
+    """int, float or bool, of info.json's or pyarrow's name of a type; nothing for other types."""
+    names = {"halffloat": "float", "double": "float"}
+    found = re.fullmatch(r"u?(int|float|bool)\d*|halffloat|double", str(dtype))
+    return found[1] or names[found[0]] if found else ""
+
+
+def check_owners(dataset: LeRobotDataset, chosen: list[Episode], warnings: list[str]) -> list[str]:
+    """Problems of the column episode_index against the episode table."""
+    problems = []
+    places = {episode.index: episode for episode in dataset.listed}
+    for group in by_file(chosen):
+        path = group[0].data_path
+        try:
+            owners = dataset.numbers("episode_index", group[0])
+        except DataError:
+            continue  # check_rows says so
+        unlisted = []
+        for number in [] if owners is None else np.unique(owners).tolist():
+            place = places.get(number)
+            if dataset.version != "v3.0" and number != group[0].index:
+                problems.append(
+                    f"{path}: is of episode {group[0].index} by its name, but of episode {number} "
+                    "by its column episode_index"
+                )
+            elif place is None:
+                unlisted.append(number)
+            elif place.data_path != path:
+                problems.append(
+                    f"{path}: has rows of episode {number}, which the episode table places in "
+                    f"{place.data_path}"
+                )
+            elif not place.length:
+                problems.append(
+                    f"{path}: has rows of episode {number}, of which the episode table says that "
+                    "it has none"
+                )
+        if unlisted:
+            warnings.append(
+                f"{path}: has rows of episodes {some(unlisted)}, which are not in the episode "
+                "table: left out"
+            )
+    return problems
+
+
+def check_tasks(dataset: LeRobotDataset, chosen: list[Episode]) -> list[str]:
+    """Warnings for a task_index that is not in the table of tasks; training reads neither."""
+    path = dataset.root / "meta" / ("tasks.parquet" if dataset.version == "v3.0" else "tasks.jsonl")
+    if "task_index" not in dataset.schema.names or not path.is_file():
+        return []
+    try:
+        known = task_numbers(path)
+        used = [dataset.numbers("task_index", group[0]) for group in by_file(chosen)]
+    except DataError as error:
+        return [str(error)]
+    numbers = {number for column in used if column is not None for number in column.tolist()}
+    unknown = sorted(numbers - known)
+    return [f"{path}: has no task_index {some(unknown)} of the rows"] if unknown else []
+
+
+def task_numbers(path: Path) -> set[int]:
+    """The column task_index of tasks.parquet or tasks.jsonl."""
+    if path.suffix == ".parquet":
+        with reading(path):
+            rows = pq.read_table(path, columns=["task_index"], partitioning=None).to_pylist()
+    else:
+        with reading(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [parse_json(line, path) for line in lines if line.strip()]
+    return {Record(row, str(path)).integer("task_index") for row in rows}
 
 
 def check_rows(
@@ -81,7 +319,7 @@ def check_rows(
 def check_width(place: str, key: str, values: np.ndarray, shape: Sequence[int] | None) -> list[str]:
     """values (frames, dim) must be as wide as info.json's shape says, if it does."""
     width = values.shape[1]
-    if shape is None or width == np.prod(shape, dtype=int):
+    if shape is None or width == math.prod(shape):
         return []
     return [f"{place}: {key} has {width} numbers a row, info.json says {shape}"]
 
@@ -110,7 +348,7 @@ def check_videos(
     for episode in chosen:
         for key in cameras:
             if key in episode.videos:
-                path, start = episode.videos[key]
+                path, start, _ = episode.videos[key]
                 end = round(start * dataset.fps) + episode.length
                 needed.setdefault(path, []).append((end, episode.index))
             elif dataset.features[key]["dtype"] == "video":

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from common.config import DataError
 from common.data.images import resize
-from common.data.lerobot import Episode, LeRobotDataset, reading
+from common.data.lerobot import LeRobotDataset
+from common.data.metadata import Episode, reading
 
 RESIZE = "bilinear"  # part of the cache's key
 OPEN_FILES = 32
@@ -128,8 +129,8 @@ class VideoFrames:
         key = self.cameras[name]
         source = self._source(episode, key)
         if isinstance(source, Video):
-            _, start = episode.videos[key]
-            image = source.frame(round(start * self.dataset.fps) + k)
+            start = round(episode.videos[key].start * self.dataset.fps)
+            image = source.frame(start + k)
         else:
             image = np.asarray(Image.open(io.BytesIO(source[k])).convert("RGB"))
         return resize(image, self.size).transpose(2, 0, 1)
@@ -140,7 +141,7 @@ class VideoFrames:
             # After a fork, the parent's decoders share their file positions with ours.
             self.files = OrderedDict()
             self.process = os.getpid()
-        path, _ = episode.videos.get(key, (None, 0.0))
+        path = episode.videos[key].path if key in episode.videos else None
         place = path or (episode.index, key)
         if place not in self.files:
             if len(self.files) >= OPEN_FILES:
@@ -253,7 +254,7 @@ def build(
     files = {}  # (camera, file): [(start in the file, first row, episode)]
     for name, key in cameras.items():
         for episode, end in zip(episodes, ends, strict=True):
-            path, start = episode.videos.get(key, (episode.index, 0.0))
+            path, start, _ = episode.videos.get(key, (episode.index, 0.0, None))
             segment = (start, end - episode.length, episode)
             files.setdefault((name, path), []).append(segment)
     cores = os.cpu_count() or 1
