@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.config import DataError
+from common.data.frames import timed_packets, video_stream
 from common.data.lerobot import LeRobotDataset, by_file, leaf
 from common.data.metadata import Episode, Record, parse_json, reading
 
@@ -376,11 +377,11 @@ def count_frames(path: Path) -> int | DataError:
     """Frames in a video by its container, or the error if it is damaged. Nothing is decoded."""
     try:
         with reading(path), av.open(path) as container:
-            stream = container.streams.video[0]
+            stream = video_stream(container, path)
             size = path.stat().st_size
             end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
             if end > size:  # its index comes first and is whole
                 raise DataError(f"{path}: cut short: {size} bytes, its frames need {end}")
-            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            return stream.frames or len(timed_packets(container, path))
     except DataError as error:
         return error

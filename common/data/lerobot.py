@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.config import DataError, nearest
-from common.data.metadata import Episode, read_episodes, read_info, reading
+from common.data.metadata import Episode, is_depth_map, read_episodes, read_info, reading
 
 
 def cache_folder() -> Path:
@@ -126,8 +126,13 @@ class LeRobotDataset:
         return [known[number] for number in episodes]
 
     def require_cameras(self, keys: Iterable[str]) -> None:
-        """Raises DataError, with the names to choose from, if a key is no camera of the dataset."""
+        """Raises DataError if a key is a depth map, or, with the cameras' names, is no camera."""
         for key in keys:
+            if is_depth_map(self.features.get(key, {})):
+                raise DataError(
+                    f"{self.info.path}: features: {key!r} is declared as a depth map; cameras are "
+                    "of pictures, leave it out of data.cameras"
+                )
             if key in self.cameras:
                 continue
             found = "is not in the dataset"

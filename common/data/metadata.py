@@ -217,6 +217,15 @@ def read_features(info: Record) -> dict[str, dict]:
     return features
 
 
+def is_depth_map(feature: dict) -> bool:
+    """Whether info.json declares a camera as a depth map, as any version of lerobot does."""
+    for part in (feature.get("info"), feature.get("video_info")):
+        for name in ("is_depth_map", "video.is_depth_map"):
+            if isinstance(part, dict) and part.get(name) is True:
+                return True
+    return False
+
+
 class Segment(NamedTuple):
     """The part of a video file that shows an episode."""
 
