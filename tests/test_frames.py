@@ -317,6 +317,26 @@ def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_note_that_cannot_be_written_is_named_and_leaves_nothing(dataset, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def full(path, text):
+        if path.suffix == ".json":
+            write(path, text[:1])
+            raise OSError(28, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            DataError,
+            match=r"json: No space left on device; free some space .* \(\d+ MiB are free\)",
+        ):
+            FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1).warnings == []
+
+
 def test_a_failed_build_leaves_nothing_and_names_the_file(dataset, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "set")
     reencode(root / PAINTED_VIDEO, 91)

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.config import DataError
+from common.data.files import parse_json, reading
 from common.data.frames import timed_packets, video_stream
 from common.data.lerobot import LeRobotDataset, by_file, leaf
-from common.data.metadata import Episode, Record, parse_json, reading
+from common.data.metadata import Episode, Record
 
 
 def check_files(

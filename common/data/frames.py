@@ -16,18 +16,18 @@ from pathlib import Path
 
 import av
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from common.config import DataError
+from common.data.files import locked, reading, writing
 from common.data.images import decoded, resize
 from common.data.lerobot import LeRobotDataset
-from common.data.metadata import Episode, reading
+from common.data.metadata import Episode
 
 RESIZE = "bilinear"  # part of the cache's key
-PICTURES = ([], ["as shown"])  # the same, of cameras with videos, and with pictures in parquet
 OPEN_FILES = 32
 BLACK = 16  # of 255; a camera that never gets brighter in an episode was covered or unplugged
+FREE_SPACE = "free some space or set data.cache: none"
 ADVICE = (
     "set data.cache: none (decodes while training), or use fewer episodes or a smaller "
     "data.image_size"
@@ -236,7 +236,8 @@ class FrameCache(ArrayFiles):
         paths = {}
         image_keys = dataset.info.keys("image")
         for name, key in cameras.items():
-            content = repr([key, list(size), RESIZE, numbers, *PICTURES[key in image_keys]])
+            form = f"{RESIZE}, as shown" if key in image_keys else RESIZE
+            content = repr([key, list(size), form, numbers])
             digest = hashlib.sha256(content.encode()).hexdigest()[:16]
             paths[name] = folder / f"{dataset.content_key}-{digest}.npy"
         frames = sum(episode.length for episode in chosen)
@@ -249,8 +250,7 @@ class FrameCache(ArrayFiles):
             raise DataError(f"{total}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
         if all(path.exists() for path in paths.values()):
             return cls(paths)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{dataset.content_key}.lock"):
+        with locked(folder / f"{dataset.content_key}.lock"):
             # By path, because two names may mean one camera.
             missing = {path: name for name, path in paths.items() if not path.exists()}
             if missing:
@@ -326,21 +326,21 @@ def build(
                 f"{dataset.root}: camera {key} is black throughout episode {number}"
                 for number in sorted(black[name])
             ]
-            paths[name].with_suffix(".json").write_text(json.dumps(warnings))
-            unfinished[name].rename(paths[name])
+            note = paths[name].with_suffix(".json")
+            with writing(note, FREE_SPACE):
+                note.write_text(json.dumps(warnings))
+                unfinished[name].rename(paths[name])
     finally:
-        for path in unfinished.values():
+        for name, path in unfinished.items():
             path.unlink(missing_ok=True)
+            if not paths[name].exists():
+                paths[name].with_suffix(".json").unlink(missing_ok=True)
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.memmap:
     """A new .npy file with its disk space taken: on a disk that is full later, SIGBUS kills us."""
-    try:
+    with writing(path, FREE_SPACE):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; free some space or set data.cache: none"
-        ) from error
     return array

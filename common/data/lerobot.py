@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.config import DataError, nearest
-from common.data.metadata import Episode, is_depth_map, read_episodes, read_info, reading
+from common.data.files import reading
+from common.data.metadata import Episode, is_depth_map, read_episodes, read_info
 
 
 def cache_folder() -> Path:

@@ -4,8 +4,6 @@ Each value is checked for type and range where it is read; an error is one DataE
 file, place and field.
 """
 
-import contextlib
-import json
 import re
 import string
 from collections.abc import Iterator
@@ -13,51 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import av
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.config import DataError, show
+from common.data.files import parse_json, reading
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 MOST = 10**9  # no dataset has more episodes, rows, files or seconds
 WIDEST = 10**6  # no feature has a longer side
 TABLE = ("episode_index", "length", "tasks", "dataset_", "data/", "videos/")  # columns of it
-POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-@contextlib.contextmanager
-def reading(path: Path, place: str = "") -> Iterator[None]:
-    """Turn an error while a file is read into a DataError that names the file."""
-    try:
-        yield
-    except (pa.ArrowException, av.FFmpegError, OSError, IndexError, UnicodeError) as error:
-        raise unreadable(path, place, error) from error
-
-
-def unreadable(path: Path, place: str, error: Exception) -> DataError:
-    """The DataError for a file that a library cannot read."""
-    if is_pointer(path):
-        return DataError(
-            f"{path}: is only a Git LFS pointer to a file{place}; run `git lfs pull` in its folder"
-        )
-    hint = "missing, or cut short while it was copied or recorded?"
-    return DataError(f"{path}: cannot be read{place}; {hint} ({type(error).__name__}: {error})")
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether a file is the small text that Git LFS leaves in place of a large file."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
-def parse_json(text: str, path: Path, place: str = "") -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, a huge number, or nested too deep
-        raise unreadable(path, place, error) from error
 
 
 class Record:
