@@ -19,6 +19,7 @@ NASTY = (
     *("", "x", "../x", "/dev/null", "a/b", "a.b", "\x00", "{x}", "{0}", "9" * 500),
     *([], {}, [None], [[1]], {"x": {}}, [1, "x"]),
 )
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 class Hang(BaseException):
@@ -75,7 +76,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     if kind == "text":
         return json.dumps(NASTY[rng.integers(len(NASTY))]).encode()
     if kind == "pointer":
-        return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        return POINTER
     return b""
 
 

@@ -166,6 +166,13 @@ def write_v2(root, tables, info=None):
     return root
 
 
+def edit_table(path, change):
+    """Change the rows of a parquet file, a list of dicts, in place."""
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
 def reencode(path, frames):
     """Only the first frames of a video."""
     short = path.with_suffix(".short.mp4")

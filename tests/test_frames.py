@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -30,9 +31,11 @@ from PIL import Image
 
 from common.config import DataError
 from common.data import frames as frames_module
+from common.data import images as images_module
+from common.data.checks import check_files
 from common.data.frames import FrameCache, Video, VideoFrames
 from common.data.images import resize
-from common.data.lerobot import LeRobotDataset, check_files
+from common.data.lerobot import LeRobotDataset
 
 NAMES = {"head": PAINTED_CAMERAS[0], "left": PAINTED_CAMERAS[1]}
 
@@ -122,8 +125,12 @@ def test_several_files_and_inexact_start_times(dataset, tmp_path):
             for key in row
             if key.endswith("from_timestamp")
         }
+        row |= {key: row[key] + 92 for key in ("dataset_from_index", "dataset_to_index")}
         rows.append(row | {"episode_index": row["episode_index"] + 3})
     pq.write_table(pa.Table.from_pylist(rows), path)
+    info = root / "meta/info.json"
+    totals = {"total_episodes": 6, "total_frames": 184}
+    info.write_text(json.dumps(json.loads(info.read_text()) | totals))
     both = LeRobotDataset(root)
     assert [e.index for e in both.episodes] == [*range(6)]
     assert check_files(both, PAINTED_CAMERAS, ["action"]) == []
@@ -310,6 +317,26 @@ def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_note_that_cannot_be_written_is_named_and_leaves_nothing(dataset, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def full(path, text):
+        if path.suffix == ".json":
+            write(path, text[:1])
+            raise OSError(28, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            DataError,
+            match=r"json: No space left on device; free some space .* \(\d+ MiB are free\)",
+        ):
+            FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1).warnings == []
+
+
 def test_a_failed_build_leaves_nothing_and_names_the_file(dataset, tmp_path):
     root = shutil.copytree(dataset.root, tmp_path / "set")
     reencode(root / PAINTED_VIDEO, 91)
@@ -362,3 +389,223 @@ def test_gather_is_fast(dataset, tmp_path):
     for batch in rows:
         cache.gather("head", batch)
     assert rows.size / (time.process_time() - start) > 5000
+
+
+def one_picture(root, data, key="image", **feature):
+    """A v2.1 dataset of one frame, a picture in parquet."""
+    tables = {0: {key: pa.array([{"bytes": data, "path": "frame.png"}]), "state": [0.0]}}
+    image = {"dtype": "image", "shape": [2, 4, 3]} | feature
+    features = {key: image, "state": {"dtype": "float32", "shape": [1]}}
+    return LeRobotDataset(write_v2(root, tables, {"features": features}))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED, GRAY, WHITE = (200, 10, 30), (120, 120, 120), (255, 255, 255)
+DRAWN = np.array([[RED, GRAY, WHITE, RED], [(0, 0, 0), (0, 0, 255), GRAY, WHITE]], np.uint8)
+SHADES = np.array([[0, 51, 102, 153], [204, 255, 17, 34]], np.uint8)
+
+
+def drawn(mode):
+    return encoded(Image.fromarray(DRAWN).convert(mode))
+
+
+def with_alpha(mode, opaque):
+    image = Image.fromarray(opaque).convert(mode)
+    image.putalpha(Image.fromarray(SHADES))
+    return encoded(image)
+
+
+def sixteen_bits(dtype, kind="PNG"):
+    return encoded(Image.fromarray((SHADES.astype(np.uint16) * 257).astype(dtype)), kind)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = {3: np.rot90(DRAWN, 2), 6: np.rot90(DRAWN), 8: np.rot90(DRAWN, -1)}[orientation]
+    return encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+
+
+def gray(shades):
+    return np.repeat(shades[..., None], 3, axis=2)
+
+
+PICTURES = {  # an encoded picture, and what it shows
+    "RGB": (drawn("RGB"), DRAWN),
+    "palette": (encoded(Image.fromarray(DRAWN).quantize(8)), DRAWN),
+    "palette, one transparent": (
+        encoded(Image.fromarray(DRAWN).quantize(8), transparency=0),
+        DRAWN,
+    ),
+    "gray": (encoded(Image.fromarray(SHADES)), gray(SHADES)),
+    "RGBA": (with_alpha("RGBA", DRAWN), DRAWN),
+    "LA": (with_alpha("LA", gray(SHADES)), gray(SHADES)),
+    "1 bit": (encoded(Image.fromarray(SHADES > 100)), gray(np.where(SHADES > 100, 255, 0))),
+    "16-bit gray": (sixteen_bits("<u2"), gray(SHADES)),
+    "16-bit gray, big-endian": (sixteen_bits(">u2", "TIFF"), gray(SHADES)),
+    "CMYK": (encoded(Image.fromarray(DRAWN).convert("CMYK"), "TIFF"), DRAWN),
+    "turned by 180": (turned(3), DRAWN),
+    "turned right": (turned(6), DRAWN),
+    "turned left": (turned(8), DRAWN),
+    "one GIF": (encoded(Image.fromarray(DRAWN).quantize(8), "GIF"), DRAWN),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_of_any_mode_is_what_it_shows(name, tmp_path):
+    data, shown = PICTURES[name]
+    videos = VideoFrames(one_picture(tmp_path / "set", data), {"cam": "image"}, (2, 4), None)
+    np.testing.assert_array_equal(videos.gather("cam", [0])[0].transpose(1, 2, 0), shown)
+
+
+def test_ycbcr_is_what_it_shows(tmp_path):
+    flat = np.full((16, 16, 3), RED, np.uint8)
+    data = encoded(Image.fromarray(flat).convert("YCbCr"), "JPEG", quality=100)
+    videos = VideoFrames(one_picture(tmp_path / "set", data), {"cam": "image"}, (16, 16), None)
+    assert np.abs(videos.gather("cam", [0])[0].transpose(1, 2, 0).astype(int) - flat).max() <= 2
+
+
+def animated(kind):
+    frames = [Image.fromarray(DRAWN), Image.fromarray(255 - DRAWN)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def bomb():
+    """A PNG that declares 30000 x 30000 pixels."""
+    data = bytearray(drawn("RGB"))
+    data[16:24] = (30000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+NO_PICTURES = {
+    "cut short": (encoded(Image.fromarray(paint(77)), "BMP")[:-200], "is not a whole picture"),
+    "text": (b"a picture", "is not a whole picture"),
+    "nothing": (b"", "is not a whole picture"),
+    "bomb": (bomb(), "is not a whole picture"),
+    "GIF": (animated("GIF"), "an animation of 2 pictures; store one a frame"),
+    "animated PNG": (animated("PNG"), "an animation of 2 pictures"),
+    "32-bit": (encoded(Image.fromarray(SHADES.astype(np.int32)), "TIFF"), "values of mode I, as"),
+    "float": (encoded(Image.fromarray(SHADES.astype(np.float32)), "TIFF"), "values of mode F, as"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused_with_its_place(name, tmp_path):
+    data, message = NO_PICTURES[name]
+    videos = VideoFrames(one_picture(tmp_path / "set", data), {"cam": "image"}, (2, 4), None)
+    with pytest.raises(
+        DataError, match=f"episode_000000.parquet: episode 0, frame 0: image .*{message}"
+    ):
+        videos.gather("cam", [0])
+
+
+def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "MOST_PIXELS", 7)
+    videos = VideoFrames(one_picture(tmp_path / "s", drawn("RGB")), {"cam": "image"}, (2, 4), None)
+    with pytest.raises(DataError, match="image has 8 pixels, more than 7"):
+        videos.gather("cam", [0])
+
+
+def test_depth_maps_are_no_pictures(tmp_path):
+    named = one_picture(tmp_path / "named", sixteen_bits("<u2"), "cam_Depth")
+    videos = VideoFrames(named, {"cam": "cam_Depth"}, (2, 4), None)
+    with pytest.raises(DataError, match=r"cam_Depth has values of mode I;16, as depth maps have"):
+        videos.gather("cam", [0])
+    for number, info in enumerate(
+        ({"info": {"is_depth_map": True}}, {"video_info": {"video.is_depth_map": True}})
+    ):
+        declared = one_picture(tmp_path / str(number), drawn("RGB"), **info)
+        with pytest.raises(DataError, match=r"info.json: features: 'image' is declared as a depth"):
+            declared.require_cameras(["image"])
+
+
+def write_video(path, codec, form, images, source="rgb24", **options):
+    with av.open(path, "w") as target:
+        stream = target.add_stream(codec, rate=20, options=options)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = form
+        for k, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format=source)
+            frame.pts = k
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("codec", "form", "source", "most"),
+    [
+        ("ffv1", "gray", "gray", 0),
+        ("png", "rgba", "rgba", 0),
+        ("libx264", "yuv420p10le", "rgb24", 12),
+        ("libx264", "yuv444p", "rgb24", 12),
+        ("libx264", "yuvj420p", "rgb24", 12),
+    ],
+)
+def test_a_video_of_any_format_is_what_it_shows(codec, form, source, most, tmp_path):
+    shown = [paint(number) for number in (5, 6, 7)]
+    given = shown
+    if source == "gray":
+        given = [np.ascontiguousarray(image[..., 0]) for image in shown]
+    if source == "rgba":
+        given = [np.dstack([image, image[..., 0]]) for image in shown]
+    options = {"crf": "5"} if codec == "libx264" else {}
+    write_video(tmp_path / "v.mp4", codec, form, given, source, **options)
+    video = Video(tmp_path / "v.mp4")
+    for k, image in enumerate(shown):
+        assert np.abs(video.frame(k).astype(int) - image).max() <= most
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_depth_videos_are_refused_without_decoding(bits, dataset, tmp_path):
+    root = Path(shutil.copytree(dataset.root, tmp_path / "set"))
+    frames = [paint(k)[..., 0].astype(np.uint16) << (bits - 8) for k in range(92)]
+    form = f"gray{bits}le"
+    write_video(root / PAINTED_VIDEO, "ffv1", form, frames, form)
+    message = rf"{PAINTED_VIDEO}: holds values of format {form}, as depth maps have"
+    with pytest.raises(DataError, match=message):
+        check_files(LeRobotDataset(root), PAINTED_CAMERAS, ["action"])
+    with pytest.raises(DataError, match=message):
+        Video(root / PAINTED_VIDEO)
+
+
+def write_audio(path):
+    with av.open(path, "w") as target:
+        stream = target.add_stream("aac", rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 48000
+        target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+
+
+def write_unknown_codec(path):
+    write_video(path, "libx264", "yuv420p", [paint(k) for k in range(92)])
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"xyz1"))
+
+
+def write_without_times(path):
+    write_video(path.with_suffix(".h264"), "libx264", "yuv420p", [paint(k) for k in range(92)])
+    path.with_suffix(".h264").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_audio, "file-000.mp4: has no video in it, but audio"),
+        (write_unknown_codec, "file-000.mp4: its video is of a codec that cannot be decoded"),
+        (write_without_times, r"file-000.mp4: its frames carry no times \(pts\)"),
+    ],
+)
+def test_a_file_without_frames_to_show_is_named(write, message, dataset, tmp_path):
+    root = Path(shutil.copytree(dataset.root, tmp_path / "set"))
+    write(root / PAINTED_VIDEO)
+    broken = LeRobotDataset(root)
+    with pytest.raises(DataError, match=message):
+        VideoFrames(broken, NAMES, PAINTED_SIZE, None).gather("left", [0])
+    with pytest.raises(DataError, match=message):
+        check_files(broken, PAINTED_CAMERAS, ["action"])

@@ -1,6 +1,8 @@
 """Generated datasets: registered by name, imported when needed, written once."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -78,6 +80,55 @@ def test_one_writes_and_the_others_wait(own):
     cache = own / "cache/bimanual-flow"
     assert (cache / "slow").is_dir()
     assert (cache / "written").read_text() == "once\n"
+
+
+NOISE = """
+import numpy as np
+from common.envs.demonstrations import vector, write
+
+class Env:
+    fps, name, task = 10, "noise", "move"
+
+def generate(folder):
+    rng = np.random.default_rng(0)
+    camera = {"dtype": "video", "shape": [96, 96, 3], "names": ["h", "w", "c"]}
+    features = {"action": vector("abcd"), "observation.state": vector("abcde"), "cam": camera}
+    write(folder, Env, features, ({
+        "action": np.zeros((20, 4)),
+        "observation.state": np.zeros((20, 5)),
+        "cam": rng.integers(0, 255, (20, 96, 96, 3), dtype=np.uint8),
+    } for _ in range(3)))
+"""
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000])
+def test_a_full_disk_ends_in_one_message_and_leaves_nothing(own, experiment, limit):
+    """A limit on the size of files acts as a disk that is full once a file has that size."""
+    (own / "noise_sim.py").write_text(NOISE)
+    generated.register("noise", "noise_sim:generate")
+    exp = experiment()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        pid = exp.fork("data.root=noise", "data.cameras={cam: cam}", output=exp.folder / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    cache = own / "cache/bimanual-flow"
+    out = (exp.folder / "out").read_text()
+    assert f"error: {cache}/noise.tmp: File too large; " in out
+    assert out.endswith(" MiB are free\n")
+    assert "Traceback" not in out
+    assert code == 2
+    assert [path.name for path in cache.iterdir()] == ["noise.lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(own, experiment, monkeypatch):
+    generated.register("mine", "own_sim:generate")
+    (own / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own / "file"))
+    with pytest.raises(DataError, match=r"bimanual-flow/mine.lock: Not a directory; \d+ MiB are"):
+        generated.locate("mine")
 
 
 def test_registering_imports_no_environment():

@@ -18,7 +18,8 @@ from helpers import (
 )
 
 from common.config import DataError
-from common.data.lerobot import LeRobotDataset, check_files, fetch
+from common.data.checks import check_files
+from common.data.lerobot import LeRobotDataset, fetch
 from common.data.writer import DatasetWriter
 
 

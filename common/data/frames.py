@@ -4,7 +4,6 @@ Rows count frames over the chosen episodes, one episode after the other. Both gi
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,21 +16,51 @@ from pathlib import Path
 
 import av
 import numpy as np
-from filelock import FileLock
-from PIL import Image
 
 from common.config import DataError
-from common.data.images import resize
-from common.data.lerobot import Episode, LeRobotDataset, reading
+from common.data.files import locked, reading, writing
+from common.data.images import decoded, resize
+from common.data.lerobot import LeRobotDataset
+from common.data.metadata import Episode
 from common.progress import progress
 
 RESIZE = "bilinear"  # part of the cache's key
 OPEN_FILES = 32
 BLACK = 16  # of 255; a camera that never gets brighter in an episode was covered or unplugged
+FREE_SPACE = "free some space or set data.cache: none"
 ADVICE = (
     "set data.cache: none (decodes while training), or use fewer episodes or a smaller "
     "data.image_size"
 )
+
+
+def video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    """The first video stream of a file. Raises DataError if there is none that shows pictures."""
+    if not container.streams.video:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise DataError(f"{path}: has no video in it, but {kinds}")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DataError(f"{path}: its video is of a codec that cannot be decoded")
+    refuse_deep_gray(stream.codec_context.pix_fmt, path)
+    return stream
+
+
+def timed_packets(container: av.container.InputContainer, path: Path) -> list[av.Packet]:
+    """The packets of the first video stream. Raises DataError if they carry no times."""
+    packets = [packet for packet in container.demux(video=0) if packet.size]
+    if any(packet.pts is None for packet in packets):
+        raise DataError(f"{path}: its frames carry no times (pts); write it as mp4 again")
+    return packets
+
+
+def refuse_deep_gray(pixel_format: str | None, path: Path) -> None:
+    """Raises DataError for gray of more than 8 bits: only depth maps are stored so in videos."""
+    if pixel_format and pixel_format.startswith("gray") and pixel_format != "gray":
+        raise DataError(
+            f"{path}: holds values of format {pixel_format}, as depth maps have, and no pictures; "
+            "leave it out of data.cameras"
+        )
 
 
 class Video:
@@ -43,11 +72,12 @@ class Video:
             self.container = av.open(path)
             # The container has reference cycles: without this, files would stay open for long.
             weakref.finalize(self, self.container.close)
-            self.stream = self.container.streams.video[0]
+            self.stream = video_stream(self.container, path)
             # Edit lists mark packets that must not be shown; the decoder drops them as well.
-            packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+            packets = [p for p in timed_packets(self.container, path) if not p.is_discard]
         key_packets = [p for p in packets if p.is_keyframe] or packets[:1]
-        keys = np.array(sorted((p.pts, p.dts) for p in key_packets)).reshape(-1, 2)
+        keys = [(p.pts, p.pts if p.dts is None else p.dts) for p in key_packets]
+        keys = np.array(sorted(keys)).reshape(-1, 2)
         self.stream.thread_type = "AUTO"
         self.stream.codec_context.thread_count = threads
         self.times = np.sort(np.array([p.pts for p in packets]))
@@ -77,6 +107,7 @@ class Video:
             raise DataError(
                 f"{self.path}: frame {k} of {count} cannot be decoded; is the file damaged?"
             )
+        refuse_deep_gray(frame.format.name, self.path)
         # By default, it starts threads for each frame, and a forked child would hang joining them.
         self.image = self.converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         self.position = k
@@ -128,10 +159,11 @@ class VideoFrames:
         key = self.cameras[name]
         source = self._source(episode, key)
         if isinstance(source, Video):
-            _, start = episode.videos[key]
-            image = source.frame(round(start * self.dataset.fps) + k)
+            start = round(episode.videos[key].start * self.dataset.fps)
+            image = source.frame(start + k)
         else:
-            image = np.asarray(Image.open(io.BytesIO(source[k])).convert("RGB"))
+            place = f"{episode.data_path}: episode {episode.index}, frame {k}"
+            image = decoded(source[k], key, place)
         return resize(image, self.size).transpose(2, 0, 1)
 
     def _source(self, episode: Episode, key: str) -> Video | list[bytes]:
@@ -140,7 +172,7 @@ class VideoFrames:
             # After a fork, the parent's decoders share their file positions with ours.
             self.files = OrderedDict()
             self.process = os.getpid()
-        path, _ = episode.videos.get(key, (None, 0.0))
+        path = episode.videos[key].path if key in episode.videos else None
         place = path or (episode.index, key)
         if place not in self.files:
             if len(self.files) >= OPEN_FILES:
@@ -202,8 +234,10 @@ class FrameCache(ArrayFiles):
         chosen = dataset.select(episodes)
         numbers = [episode.index for episode in chosen]
         paths = {}
+        image_keys = dataset.info.keys("image")
         for name, key in cameras.items():
-            content = repr([key, list(size), RESIZE, numbers])
+            form = f"{RESIZE}, as shown" if key in image_keys else RESIZE
+            content = repr([key, list(size), form, numbers])
             digest = hashlib.sha256(content.encode()).hexdigest()[:16]
             paths[name] = folder / f"{dataset.content_key}-{digest}.npy"
         frames = sum(episode.length for episode in chosen)
@@ -216,8 +250,7 @@ class FrameCache(ArrayFiles):
             raise DataError(f"{total}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
         if all(path.exists() for path in paths.values()):
             return cls(paths)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{dataset.content_key}.lock"):
+        with locked(folder / f"{dataset.content_key}.lock"):
             # By path, because two names may mean one camera.
             missing = {path: name for name, path in paths.items() if not path.exists()}
             if missing:
@@ -253,7 +286,7 @@ def build(
     files = {}  # (camera, file): [(start in the file, first row, episode)]
     for name, key in cameras.items():
         for episode, end in zip(episodes, ends, strict=True):
-            path, start = episode.videos.get(key, (episode.index, 0.0))
+            path, start, _ = episode.videos.get(key, (episode.index, 0.0, None))
             segment = (start, end - episode.length, episode)
             files.setdefault((name, path), []).append(segment)
     cores = os.cpu_count() or 1
@@ -293,21 +326,21 @@ def build(
                 f"{dataset.root}: camera {key} is black throughout episode {number}"
                 for number in sorted(black[name])
             ]
-            paths[name].with_suffix(".json").write_text(json.dumps(warnings))
-            unfinished[name].rename(paths[name])
+            note = paths[name].with_suffix(".json")
+            with writing(note, FREE_SPACE):
+                note.write_text(json.dumps(warnings))
+                unfinished[name].rename(paths[name])
     finally:
-        for path in unfinished.values():
+        for name, path in unfinished.items():
             path.unlink(missing_ok=True)
+            if not paths[name].exists():
+                paths[name].with_suffix(".json").unlink(missing_ok=True)
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.memmap:
     """A new .npy file with its disk space taken: on a disk that is full later, SIGBUS kills us."""
-    try:
+    with writing(path, FREE_SPACE):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; free some space or set data.cache: none"
-        ) from error
     return array

@@ -3,9 +3,8 @@
 from pathlib import Path
 from pkgutil import resolve_name
 
-from filelock import FileLock
-
 from common.config import DataError, suggest
+from common.data.files import locked
 from common.data.lerobot import cache_folder, fetch
 
 _entry_points: dict[str, str] = {}
@@ -35,8 +34,7 @@ def locate(root: str) -> Path:
             )
         return fetch(root)
     folder = cache_folder() / root
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{root}.lock")):
+    with locked(folder.with_name(f"{root}.lock")):
         if not folder.exists():
             print(f"writing the demonstrations of {root} to {folder}, once")
             generate = resolve_name(_entry_points[root])

@@ -1,17 +1,27 @@
-"""Pictures: their keys in a batch, resizing, and augmentation on the device."""
+"""Pictures: their keys in a batch, decoding, resizing, and augmentation on the device."""
 
+import io
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.config import DataError
 from common.schema import Augment
 
 IMAGE = "observation.images."  # begins the key of a camera's pictures in a batch
 DRAWS = 8  # uniform numbers that `augmented` uses for a picture
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+MOST_PIXELS = 2**26
+UNREADABLE = (  # what Pillow raises on damaged pictures
+    *(OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def augmented(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
@@ -84,6 +94,40 @@ def moved(x: Tensor, axis: int, by: int | Tensor) -> Tensor:
     size = x.shape[axis]
     index = torch.arange(size, device=x.device) + by
     return index.clamp(0, size - 1)
+
+
+def decoded(picture: bytes, key: str, place: str) -> np.ndarray:
+    """An encoded picture of the camera `key` as it is shown: RGB uint8 (h, w, 3).
+
+    It is turned upright by its EXIF orientation. Transparency is ignored. Gray of 16 bits is black
+    at 0 and white at 65535. Raises DataError, which begins with `place`, for what no viewer could
+    show rightly: 32-bit and float values, 16-bit gray of a camera with "depth" in its name, more
+    than one picture in one, more than MOST_PIXELS, and anything that is not a whole picture.
+    """
+    try:
+        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        count = getattr(image, "n_frames", 1)
+        pixels = image.width * image.height
+        if pixels <= MOST_PIXELS:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{place}: {key} is not a whole picture ({type(error).__name__}: {error})"
+        ) from error
+    if pixels > MOST_PIXELS:
+        raise DataError(f"{place}: {key} has {pixels} pixels, more than {MOST_PIXELS}")
+    if count > 1 and image.format != "MPO":  # a photograph with a preview
+        raise DataError(f"{place}: {key} is an animation of {count} pictures; store one a frame")
+    if image.mode.startswith("I;16") and "depth" not in key.lower():
+        gray = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode not in MODES:
+        raise DataError(
+            f"{place}: {key} has values of mode {image.mode}, as depth maps have, and no black and "
+            "white; store 8-bit pictures, or leave it out of data.cameras"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from common import schema
 from common.blocks.weights import read_tensors
 from common.config import DataError, Yaml
+from common.data.checks import check_files
 from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.generated import locate
 from common.data.images import DRAWS, IMAGE, augmented
-from common.data.lerobot import LeRobotDataset, cache_folder, check_files
+from common.data.lerobot import LeRobotDataset, cache_folder
 from common.data.normalizer import (
     Normalizer,
     differences,

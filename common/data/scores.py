@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.config import DataError, UserError
-from common.data.lerobot import LeRobotDataset, reading
+from common.data.files import reading
+from common.data.lerobot import LeRobotDataset
 
 COLUMNS = ("episode", "transitions", "score", "quantile")
 VALUES_KEY = b"values_key"  # in the file's metadata

@@ -4,13 +4,14 @@ features = {
     "action": {"dtype": "float32", "shape": [6], "names": None},
     "observation.images.cam": {"dtype": "video", "shape": [96, 96, 3], "names": ["h", "w", "c"]},
 }
-writer = DatasetWriter(root, fps=20, features=features)
-writer.add_episode({"action": actions, "observation.images.cam": frames}, task="lift the bar")
-writer.finish()
+with DatasetWriter(root, fps=20, features=features) as writer:
+    writer.add_episode({"action": actions, "observation.images.cam": frames}, task="lift the bar")
+    writer.finish()
 """
 
 import json
 import shutil
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.config import DataError
+from common.data.files import writing
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 BOOKKEEPING = {
@@ -38,7 +40,9 @@ class DatasetWriter:
     features: info.json's entries of the user's keys. "video" entries are RGB (h, w, 3) uint8 with
     even sides; the others are vectors (shape [n]). All episodes of a camera share one mp4 and all
     rows one parquet file: files are not split by size. An old `<root>.tmp` is deleted. Raises
-    DataError if `root` has files in it.
+    DataError if `root` has files in it, and, with the space that is free, if the disk refuses.
+
+    With `with DatasetWriter(...) as writer`, an error deletes `<root>.tmp`.
     """
 
     def __init__(self, root: str | Path, fps: float, features: dict, robot_type: str = "unknown"):
@@ -69,13 +73,30 @@ class DatasetWriter:
         self.rows: dict[str, list] = {key: [] for key in self.columns}
         self.histograms: dict[str, list] = {key: [] for key in self.cameras}
         self.frames = 0
-        self.videos = {key: self._open_video(key) for key in self.cameras}
-        (self.tmp / "data/chunk-000").mkdir(parents=True)
-        self.parquet = pq.ParquetWriter(
-            self.tmp / "data/chunk-000/file-000.parquet",
-            pa.schema([(key, self._arrow_type(key)) for key in self.columns]),
-            compression="snappy",
-        )
+        try:
+            with writing(self.tmp):
+                self.videos = {key: self._open_video(key) for key in self.cameras}
+                self.parquet = self._open_parquet()
+        except DataError:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close the files and delete `<root>.tmp`."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        for container, _ in self.videos.values():
+            with suppress(OSError):  # what could not be written is of no use any more
+                container.close()
+        with suppress(OSError):
+            self.parquet.close()
+        self.parquet.is_open = False  # else its destructor tries to write once more
 
     def add_episode(self, arrays: dict, task: str) -> None:
         """Append an episode: arrays[key] is (n, ...) of the declared shape, for every key."""
@@ -90,7 +111,10 @@ class DatasetWriter:
             "task_index": np.full(length, self.tasks.setdefault(task, len(self.tasks))),
         }
         columns = {key: np.asarray(arrays[key], dtype) for key, dtype in self.columns.items()}
-        self._write_rows(columns)
+        with writing(self.tmp):
+            self._write_rows(columns)
+            for key in self.cameras:
+                self._write_video(key, arrays[key])
         row = {
             "episode_index": number,
             "tasks": [task],
@@ -102,7 +126,6 @@ class DatasetWriter:
         }
         statistics = {}
         for key in self.cameras:
-            self._write_video(key, arrays[key])
             row |= {
                 f"videos/{key}/chunk_index": 0,
                 f"videos/{key}/file_index": 0,
@@ -125,11 +148,15 @@ class DatasetWriter:
 
     def finish(self) -> None:
         """Close the files, write the metadata and rename `<root>.tmp` to `root`."""
-        self.parquet.close()
-        for container, stream in self.videos.values():
-            container.mux(stream.encode())
-            container.close()
-        meta = self.tmp / "meta"
+        with writing(self.tmp):
+            self.parquet.close()
+            for container, stream in self.videos.values():
+                container.mux(stream.encode())
+                container.close()
+            self._write_metadata(self.tmp / "meta")
+            self.tmp.rename(self.root)
+
+    def _write_metadata(self, meta: Path) -> None:
         episodes = meta / "episodes/chunk-000/file-000.parquet"
         episodes.parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self.episodes), episodes)
@@ -160,7 +187,6 @@ class DatasetWriter:
             "features": self.features,
         }
         (meta / "info.json").write_text(json.dumps(info, indent=4))
-        self.tmp.rename(self.root)
 
     def _check_episode(self, arrays: dict, place: str) -> int:
         """The episode's length. Raises DataError if a key or a shape is not as declared."""
@@ -203,6 +229,12 @@ class DatasetWriter:
         return (
             kind if size == 1 else pa.list_(kind, size)
         )  # lerobot stores single numbers as scalars
+
+    def _open_parquet(self) -> pq.ParquetWriter:
+        path = self.tmp / "data/chunk-000/file-000.parquet"
+        path.parent.mkdir(parents=True)
+        schema = pa.schema([(key, self._arrow_type(key)) for key in self.columns])
+        return pq.ParquetWriter(path, schema, compression="snappy")
 
     def _open_video(self, key: str):
         path = self.tmp / f"videos/{key}/chunk-000/file-000.mp4"

@@ -30,7 +30,7 @@ def write(
     """Write `episodes` of an environment with name, task and fps as a LeRobot v3.0 dataset."""
     from common.data.writer import DatasetWriter  # here: the environment needs no pyarrow, no av
 
-    writer = DatasetWriter(root, env_type.fps, features, env_type.name)
-    for episode in episodes:
-        writer.add_episode(episode, env_type.task)
-    writer.finish()
+    with DatasetWriter(root, env_type.fps, features, env_type.name) as writer:
+        for episode in episodes:
+            writer.add_episode(episode, env_type.task)
+        writer.finish()
