@@ -45,7 +45,9 @@ class Loss:
     action_beta: float = key(
         0.3, "weight of the chunk's KL, divided by the numbers of a chunk", low=0
     )
-    warmup: float = key(0.1, "share of the run over which both KL weights rise from 0", low=0)
+    warmup: float = key(
+        0.1, "share of the run over which both KL weights rise from 0", low=0, high=1
+    )
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Scoring:
         [5, 6, 7], "neighbours whose distance counts; scores are the mean over them", low=1
     )
     batch: int = key(1024, "least number of transitions among which neighbours are sought", low=2)
-    shuffles: int = key(4, "random divisions of all transitions into such batches", low=1)
+    shuffles: int = key(
+        4, "random divisions of all transitions into such batches", low=1, high=1000
+    )
     window: float = key(
         1.0, "seconds around a transition in which its own episode has no neighbours", low=0
     )
@@ -74,7 +78,7 @@ class Config:
     scoring: Scoring = key(Scoring(), "nearest neighbours in the latents")
     train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
-    seed: int = key(0, "of weights, order, noise and shuffles")
+    seed: int = key(0, "of weights, order, noise and shuffles", low=0, high=schema.LARGEST_SEED)
     pictures_every: int = key(1000, "optimizer steps between reconstructions/step_*.png", low=1)
 
     def check(self, reader, keys):

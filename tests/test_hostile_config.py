@@ -1,0 +1,150 @@
+"""What a config may hold: every number has a range, and nonsense ends in one message."""
+
+import copy
+import importlib
+import typing
+from dataclasses import fields, is_dataclass
+
+import pytest
+from conftest import POLICIES
+
+from common.config import ConfigError, Yaml, from_dict, load
+from common.schema import Optim
+
+SCRIPTS = sorted({name.partition(":")[0] for name in POLICIES})
+
+
+def number_keys(schema, above=()):
+    """(keys, kind, bounds) of every number, and list of numbers, that a schema knows."""
+    kinds = typing.get_type_hints(schema)
+    for entry in fields(schema):
+        kind, keys = kinds[entry.name], (*above, entry.name)
+        inner = [kind, *typing.get_args(kind)]
+        for section in filter(is_dataclass, inner):
+            if typing.get_origin(kind) is not dict:
+                yield from number_keys(section, keys)
+        if {int, float, list[int], list[float]}.intersection(inner):
+            yield keys, kind, entry.metadata
+
+
+def config_class(script):
+    return importlib.import_module(script).Config
+
+
+def written(kind, bounds, value):
+    """A YAML value for a key of this kind."""
+    only_lists = {int, float}.isdisjoint([kind, *typing.get_args(kind)])
+    if only_lists or typing.get_origin(kind) is list:
+        return f"[{', '.join([value] * bounds.get('size', 1))}]"
+    return value
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_a_range_and_a_line_of_help(script, capsys):
+    found = list(number_keys(config_class(script)))
+    assert len(found) > 40
+    for keys, _, bounds in found:
+        assert {"low", "above"}.intersection(bounds), keys
+    with pytest.raises(SystemExit) as stopped:
+        load(config_class(script), f"{script}.py", ["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for keys, _, _ in found:
+        assert f" {'.'.join(keys)} (" in text
+
+
+@pytest.fixture
+def refused(experiment):
+    """refused(script)(override): the error of an override, or None if it is accepted."""
+
+    def of_script(script):
+        exp = experiment(script)
+        source = Yaml.read(exp.file)
+        schema = config_class(script)
+
+        def message(override):
+            changed = copy.deepcopy(source)
+            try:
+                changed.override(override)
+                from_dict(schema, changed.data, changed, f"{script}.py")
+            except ConfigError as e:
+                return str(e)
+            return None
+
+        assert message("seed=1") is None
+        return message
+
+    return of_script
+
+
+NONSENSE = (".nan", ".inf", "-.inf", "-1e30", "1e30", str(10**30), str(-(10**30)), "true", "x")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_number_may_be_nonsense(script, refused):
+    message = refused(script)
+    for keys, kind, bounds in number_keys(config_class(script)):
+        for value in NONSENSE:
+            override = f"{'.'.join(keys)}={written(kind, bounds, value)}"
+            problem = message(override)
+            assert problem, override
+            assert problem.startswith(f"command line: {override}: "), problem
+            assert "expected" in problem
+
+
+def test_the_optimizer_of_a_component_has_the_ranges_of_all(refused):
+    message = refused("train_vfp")
+    here = "model.component_optims.action_decoder"
+    for keys, kind, bounds in number_keys(Optim):
+        for value in NONSENSE:
+            for override in (
+                f"{here}.{keys[0]}={written(kind, bounds, value)}",
+                f"{here}={{{keys[0]}: {written(kind, bounds, value)}}}",
+            ):
+                assert "expected" in (message(override) or ""), override
+    assert "expected 2 numbers, found [0.9]" in message(f"{here}.betas=[0.9]")
+    assert "expected less than 1, found [0.9, 1.0]" in message(f"{here}.betas=[0.9, 1]")
+    assert message(f"{here}.betas=[0.9, 0.95]") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.ema=1.5", "expected less than 1, found 1.5"),
+        ("train.clip=0", "expected more than 0, found 0.0"),
+        ("loss.kl=-5", "expected at least 0, found -5.0"),
+        ("loss.kl_warmup=-1", "expected at least 0, found -1.0"),
+        ("loss.kl_warmup=2", "expected at most 1, found 2.0"),
+        ("loss.kl=2e9", "expected at most 1000000000, found 2000000000.0"),
+        ("seed=-1", "expected at least 0, found -1"),
+        (f"seed={2**63}", f"expected at most {2**63 - 1}, found {2**63}"),
+        (f"seed={'9' * 5000}", "expected at most 100 digits, found a number of 5000 characters"),
+        (f"data.HZ=0x{'f' * 5000}", "expected at most 100 digits, found a number of 5002 char"),
+        (f"data.HZ={'9' * 90}", "expected at most 1000, found 1e+90"),
+        ("data.state_keys=[]", "expected 1 or more entries, found []"),
+        ("data.state_keys=[a, a]", 'expected no entry twice, found ["a", "a"]'),
+        ("data.episodes=[]", "expected 1 or more entries, found []"),
+        ("data.val_episodes=[1, 1]", "expected no entry twice, found [1, 1]"),
+        ("data.image_size=[100000, 100000]", "expected at most 4096, found [100000, 100000]"),
+        ("data.augment={blur: 1.5}", "blur: expected at most 1, found 1.5"),
+        ("data.augment={shift: 32}", "expected less than a side of data.image_size, found 32"),
+        ("data.cameras={a/b: x}", 'a/b: "a/b" is no name: up to 60 letters, digits and _ only'),
+        ("data.cameras={'': x}", '"" is no name'),
+        ("model.component_config_paths={a/b: x}", '"a/b" is no name'),
+        ("model.component_config_paths={../x: x}", '"../x" is no name'),
+        ("model.component_config_paths={'a{0}': x}", '"a{0}" is no name'),
+        ("model.component_config_paths={train: x}", "the name 'train' is taken: choose another"),
+        ("model.component_config_paths={frozen: x}", "the name 'frozen' is taken"),
+        ("model.component_config_paths={pop: x}", "the name 'pop' is taken"),
+        ("model.component_config_paths={dataset_stats: x}", "the name 'dataset_stats' is taken"),
+        (f"model.component_config_paths.action_decoder={'9' * 500}x", "no such file"),
+        (".".join(["data.cameras"] + ["a"] * 5000) + "=1", "more than 50 levels deep"),
+    ],
+)
+def test_what_was_accepted_and_made_no_sense(refused, override, problem):
+    assert problem in (refused("train_vfp")(override) or "")
+
+
+def test_two_names_may_share_a_camera(refused):
+    assert refused("train_vfp")("data.cameras={a: x, b: x}") is None
+    assert refused("train_vfp")("data.val_episodes=[]") is None
