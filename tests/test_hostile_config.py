@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 from conftest import POLICIES
+from fuzz import limited
 
 from common.config import ConfigError, Yaml, from_dict, load
 from common.schema import Optim
@@ -148,3 +149,75 @@ def test_what_was_accepted_and_made_no_sense(refused, override, problem):
 def test_two_names_may_share_a_camera(refused):
     assert refused("train_vfp")("data.cameras={a: x, b: x}") is None
     assert refused("train_vfp")("data.val_episodes=[]") is None
+
+
+def nested(first, line):
+    """YAML of anchors a0 to a9, each made of the one before."""
+    return f"a0: &a0 {first}\n" + "".join(
+        line.format(i=i, nine=", ".join([f"*a{i - 1}"] * 9), before=f"*a{i - 1}")
+        for i in range(1, 10)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + 5000 * "[", "f.yaml:1: more than 50 levels deep"),
+        ("a: " + 5000 * "[" + 5000 * "]", "f.yaml:1: more than 50 levels deep"),
+        (3000 * "{", "f.yaml:1: more than 50 levels deep"),
+        ("a:\n" + 3000 * "- ", "f.yaml:2: more than 50 levels deep"),
+        ("".join(f"{i * ' '}a:\n" for i in range(300)), "f.yaml:50: more than 50 levels deep"),
+        (nested("[x]", "a{i}: &a{i} [[[[[[[{before}]]]]]]]\n"), "more than 50 levels deep"),
+        (nested("[x]", "a{i}: &a{i} [{nine}]\n"), "f.yaml:1: a5.* more than 100,000 values: each"),
+        (nested("{x: 1}", "a{i}: &a{i} {{<<: [{nine}]}}\n"), "more than 100,000 values: each"),
+        ("a: " + 2**20 * "x", "f.yaml:1: more than 1,048,576 characters: this is no config"),
+        ("a: 1" + 100_000 * ":1", "f.yaml:1: a: expected at most 100 digits, found a number of 20"),
+        ("a:\n  !!int ''", "f.yaml:1: a: !!int is refused: \"\" is no int"),
+        ("a: !!float ''", "a: !!float is refused: \"\" is no float"),
+        ("a: !!bool 3", "a: !!bool is refused: \"3\" is no bool"),
+        ("a: !!int [1]", "a: !!int is refused: only mappings, lists, numbers"),
+        ("a: !!str {=: 1}", "a: !!str is refused: only mappings, lists, numbers"),
+        ("a: !!binary aGk=", "a: !!binary is refused"),
+        ("a: !!set {x}", "a: !!set is refused"),
+        ("a: {<<: [1]}", "a: '<<' merges a mapping, found 1"),
+        ("a:\n  [b, c]: d", "f.yaml:1: a: a key must be text, found a sequence on line 2"),
+        ("? {a: 1}\n: b", "f.yaml:1: a key must be text, found a mapping on line 1"),
+        ('a: "\\0"', 'f.yaml:1: a: text that no file name can hold: "\\\\u0000"'),
+        ('a: "\\ud800"', "f.yaml:1: a: text that no file name can hold"),
+        ('"\\0": 1', "f.yaml:1: text that no file name can hold"),
+        ("a: \x07", "f.yaml:1: not YAML: special characters are not allowed"),
+        ("a: *b", "f.yaml:1: not YAML: found undefined alias 'b'"),
+    ],
+)  # fmt: skip
+def test_yaml_that_asks_for_too_much_or_is_nothing_plain(text, message):
+    with limited(20), pytest.raises(ConfigError, match=message):
+        Yaml.parse(text, "f.yaml")
+
+
+def test_yaml_within_the_limits(tmp_path):
+    assert Yaml.parse("a: " + 48 * "[" + 48 * "]", "f.yaml").data["a"]
+    assert Yaml.parse("1: x\nnull: y\n\u00e4: z", "f.yaml").data == {
+        "1": "x",
+        "null": "y",
+        "\u00e4": "z",
+    }
+    merges = ", ".join(f"{{k{i}: {i}, k: {i}}}" for i in range(2000))
+    with limited(20):
+        merged = Yaml.parse(f"a: {{<<: [{merges}], k4: x}}", "f.yaml").data["a"]
+    assert len(merged) == 2001
+    assert (merged["k"], merged["k4"], merged["k7"]) == (0, "x", 7)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_files_of_another_encoding(tmp_path, encoding):
+    file = tmp_path / "f.yaml"
+    file.write_bytes("a: \u00e4\n".encode(encoding))
+    with pytest.raises(ConfigError, match=r"f\.yaml(: not UTF-8 text|:1: not YAML: special chara)"):
+        Yaml.read(file)
+    file.write_bytes("a: \u00e4\n".encode("utf-8-sig"))
+    assert Yaml.read(file).data == {"a": "\u00e4"}
+
+
+def test_no_file_is_read_further_than_the_limit():
+    with limited(20), pytest.raises(ConfigError, match="/dev/zero:1: more than 1,048,576 char"):
+        Yaml.read("/dev/zero")
