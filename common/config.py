@@ -267,7 +267,7 @@ MOVED = {  # keys of `loss` that the first version's train_vfp.py had, too
     "train_vfp_moe.py": ("top_k", "sigma", "load_balance", "router_z"),
     "train_cfg_vqvae.py or train_vfp_moe.py": ("commitment", "posterior_ema", "revive_every"),
 }
-_UNIONS = (typing.Union, types.UnionType)
+UNIONS = (typing.Union, types.UnionType)
 
 
 class Reader:
@@ -300,7 +300,7 @@ class Reader:
         args = typing.get_args(kind)
         if value is None and type(None) in args:
             return None
-        if origin in _UNIONS:
+        if origin in UNIONS:
             kinds = [k for k in args if k is not type(None)]
             if len(kinds) == 1:
                 return self.read(kinds[0], value, keys)
@@ -416,12 +416,14 @@ class Reader:
 
 def type_name(kind: Any) -> str:
     """A type as --help and errors print it."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return type_name(typing.get_args(kind)[0])
     inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
-    if typing.get_origin(kind) in (Literal, *_UNIONS):
+    if typing.get_origin(kind) in (Literal, *UNIONS):
         return " | ".join(inner)
     if kind is type(None):
         return "null"
-    name = "mapping" if is_dataclass(kind) else kind.__name__.lower()
+    name = "mapping" if is_dataclass(kind) else getattr(kind, "__name__", "...").lower()
     return f"{name}[{', '.join(inner)}]" if inner else name
 
 
