@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from common import config, information, optim, plots, run, schema
 from common.checkpoint import open_policy
-from common.config import UserError, key
+from common.config import ConfigError, UserError, key
 from common.data import scores
 from common.data.images import IMAGE
 from common.data.loader import Data, to_device
+from common.distributions import Gaussian
 from common.losses import masked_mse, unit_kl, warmup
 from common.policy import ActionPolicy
 
@@ -140,13 +141,23 @@ class Policy(nn.Module):
         """Observation and chunk -> the Gaussians of both latents, mu and logvar (B, 1, D)."""
         proprio, x1 = self.normalized(batch)
         images = [batch[IMAGE + name] for name in self.cameras]
-        state = self.parts["state_resnet34_encoder"](proprio=proprio, images=images)
-        return state, self.parts["action_encoder"](action=x1)
+        state = self.result("state_resnet34_encoder", Gaussian, proprio=proprio, images=images)
+        return state, self.result("action_encoder", Gaussian, action=x1)
 
     def decode(self, state, action):
         """Latents (B, 1, D) -> proprio (B, P, S), pictures (B, C, 3, h, w), chunk (B, T, A)."""
-        proprio, pictures = self.parts["state_resnet34_decoder"](z=state)
-        return proprio, pictures, self.parts["action_decoder"](z=action)
+        proprio, pictures = self.result("state_resnet34_decoder", tuple, z=state)
+        return proprio, pictures, self.result("action_decoder", torch.Tensor, z=action)
+
+    def result(self, name, kind, **inputs):
+        """What a component returns, if it is of this kind."""
+        result = self.parts[name](**inputs)
+        if not isinstance(result, kind):
+            raise ConfigError(
+                f"{name} must return a {kind.__name__}, it returns a {type(result).__name__}: "
+                "is it the file of another component?"
+            )
+        return result
 
     def target_pictures(self, batch, size):
         """(B, C, 3, *size): each cell is the mean of the pixels that it covers."""

@@ -5,9 +5,12 @@ import importlib
 import typing
 from dataclasses import fields, is_dataclass
 
+import huggingface_hub.constants
+import numpy as np
 import pytest
-from conftest import POLICIES
-from fuzz import limited
+import yaml
+from conftest import POLICIES, Experiment, forget_accelerator
+from fuzz import NASTY, damaged, ending, limited, mutated, places
 
 from common.config import ConfigError, Yaml, from_dict, load
 from common.schema import Optim
@@ -221,3 +224,129 @@ def test_files_of_another_encoding(tmp_path, encoding):
 def test_no_file_is_read_further_than_the_limit():
     with limited(20), pytest.raises(ConfigError, match="/dev/zero:1: more than 1,048,576 char"):
         Yaml.read("/dev/zero")
+
+
+def as_override(config, rng):
+    """`a.b.c=yaml` that replaces some value of a config by another."""
+    found = list(places(config))
+    container, key = found[rng.integers(len(found))]
+    here = path_to(config, container, key)
+    value = NASTY[rng.integers(len(NASTY))]
+    if rng.integers(2):
+        other, place = found[rng.integers(len(found))]
+        value = other[place]
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9)
+    return f"{'.'.join(here)}={text.removesuffix('...' + chr(10)).strip()}"
+
+
+def path_to(config, container, key, above=()):
+    """Keys of the innermost mapping entry that holds container[key]."""
+    for name, value in config.items():
+        here = (*above, str(name))
+        if config is container and name == key:
+            return here
+        if value is container and isinstance(value, list):
+            return here
+        if isinstance(value, dict) and (found := path_to(value, container, key, here)):
+            return found
+    return None
+
+
+def mutate(exp, rng):
+    """Change one thing about an experiment: its files on disk, or the overrides, which it returns.
+
+    The first item says what was changed.
+    """
+    kind = rng.choice(["train", "train", "component", "component", "override", "bytes", "swap"])
+    name, other = rng.choice(list(POLICIES[exp.policy]), 2)
+    part = exp.folder / f"{name}.yaml"
+    if kind == "override":
+        override = as_override(exp.config, rng)
+        return override, [override]
+    if kind == "train":
+        exp.config = mutated(exp.config, rng)
+        exp.write()
+        return exp.file.read_text(), []
+    if kind == "component":
+        part.write_text(yaml.safe_dump(mutated(yaml.safe_load(part.read_text()), rng)))
+    elif kind == "swap":
+        part.write_text((exp.folder / f"{other}.yaml").read_text())
+    else:
+        part = exp.file if rng.integers(2) else part
+        part.write_bytes(damaged(part.read_bytes(), rng))
+    return f"{part.name}: {part.read_bytes()}", []
+
+
+def try_one(seed, folder, demos, capsys):
+    """A dry run of one mutated experiment ends well, or with one message."""
+    rng = np.random.default_rng(seed)
+    policy = rng.choice(list(POLICIES))
+    exp = Experiment(folder / f"{seed}", demos, policy)
+    exp.policy = policy
+    what, overrides = mutate(exp, rng)
+    try:
+        return ending(lambda: exp.main("--dry_run", *overrides), capsys)
+    except BaseException as e:
+        e.add_note(f"seed {seed}, {policy}: {what}")
+        raise
+    finally:
+        forget_accelerator()
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No dataset is looked for on the Hub, and relative paths are in tmp_path."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_mutated_experiment_ends_with_one_message(tmp_path, demos, capsys, offline):
+    messages = [try_one(seed, tmp_path, demos, capsys) for seed in range(25)]
+    assert len(list(filter(None, messages))) > 8
+
+
+@pytest.mark.slow
+def test_many_mutated_experiments_end_with_one_message(tmp_path, demos, capsys, offline):
+    for seed in range(100, 400):
+        try_one(seed, tmp_path, demos, capsys)
+
+
+@pytest.mark.parametrize(
+    ("script", "component", "other", "message"),
+    [
+        ("train_vfp", "info_embedder", "vae_posterior", "does not take these inputs: is it the"),
+        ("train_vfp", "action_decoder", "vae_prior", "does not take these inputs: is it the file"),
+        ("train_vfp", "vae_prior", "action_decoder", "does not take these inputs: is it the file"),
+        (
+            "train_cfg_vqvae",
+            "vqvae_codebook",
+            "backbone",
+            "needs a block with `codes`, TinyCNN",
+        ),
+        ("train_vfp_moe", "gate", "backbone", "gate: this policy needs a block with `experts`, "),
+        ("train_vfp_moe", "moe_action_decoder", "vqvae_codebook", "needs a block with `experts`"),
+        (
+            "train_mi",
+            "action_decoder",
+            "state_resnet34_decoder",
+            "action_decoder must return a Tensor, it returns a tuple: is it the file of another",
+        ),
+        (
+            "train_mi",
+            "state_resnet34_decoder",
+            "action_decoder",
+            "state_resnet34_decoder must return a tuple, it returns a Tensor",
+        ),
+        ("train_mi", "action_encoder", "action_decoder", "does not take these inputs"),
+    ],
+)
+def test_the_file_of_another_component(experiment, capsys, script, component, other, message):
+    exp = experiment(script)
+    path = f"model.component_config_paths.{component}={exp.folder / other}.yaml"
+    assert message in ending(lambda: exp.main("--dry_run", path), capsys)
+
+
+def test_pictures_smaller_than_a_backbone_needs(experiment, capsys):
+    exp = experiment()
+    error = ending(lambda: exp.main("--dry_run", "data.image_size=[15, 32]"), capsys)
+    assert "backbone.yaml): pictures of 15 x 32 are too small, it needs 16 x 16" in error
