@@ -68,13 +68,19 @@ class Parts(nn.ModuleDict):
                 f"listed: {', '.join(self) or 'none'}{nearest(missing[0], self)}"
             )
 
-    def only_block(self, name: str) -> Any:
-        """The block of a component in the short form, for what only it has. Raises ConfigError."""
+    def only_block(self, name: str, attribute: str) -> Any:
+        """The block of a component in the short form, with an attribute. Raises ConfigError."""
         if not hasattr(self[name], "block"):
             raise ConfigError(
                 f"{name}: this policy needs a single block here, not a graph of blocks"
             )
-        return self[name].block
+        block = self[name].block
+        if not hasattr(block, attribute):
+            raise ConfigError(
+                f"{name}: this policy needs a block with `{attribute}`, {type(block).__name__} has "
+                "none: is it the file of another component?"
+            )
+        return block
 
     def encode_cameras(
         self, obs: dict[str, Tensor], cameras: Sequence[str]

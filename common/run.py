@@ -139,8 +139,10 @@ class Run:
             cached_components(parts, cameras)  # nothing to cache is an error before decoding
         if self.cfg.data.cache != "none":  # last, because decoding takes minutes
             self.data.cache_frames(dry_run=self.options.dry_run and not features)
-        if load_dir and (load_dir / "dataset_stats.safetensors").is_file():
-            self._warn_of_other_data(load_dir, f"components of {load_dir} (train.load_dir)")
+        if origin:
+            self._warn_of_other_data(
+                origin.folder, f"components of {origin.folder} (train.load_dir)"
+            )
         data = self.cfg.data
         return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
 
