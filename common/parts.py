@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks.weights import read_tensors, require, shapes_of
-from common.build import GraphModel, build
+from common.build import GraphModel, build, check
 from common.config import ConfigError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
@@ -252,6 +254,20 @@ def check_cameras(components: set[str], cameras: Sequence[str]) -> None:
         raise ConfigError(
             "model.component_config_paths: 'da3' is listed, but data.cameras names no camera"
         )
+
+
+def check_sources(
+    model: Model, sources: dict[str, Yaml], facts: dict[str, int], cameras: Sequence[str]
+) -> None:
+    """Raise what build_parts() would where the dataset is not there yet, and need not be.
+
+    facts: those of its numbers that are known.
+    """
+    with redirect_stdout(StringIO()):  # notices come with the components
+        owners = shared_modules(model, sources, cameras)
+    check_cameras({name for _, names in owners.values() for name in names}, cameras)
+    for name in owners:
+        check(sources[name], facts)
 
 
 def initialise(

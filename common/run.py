@@ -24,14 +24,13 @@ from torch.utils.data import DataLoader
 from common import checkpoint, preflight
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
-from common.data.features import cached_components
-from common.data.loader import Data, to_device
+from common.data.loader import Data, facts_of_config, to_device
 from common.data.normalizer import Normalizer
 from common.envs import registry  # noqa: F401 (names of data.root)
 from common.log import Log
 from common.noise import Noise, seed_of
 from common.optim import AveragedWeights
-from common.parts import Parts, build_parts
+from common.parts import Parts, build_parts, check_sources
 from common.plots import draw_curves
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step that is under way
@@ -104,9 +103,14 @@ class Run:
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, cores // processes))
         import_plugins(cfg.plugins)
+        paths = cfg.model.component_config_paths
+        self.sources = {name: Yaml.read(path) for name, path in paths.items()}
+        check_sources(cfg.model, self.sources, facts_of_config(cfg.data), cfg.data.cameras)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
         self.loader()  # a batch_size that does not fit is an error before the models are built
+        if cfg.data.cache != "none":
+            self.data.check_frame_space()
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
         limits = [cfg.train.total_steps]
         if cfg.train.epoch is not None:
@@ -122,9 +126,9 @@ class Run:
 
     def components(self) -> tuple[Parts, Normalizer]:
         """The components, initialised as train.yaml says, and the statistics of the dataset."""
+        if self.cfg.data.cache == "features":
+            self.data.check_feature_space(self.cfg.model, self.sources)
         torch.manual_seed(self.cfg.seed)
-        paths = self.cfg.model.component_config_paths
-        self.sources = {name: Yaml.read(path) for name, path in paths.items()}
         load_dir = self.train.load_dir
         if load_dir and not (load_dir / "meta.json").is_file():
             load_dir = checkpoint.newest(load_dir)
@@ -136,11 +140,6 @@ class Run:
             self.sources[name] = completed(self.sources[name], part)
         if self.options.dry_run:
             print(parts.table(self.cfg))
-        features = self.cfg.data.cache == "features"
-        if features:
-            cached_components(parts, cameras)  # nothing to cache is an error before decoding
-        if self.cfg.data.cache != "none":  # last, because decoding takes minutes
-            self.data.cache_frames(dry_run=self.options.dry_run and not features)
         return parts, Normalizer(self.cfg.data.normalize, self.data.stats)
 
     def preflight(self, policy: nn.Module) -> None:
@@ -163,9 +162,12 @@ class Run:
         folder = broadcast_object_list(folder)[0]
         if folder:
             self._load(folder)
-        if self.cfg.data.cache == "features" and self.step < self.total:
-            # Only now are the frozen weights final.
-            self.data.cache_features(policy.parts, self.sources, self.accelerator)
+        if self.step < self.total:
+            # Last, because it takes minutes to hours; and only now are the frozen weights final.
+            if self.cfg.data.cache != "none":
+                self.data.cache_frames()
+            if self.cfg.data.cache == "features":
+                self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.is_main:
             resuming = f"resuming {folder} at step {self.step} of {self.total}"
             print(resuming if folder else f"new run in {self.folder}")
