@@ -116,6 +116,8 @@ class Run:
         if cfg.train.epoch is not None:
             limits.append(cfg.train.epoch * self.steps_per_epoch)
         self.total: int = min(filter(None, limits))
+        self.val_every = self._spaced(cfg.train.val_every)
+        self.save_every = self._spaced(cfg.train.save_every)
         self.step = 0
         self.epoch = 0
         self.offset = 0
@@ -123,6 +125,28 @@ class Run:
         self.signal: signal.Signals | None = None
         self.stopping: signal.Signals | None = None
         self.scalars = {}
+
+    def _spaced(self, every):
+        """Epochs between two events: a multiple of `every`, of at least min_interval steps.
+
+        A function of the config alone, so that a resumed run saves at the same steps.
+        """
+        if every is None:
+            return None
+        return every * math.ceil(self.train.min_interval / (every * self.steps_per_epoch))
+
+    def _notice_of_short_epochs(self):
+        pairs = ("val_every", self.val_every), ("save_every", self.save_every)
+        changed = [
+            f"train.{name} is {every} in place of {getattr(self.train, name)}"
+            for name, every in pairs
+            if every != getattr(self.train, name)
+        ]
+        if changed:
+            print(
+                f"notice: an epoch has only {self.steps_per_epoch} steps: {', '.join(changed)} "
+                f"(train.min_interval: {self.train.min_interval} steps)"
+            )
 
     def components(self) -> tuple[Parts, Normalizer]:
         """The components, initialised as train.yaml says, and the statistics of the dataset."""
@@ -171,6 +195,7 @@ class Run:
         if self.is_main:
             resuming = f"resuming {folder} at step {self.step} of {self.total}"
             print(resuming if folder else f"new run in {self.folder}")
+            self._notice_of_short_epochs()
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
             (self.folder / "config.yaml").write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
@@ -297,9 +322,11 @@ class Run:
         if last or self.step % self.train.log_every == 0:
             self.log.training(self.step, self.epoch, self.scalars)
         self.scalars = {}
-        if epoch_ends and _due(self.epoch, self.train.val_every) and len(self.data.val_rows):
+        validated = epoch_ends and _due(self.epoch, self.val_every)
+        finished = self.step >= self.total and self.val_every is not None
+        if (validated or finished) and len(self.data.val_rows):
             self._validate(model)
-        saved = epoch_ends and _due(self.epoch, self.train.save_every)
+        saved = epoch_ends and _due(self.epoch, self.save_every)
         if last or saved or _due(self.step, self.train.save_every_steps):
             self._save()
 
@@ -447,7 +474,7 @@ def _due(count, every):
 
 
 NOT_REPORTED = (  # keys, and changes of one key, that do not change what is learned
-    r"train\.(project_name|save|keep|load|tracker|log)|model\.component_config_paths"
+    r"train\.(project_name|save|keep|load|tracker|log|min_interval)|model\.component_config_paths"
     r"|data\.(num_workers|cache_max_gb|root|val_samples|batch_size)"
     r"|data\.cache: (none|frames) (none|frames)$"
 )
