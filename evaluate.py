@@ -27,7 +27,9 @@ from common.data.columns import joint_names
 from common.data.generated import locate
 from common.data.loader import Data, to_device
 from common.envs.registry import ENVIRONMENTS
+from common.files import require_writable, whole_file
 from common.noise import RowNoise
+from common.plots import decoration
 from common.policy import ActionPolicy
 from common.robot import Robot, autocast, open_action_policy
 
@@ -312,17 +314,22 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
         },
         args,
     )
-    plots.draw_success(rows, args.out / "success.png")
+    with decoration(args.out / "success.png") as file:
+        plots.draw_success(rows, file)
     if all(episode.path for episode in played[f"NFE {args.nfe[0]}"]):
-        plots.draw_paths(played, names or (), args.out / "tracks.png")
+        with decoration(args.out / "tracks.png") as file:
+            plots.draw_paths(played, names or (), file)
     if names:
-        plots.draw_mode_shares(rows, names, shares, args.out / "modes.png")
+        with decoration(args.out / "modes.png") as file:
+            plots.draw_mode_shares(rows, names, shares, file)
     if "experts" in rows[-1]:
         title = f"successes at NFE {args.nfe[-1]}, {args.env}"
-        plots.draw_expert_use(rows[-1]["experts"], title, args.log, args.out / "experts.png")
+        with decoration(args.out / "experts.png") as file:
+            plots.draw_expert_use(rows[-1]["experts"], title, args.log, file)
     reel = [(episode.pictures, episode.success) for episode in episodes if episode.pictures]
     if reel:
-        plots.write_video(reel, cfg.data.HZ, args.out / "episodes.mp4")
+        with decoration(args.out / "episodes.mp4") as file:
+            plots.write_video(reel, cfg.data.HZ, file)
 
 
 def play(
@@ -443,9 +450,12 @@ def open_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     }
     write(results, args)
     for episode in drawn[:4]:
-        plots.draw_chunks(*episode, names, args.out / f"chunks_{episode[0]}.png")
-    plots.draw_error_by_step(by_step, names, cfg.data.HZ, args.out / "error_by_step.png")
-    plots.draw_velocity_loss(loss, args.out / "velocity_loss.png")
+        with decoration(args.out / f"chunks_{episode[0]}.png") as file:
+            plots.draw_chunks(*episode, names, file)
+    with decoration(args.out / "error_by_step.png") as file:
+        plots.draw_error_by_step(by_step, names, cfg.data.HZ, file)
+    with decoration(args.out / "velocity_loss.png") as file:
+        plots.draw_velocity_loss(loss, file)
 
 
 def predicted_chunks(
@@ -474,9 +484,8 @@ def predicted_chunks(
 
 def write(results: dict[str, Any], args: argparse.Namespace) -> None:
     """results.json, written before anything is drawn: the costly part is safe."""
-    unfinished = args.out / "results.json.tmp"
-    unfinished.write_text(json.dumps({**args.about, **results}, indent=1))
-    unfinished.replace(args.out / "results.json")
+    with whole_file(args.out / "results.json") as file:
+        file.write_text(json.dumps({**args.about, **results}, indent=1))
 
 
 def set_sampling(policy: Any, args: argparse.Namespace) -> dict[str, float]:
@@ -501,10 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy, cfg, meta = open_action_policy(folder, weights)
     sampling = set_sampling(policy, args)
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out: {args.out} cannot be written: {e.strerror}") from e
+    require_writable(args.out, "--out")
     args.log = folder.parent / "log.jsonl"
     args.precision = meta.get("mixed_precision", "no")
     args.about = {

@@ -5,6 +5,8 @@ matplotlib takes half a second to import, so it is imported only where a figure 
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -13,6 +15,7 @@ import pyarrow as pa
 from einops import rearrange
 
 from common.data.windows import Windows
+from common.files import WriteError, whole_file
 
 GREEN = (46, 160, 67)
 RED = (207, 34, 46)
@@ -21,6 +24,22 @@ PATHS_SHOWN = 200  # episodes in a panel of draw_paths
 STRIPS = 3  # best, and worst, episodes below the scores
 MOMENTS = 10  # pictures in a film strip
 LEGEND = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
+
+
+@contextmanager
+def decoration(path: Path) -> Iterator[Path]:
+    """A temporary file for a figure or a video that takes the place of `path` once it is drawn.
+
+    with decoration(folder / "curves.png") as file:
+        figure.savefig(file)
+
+    What a full disk refuses costs a warning, not the run: nothing half-written is left.
+    """
+    try:
+        with whole_file(path) as unfinished:
+            yield unfinished
+    except WriteError as e:
+        print(f"warning: {e}")
 
 
 def panel_grid(panels: int, columns: int, width: float, height: float) -> tuple:

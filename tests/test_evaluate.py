@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import resource
 from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CAMERAS, write_demos
+from fuzz import ending
 from helpers import ScriptedPolicy
 from scipy import stats
 
@@ -347,11 +351,90 @@ def test_a_world_that_tells_little(play, tmp_path):
     assert not (tmp_path / "out/modes.png").exists()
 
 
-def test_results_survive_a_drawing_that_fails(play, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "draw_success", MagicMock(side_effect=OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        play(*SHORT, draw=True, action_horizon=8)
-    assert json.loads((tmp_path / "out/results.json").read_text())["results"][0]["episodes"] == 3
+@contextmanager
+def disk_of(size):
+    """No file grows beyond so many bytes, as on a disk that fills up."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_disk_that_is_full_costs_the_figures_and_not_the_results(play, tmp_path, capsys):
+    with disk_of(5000):
+        play(*SHORT[:4], "--replan_steps", 3, draw=True)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["results"][0]["episodes"] == 3
+    assert files_in(tmp_path / "out") == ["episodes.mp4", "results.json"]
+    with av.open(str(tmp_path / "out/episodes.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 10
+    out = capsys.readouterr().out
+    for name in ("success", "tracks", "modes"):
+        problem = rf"warning: {tmp_path}/out/{name}.png: could not be written: .* \(\d+ MiB free\)"
+        assert re.search(problem, out)
+
+
+def test_an_older_figure_stays_where_a_new_one_is_refused(play, tmp_path, capsys):
+    play(*SHORT, "--replan_steps", 3, draw=True)
+    before = (tmp_path / "out/success.png").read_bytes()
+    with disk_of(5000):
+        play(*SHORT, "--replan_steps", 2, draw=True)
+    assert (tmp_path / "out/success.png").read_bytes() == before
+    assert files_in(tmp_path / "out") == ["modes.png", "results.json", "success.png", "tracks.png"]
+
+
+def test_a_video_on_a_full_disk(tmp_path, capsys):
+    pictures = list(np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3)).astype(np.uint8))
+    with disk_of(5000), plots.decoration(tmp_path / "episodes.mp4") as file:
+        plots.write_video([(pictures, True)], 10, file)
+    assert files_in(tmp_path) == []
+    assert "warning: " + str(tmp_path / "episodes.mp4") in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_keep_the_older_ones_and_end_with_2(
+    play, tmp_path, monkeypatch, capsys
+):
+    older, _ = play(*SHORT, "--replan_steps", 2)
+    print_results = evaluate.print_results
+    full = ExitStack()
+
+    def printed_as_the_disk_fills_up(*args):
+        print_results(*args)
+        full.enter_context(disk_of(100))
+
+    monkeypatch.setattr(evaluate, "print_results", printed_as_the_disk_fills_up)
+    with full:
+        message = ending(lambda: play(*SHORT, "--replan_steps", 3) and 0, capsys)
+    place = f"error: {tmp_path}/out/results.json: could not be written: File too large"
+    assert re.fullmatch(rf"{place} \(\d+ MiB free\)\n", message)
+    assert json.loads((tmp_path / "out/results.json").read_text()) == older
+    assert files_in(tmp_path / "out") == ["results.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_episodes(play, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, problem in (("file/x", "Not a directory"), ("out", "File too large")):
+        with disk_of(1000):
+            message = ending(lambda out=out: play(*SHORT, "--out", tmp_path / out), capsys)
+        assert f"error: --out: {tmp_path}/{out} cannot be written: {problem}" in message
+        assert not TOLD
+
+
+def test_a_mistake_in_code_that_draws_is_no_full_disk(tmp_path):
+    def draw():
+        with plots.decoration(tmp_path / "x.png") as file:
+            file.write_text("half")
+            raise KeyError("row")
+
+    with pytest.raises(KeyError):
+        draw()
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
