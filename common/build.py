@@ -181,12 +181,14 @@ class _Checked:
     """One component YAML, checked: its blocks, names, references and arguments. Allocates nothing.
 
     makers: block name -> (class or function, arguments, place); results: block name -> names of its
-    results; values: names that $ may name so far; used: those that something names.
+    results; values: names that $ may name so far; used: those that something names. final: whether
+    all facts are there that there will be; otherwise any number stands for a fact that is missing.
     """
 
-    def __init__(self, source: Yaml, facts: dict[str, int] | None):
+    def __init__(self, source: Yaml, facts: dict[str, int] | None, final: bool = True):
         self.source = source
         self.facts = facts or {}
+        self.final = final
         self.error = source.error
         self.inputs: list[str] | None = None
         self.steps: list[Step] = []
@@ -348,6 +350,8 @@ class _Checked:
                 continue
             value = values[name]
             fact = self.facts.get(name)
+            if value is None and fact is None and not self.final:
+                fact = 1
             if value is None and fact is None:
                 message = "null is filled from a dataset, and none gives it: write the number"
                 raise self.error((*here, name), message)
@@ -415,6 +419,11 @@ class _Checked:
             raise self.error(here, problem)
 
         return _fill(template, find)
+
+
+def check(source: Yaml, facts: dict[str, int]) -> None:
+    """Raise ConfigError for what is wrong with a component YAML whatever its other facts are."""
+    _Checked(source, facts, final=False)
 
 
 def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> GraphModel:

@@ -4,7 +4,9 @@ import inspect
 import re
 import shlex
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from common.blocks.weights import read_shapes, read_tensors, require, shapes_of
-from common.build import GraphModel, block_makers, build, is_ours
+from common.build import GraphModel, block_makers, build, check, is_ours
 from common.config import ConfigError, UserError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
@@ -416,6 +418,20 @@ def check_cameras(components: set[str], cameras: Sequence[str]) -> None:
         raise ConfigError(
             "model.component_config_paths: 'da3' is listed, but data.cameras names no camera"
         )
+
+
+def check_sources(
+    model: Model, sources: dict[str, Yaml], facts: dict[str, int], cameras: Sequence[str]
+) -> None:
+    """Raise what build_parts() would where the dataset is not there yet, and need not be.
+
+    facts: those of its numbers that are known.
+    """
+    with redirect_stdout(StringIO()):  # notices come with the components
+        owners = shared_modules(model, sources, cameras)
+    check_cameras({name for _, names in owners.values() for name in names}, cameras)
+    for name in owners:
+        check(sources[name], facts)
 
 
 def initialise(

@@ -82,6 +82,9 @@ def act_once(policy: ActionPolicy, batch: dict[str, Any]) -> torch.Tensor:
 @torch.no_grad()
 def dry_run(job: "Run", policy: nn.Module) -> int:
     """Print one batch, the loss of two samples, one chunk, the config; write nothing."""
+    features = job.cfg.data.cache == "features"
+    if job.cfg.data.cache != "none":
+        job.data.cache_frames(dry_run=not features)  # the time that features take is measured
     batch = to_device(next(iter(job.loader())), job.device, job.cfg.data.augment)
     batch.pop("position")
     for key, value in batch.items():
@@ -94,7 +97,7 @@ def dry_run(job: "Run", policy: nn.Module) -> int:
         _, scalars = policy.train()(two)
     print("loss  ", ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
     policy.eval()
-    if job.cfg.data.cache == "features":
+    if features:
         job.data.cache_features(policy.parts, job.sources, job.accelerator, dry_run=True)
     sampled = ""
     if isinstance(policy, ActionPolicy):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from common import schema
 from common.config import DataError, UserError, show
+from common.data.checks import check_files
 from common.data.frames import VideoFrames
 from common.data.generated import locate
-from common.data.lerobot import LeRobotDataset, check_files
+from common.data.lerobot import LeRobotDataset
 from common.data.normalizer import Normalizer, differences
 from common.data.windows import Windows
 

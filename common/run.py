@@ -24,14 +24,13 @@ from torch.utils.data import DataLoader
 from common import checkpoint, preflight
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
-from common.data.features import cached_components
-from common.data.loader import Data, to_device
+from common.data.loader import Data, facts_of_config, to_device
 from common.data.normalizer import Normalizer
 from common.envs import registry  # noqa: F401 (names of data.root)
 from common.log import Log
 from common.noise import Noise, seed_of
 from common.optim import AveragedWeights
-from common.parts import Parts, build_parts
+from common.parts import Parts, build_parts, check_sources
 from common.plots import draw_curves
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step that is under way
@@ -104,14 +103,21 @@ class Run:
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, cores // processes))
         import_plugins(cfg.plugins)
+        paths = cfg.model.component_config_paths
+        self.sources = {name: Yaml.read(path) for name, path in paths.items()}
+        check_sources(cfg.model, self.sources, facts_of_config(cfg.data), cfg.data.cameras)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
         self.loader()  # a batch_size that does not fit is an error before the models are built
+        if cfg.data.cache != "none":
+            self.data.check_frame_space()
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
         limits = [cfg.train.total_steps]
         if cfg.train.epoch is not None:
             limits.append(cfg.train.epoch * self.steps_per_epoch)
         self.total: int = min(filter(None, limits))
+        self.val_every = self._spaced(cfg.train.val_every)
+        self.save_every = self._spaced(cfg.train.save_every)
         self.step = 0
         self.epoch = 0
         self.offset = 0
@@ -120,11 +126,33 @@ class Run:
         self.stopping: signal.Signals | None = None
         self.scalars = {}
 
+    def _spaced(self, every):
+        """Epochs between two events: a multiple of `every`, of at least min_interval steps.
+
+        A function of the config alone, so that a resumed run saves at the same steps.
+        """
+        if every is None:
+            return None
+        return every * math.ceil(self.train.min_interval / (every * self.steps_per_epoch))
+
+    def _notice_of_short_epochs(self):
+        pairs = ("val_every", self.val_every), ("save_every", self.save_every)
+        changed = [
+            f"train.{name} is {every} in place of {getattr(self.train, name)}"
+            for name, every in pairs
+            if every != getattr(self.train, name)
+        ]
+        if changed:
+            print(
+                f"notice: an epoch has only {self.steps_per_epoch} steps: {', '.join(changed)} "
+                f"(train.min_interval: {self.train.min_interval} steps)"
+            )
+
     def components(self) -> tuple[Parts, Normalizer]:
         """The components, initialised as train.yaml says, and the statistics of the dataset."""
+        if self.cfg.data.cache == "features":
+            self.data.check_feature_space(self.cfg.model, self.sources)
         torch.manual_seed(self.cfg.seed)
-        paths = self.cfg.model.component_config_paths
-        self.sources = {name: Yaml.read(path) for name, path in paths.items()}
         origin = checkpoint.origin(self.train.load_dir) if self.train.load_dir else None
         cameras = list(self.cfg.data.cameras)
         parts = build_parts(self.cfg.model, self.sources, self.data.facts, cameras, origin)
@@ -134,11 +162,6 @@ class Run:
             self.sources[name] = completed(self.sources[name], part)
         if self.options.dry_run:
             print(parts.table(self.cfg))
-        features = self.cfg.data.cache == "features"
-        if features:
-            cached_components(parts, cameras)  # nothing to cache is an error before decoding
-        if self.cfg.data.cache != "none":  # last, because decoding takes minutes
-            self.data.cache_frames(dry_run=self.options.dry_run and not features)
         if origin:
             self._warn_of_other_data(
                 origin.folder, f"components of {origin.folder} (train.load_dir)"
@@ -172,12 +195,16 @@ class Run:
         folder = broadcast_object_list(folder)[0]
         if folder:
             self._load(folder)
-        if self.cfg.data.cache == "features" and self.step < self.total:
-            # Only now are the frozen weights final.
-            self.data.cache_features(policy.parts, self.sources, self.accelerator)
+        if self.step < self.total:
+            # Last, because it takes minutes to hours; and only now are the frozen weights final.
+            if self.cfg.data.cache != "none":
+                self.data.cache_frames()
+            if self.cfg.data.cache == "features":
+                self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.is_main:
             resuming = f"resuming {folder} at step {self.step} of {self.total}"
             print(resuming if folder else f"new run in {self.folder}")
+            self._notice_of_short_epochs()
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
             (self.folder / "config.yaml").write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
@@ -319,9 +346,11 @@ class Run:
         if last or self.step % self.train.log_every == 0:
             self.log.training(self.step, self.epoch, self.scalars)
         self.scalars = {}
-        if epoch_ends and _due(self.epoch, self.train.val_every) and len(self.data.val_rows):
+        validated = epoch_ends and _due(self.epoch, self.val_every)
+        finished = self.step >= self.total and self.val_every is not None
+        if (validated or finished) and len(self.data.val_rows):
             self._validate(model)
-        saved = epoch_ends and _due(self.epoch, self.train.save_every)
+        saved = epoch_ends and _due(self.epoch, self.save_every)
         if last or saved or _due(self.step, self.train.save_every_steps):
             self._save()
 
@@ -473,7 +502,7 @@ def _due(count, every):
 
 
 NOT_REPORTED = (  # keys, and changes of one key, that do not change what is learned
-    r"train\.(project_name|save|keep|load|tracker|log)|model\.component_config_paths"
+    r"train\.(project_name|save|keep|load|tracker|log|min_interval)|model\.component_config_paths"
     r"|data\.(num_workers|cache_max_gb|root|val_samples|batch_size)"
     r"|data\.cache: (none|frames) (none|frames)$"
 )

@@ -120,7 +120,9 @@ class Data:
         unique=True,
     )
     hold_keys: list[str] = key(
-        [], "columns whose nearest value is taken when resampling, the same as discrete", unique=True
+        [],
+        "columns whose nearest value is taken when resampling, the same as discrete",
+        unique=True,
     )
     resample: dict[str, Kind] = key(
         {},
@@ -242,7 +244,9 @@ class Train:
     )
     micro_steps: int = key(1, "gradient accumulation: batches per optimizer step", low=1)
     clip: float = key(1.0, "largest norm of a component's gradient", above=0, high=1e20)
-    val_every: int | None = key(1, "epochs between held-out losses; null: never", low=1)
+    val_every: int | None = key(
+        1, "epochs between held-out losses, of which the last step has one, too; null: never", low=1
+    )
     ema: float | None = key(
         0.999,
         "decay of the average of the weights that is evaluated and saved; null: none",
@@ -254,6 +258,12 @@ class Train:
     )
     save_every_steps: int | None = key(
         None, "optimizer steps between further checkpoints; null: none", low=1
+    )
+    min_interval: int = key(
+        100,
+        "least optimizer steps between held-out losses, and between checkpoints by save_every: "
+        "where epochs are short, only each so many count",
+        low=1,
     )
     keep_last: int = key(2, "newest checkpoints that are kept", low=1)
     save_dir: Path = key(..., "run folder; the same command again resumes it")

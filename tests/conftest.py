@@ -192,6 +192,7 @@ class Experiment:
                 "micro_steps": 2,
                 "ema": 0.9,
                 "save_every": 1000,
+                "min_interval": 1,
                 "save_dir": str(self.save_dir),
                 "log_every": 1,
             },

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from common import build, checkpoint, log, optim, preflight, run
 from common.blocks.vision import TinyCNN
 from common.build import UnknownBlock
 from common.config import DataError, UserError, Yaml, refuse_config_of_another_script
+from common.data import frames, loader
 from common.data.lerobot import cache_folder
 
 FREEZE = "model.component_build_args={backbone: {freeze: true}}"
@@ -798,6 +800,132 @@ def test_pictures_are_decoded_last(experiment, capsys):
         exp.main("--dry_run", size, "data.cache_max_gb=0.0001")
     assert exp.main(size, "train.total_steps=1") == 0
     assert {*frames.glob("*.npy")} > before
+
+
+LATE = {  # what takes minutes or hours -> how a test notices that it begins
+    "generating": (loader, "locate"),
+    "building": (run, "build_parts"),
+    "decoding": (frames, "build"),
+}
+EARLY = {  # what is wrong -> overrides, an edit of the files, message, what must not begin
+    "a block": (
+        [],
+        edit("backbone", "block: tiny_cnn", "block: tiny_cn"),
+        r"backbone.yaml:\d+: block: no block 'tiny_cn'; did you mean 'tiny_cnn'",
+        "generating",
+    ),
+    "an argument": (
+        [],
+        edit("info_embedder", "heads: 2", "head: 2"),
+        r"info_embedder.yaml:\d+: args.head: block 'info_encoder' takes no 'head'",
+        "generating",
+    ),
+    "a number of the config": (
+        [],
+        edit("info_embedder", "num_cameras: null", "num_cameras: 2"),
+        r"num_cameras: 2 here, but the dataset has 3",
+        "generating",
+    ),
+    "a camera": (
+        ["data.cameras={}", "model.component_config_paths.da3=DA3"],
+        lambda exp: shutil.copy(exp.folder / "backbone.yaml", exp.folder / "da3.yaml"),
+        "'da3' is listed, but data.cameras names no camera",
+        "generating",
+    ),
+    "frames above the limit": (
+        ["data.cache_max_gb=0.0001"],
+        None,
+        r"frames of 3 cameras at 32 x 32 take 0.00 GB, above data.cache_max_gb: 0.0001",
+        "building",
+    ),
+    "features above the limit": (
+        ["data.cache=features", "data.cache_max_gb=0.001", FREEZE, "data.augment=null"],
+        edit("backbone", "dim: 8", "dim: 800"),
+        r"features of 100 frames \(backbone of head, .* right\) take 0.00 GB, above data.cache_max",
+        "building",
+    ),
+    "nothing to cache": (
+        ["data.cache=features", "data.augment=null"],
+        None,
+        "none of them is frozen",
+        "building",
+    ),
+    "components that do not fit": (
+        [],
+        edit("info_embedder", "visual_dim: 8", "visual_dim: 9"),
+        "found size 8, expected 9",
+        "decoding",
+    ),
+}
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("mistake", EARLY)
+def test_a_mistake_shows_before_what_takes_long(experiment, monkeypatch, own_cache, mistake):
+    exp = experiment()
+    overrides, change, message, late = EARLY[mistake]
+    if change:
+        change(exp)
+    for owner, name in [*LATE.values()][[*LATE].index(late) :]:
+        monkeypatch.setattr(owner, name, lambda *args: pytest.fail("too late"))
+    with pytest.raises(UserError, match=message):
+        exp.main(*(text.replace("DA3", f"{exp.folder}/da3.yaml") for text in overrides))
+
+
+def test_a_disk_without_space_for_frames_shows_before_models_are_built(
+    experiment, monkeypatch, own_cache
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(frames.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    monkeypatch.setattr(run, "build_parts", lambda *args: pytest.fail("too late"))
+    with pytest.raises(DataError, match=r"take 0.00 GB, but 0.00 GB are free; set data.cache"):
+        experiment().main()
+
+
+def test_files_that_are_there_make_the_disk_no_fuller(experiment, monkeypatch, own_cache):
+    """Of a frame cache that another process fills, and of features."""
+    exp = experiment()
+    cached = ["data.cache=features", FREEZE, "data.augment=null"]
+    exp.main(*cached, "train.total_steps=1")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(frames.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    exp.main(*cached, "train.total_steps=2")
+    for file in (cache_folder() / "frames").glob("*.npy"):
+        file.rename(file.with_suffix(".tmp"))
+    exp.main("train.total_steps=2", f"train.save_dir={exp.folder / 'other'}")
+
+
+def test_a_component_that_knows_its_size_only_with_weights_is_asked_later(
+    experiment, monkeypatch, own_cache
+):
+    exp = experiment()
+    edit("backbone", "dim: 8", "dim: 800")(exp)
+    edit("info_embedder", "visual_dim: 8", "visual_dim: 800")(exp)
+    edit("info_embedder", "semantic_dim: 16", "semantic_dim: 1600")(exp)
+    forward = TinyCNN.forward
+
+    def needs_values(self, image):
+        if image.sum().item() < 0:
+            raise AssertionError
+        return forward(self, image)
+
+    monkeypatch.setattr(TinyCNN, "forward", needs_values)
+    cached = ["data.cache=features", FREEZE, "data.augment=null", "train.total_steps=1"]
+    with pytest.raises(DataError, match=r"features of 100 frames .* above data.cache_max_gb: 0"):
+        exp.main(*cached, "data.cache_max_gb=0.001")
+    assert list((cache_folder() / "frames").glob("*.npy"))
+
+
+def test_a_finished_run_decodes_nothing(experiment, monkeypatch, own_cache):
+    exp = experiment()
+    exp.main("data.cache=none", "train.total_steps=1")
+    monkeypatch.setattr(frames, "build", lambda *args: pytest.fail("decodes"))
+    assert exp.main("train.total_steps=1") == 0
 
 
 def test_a_tracker_that_cannot_start_costs_a_warning(experiment, capsys):

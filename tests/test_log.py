@@ -93,6 +93,6 @@ def test_decoding_fills_no_log(experiment, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(frames, "resize", lambda *x: frames_decoded.append(1) or resize(*x))
     experiment().main("train.total_steps=1")
     captured = capsys.readouterr()
-    assert len(frames_decoded) == 300
+    assert len(frames_decoded) == 300 + 6  # two samples in the preflight
     assert "decoded once, into" in captured.out
     assert captured.err.count("\n") == 1  # of the step

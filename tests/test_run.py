@@ -215,7 +215,8 @@ def test_the_log_is_cut_back_and_curves_are_drawn(experiment, monkeypatch, curve
     with (exp.save_dir / "log.jsonl").open("a") as f:
         f.write('{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo')
     exp.main("train.total_steps=8")
-    assert [line["step"] for line in steps_of(exp.save_dir / "log.jsonl")] == list(range(1, 9))
+    lines = steps_of(exp.save_dir / "log.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 9), 8]  # the last one is held out
     assert all(seconds > 0 for seconds in exp.log("data_s").values())
     assert (exp.save_dir / "curves.png").stat().st_size > 1000
     assert (exp.save_dir / "config.yaml").is_file()
@@ -475,11 +476,41 @@ def test_epochs_need_no_numbers(experiment):
     """null: no limit by epochs, no checkpoint and no held-out loss at their ends."""
     exp = experiment()
     exp.main("train.epoch=null", "train.total_steps=11", "train.save_every=null")
-    assert list(exp.log("val/loss")) == [10]
+    assert list(exp.log("val/loss")) == [10, 11]  # the last step has one in any case
     assert list(checkpoint.steps(exp.save_dir).values()) == [11]
     exp.main("train.epoch=1", "train.val_every=null", f"train.save_dir={exp.folder / 'other'}")
     assert not exp.log("val/loss", exp.folder / "other")
     assert exp.job.step == 10
+
+
+SHORT = ["data.batch_size=40", "data.num_workers=0", "train.epoch=10"]  # 2 steps an epoch
+SHORT += ["train.min_interval=5", "train.save_every=2", "train.keep_last=9"]
+
+
+def test_short_epochs_are_counted_together(experiment, capsys):
+    """Every second epoch is every fourth step; at least 5 steps make that every fourth epoch."""
+    exp = experiment()
+    exp.main(*SHORT)
+    assert list(checkpoint.steps(exp.save_dir).values()) == [8, 16, 20]
+    assert list(exp.log("val/loss")) == [6, 12, 18, 20]
+    notice = (
+        "notice: an epoch has only 2 steps: train.val_every is 3 in place of 1, train.save_every "
+        "is 4 in place of 2 (train.min_interval: 5 steps)\n"
+    )
+    assert capsys.readouterr().out.count(notice) == 1
+    again = f"train.save_dir={exp.folder / 'again'}"
+    assert exp.stop_at(7, *SHORT, again) == 143
+    exp.main(*SHORT, again)
+    assert list(checkpoint.steps(exp.folder / "again").values()) == [7, 8, 16, 20]
+    assert_same_run(exp.save_dir, exp.folder / "again", "epoch_10")
+
+
+def test_what_is_asked_for_in_steps_is_not_spaced_out(experiment, capsys):
+    exp = experiment()
+    exp.main(*SHORT, "train.save_every=null", "train.val_every=null", "train.save_every_steps=3")
+    assert list(checkpoint.steps(exp.save_dir).values()) == [3, 6, 9, 12, 15, 18, 20]
+    assert not exp.log("val/loss")
+    assert "notice: an epoch" not in capsys.readouterr().out
 
 
 def make_old(folder, config=None):

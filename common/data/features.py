@@ -9,8 +9,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, redirect_stdout, suppress
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +25,9 @@ from tqdm import tqdm
 
 from common.config import ConfigError, DataError, UserError, Yaml
 from common.data.frames import ArrayFiles, FrameCache, reserve
-from common.parts import Parts
+from common.parts import Parts, build_parts
 from common.progress import progress
+from common.schema import Model, Part
 
 DTYPE = np.float16
 CPU_BATCH = 8  # frames at a time
@@ -287,7 +290,24 @@ def estimate(
             needed += size
         seconds += elapsed / len(trial[0]) * (frames - done)
         lacking.append((extraction, shapes, done))
-    names = ", ".join(f"{extraction.name} of {extraction.camera}" for extraction in extractions)
+    users = [(extraction.name, extraction.camera) for extraction in extractions]
+    text = require_space(users, frames, total, needed, folder, max_gb)
+    if lacking:
+        past = sum(done for _, _, done in lacking)
+        resumed = f", going on after {past} of {frames * len(lacking)}" if past else ""
+        text += f": about {duration(seconds)} on {accelerator.device}{resumed}, once"
+        print(f"{text}, into {folder}", flush=True)
+    return lacking
+
+
+def require_space(
+    users: list[tuple[str, str]], frames: int, total: int, needed: int, folder: Path, max_gb: float
+) -> str:
+    """The bytes that features of some (component, camera) take, in words.
+
+    Raises DataError if total is above max_gb (10^9 bytes), or needed above what the disk has left.
+    """
+    names = ", ".join(f"{name} of {camera}" for name, camera in users)
     text = f"features of {frames} frames ({names}) take {total / 1e9:.2f} GB"
     if total > max_gb * 1e9:
         raise DataError(f"{text}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
@@ -297,12 +317,43 @@ def estimate(
         raise DataError(
             f"{folder}: {text}, but {free / 1e9:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
         )
-    if lacking:
-        past = sum(done for _, _, done in lacking)
-        resumed = f", going on after {past} of {frames * len(lacking)}" if past else ""
-        text += f": about {duration(seconds)} on {accelerator.device}{resumed}, once"
-        print(f"{text}, into {folder}", flush=True)
-    return lacking
+    return text
+
+
+@torch.no_grad()
+def foreseen_sizes(
+    model: Model,
+    sources: dict[str, Yaml],
+    facts: dict[str, int],
+    cameras: dict[str, str],
+    image_size: Sequence[int],
+) -> dict[tuple[str, str], int]:
+    """Bytes of one frame's features by (component, camera), found without weights or memory.
+
+    Components that may share a file count once. Empty if a component cannot run on torch's meta
+    device: then only the real one can tell. Raises ConfigError where there is nothing to cache.
+    """
+    unloaded = {name: model.component_build_args.get(name, Part()) for name in sources}
+    for name, part in unloaded.items():
+        if not part.same_as:
+            unloaded[name] = replace(part, init="scratch")
+    sizes = {}
+    with torch.device("meta"), redirect_stdout(StringIO()):  # notices come with the real ones
+        model = replace(model, component_build_args=unloaded)
+        parts = build_parts(model, sources, facts, list(cameras))
+        backbones = parts.camera_components(list(cameras))[0]
+        for name, camera in cached_components(parts, cameras):
+            module = parts[name].eval()
+            try:
+                features = module(image=torch.zeros(1, 3, *image_size))
+            except (NotImplementedError, RuntimeError):
+                return {}
+            features = [features] if isinstance(features, torch.Tensor) else features
+            kept = features if (name, camera) in backbones else features[:1]
+            size = sum(x[0].numel() for x in kept) * np.dtype(DTYPE).itemsize
+            file = json.dumps([cameras[camera], feature_settings(sources[name].data)])
+            sizes.setdefault(file, ((name, camera), size))
+    return dict(sizes.values())
 
 
 def remove_leftovers(folder: Path, missing: list[Extraction]) -> None:

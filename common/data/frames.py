@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -227,8 +228,43 @@ class FrameCache(ArrayFiles):
     ) -> "FrameCache | None":
         """The cache in `folder`, decoded now if it isn't there; other processes wait for it.
 
-        dry_run: only print the space that it takes; None if it isn't there. Raises DataError if it
-        takes more than max_gb (10^9 bytes) or than the disk has left.
+        dry_run: only print the space that it takes; None if it isn't there. Raises DataError as
+        plan() does.
+        """
+        paths, total = cls.plan(dataset, cameras, size, episodes, folder, max_gb)
+        numbers = [episode.index for episode in dataset.select(episodes)]
+        if all(path.exists() for path in paths.values()):
+            return cls(paths)
+        with locked(folder / f"{dataset.content_key}.lock"):
+            # By path, because two names may mean one camera.
+            missing = {path: name for name, path in paths.items() if not path.exists()}
+            if missing:
+                for left_over in folder.glob(f"{dataset.content_key}-*.tmp"):
+                    left_over.unlink()
+                names = list(missing.values())
+                print(f"{total}: {', '.join(names)} decoded once, into {folder}", flush=True)
+                if dry_run:
+                    return None
+                build(dataset, {name: cameras[name] for name in names}, size, numbers, paths)
+        cache = cls(paths)
+        if missing and cache.warnings:
+            print(*cache.warnings, sep="\n", flush=True)
+        return cache
+
+    @classmethod
+    def plan(
+        cls,
+        dataset: LeRobotDataset,
+        cameras: dict[str, str],
+        size: Sequence[int],
+        episodes: list[int] | None,
+        folder: Path,
+        max_gb: float,
+    ) -> tuple[dict[str, Path], str]:
+        """Camera -> its file in `folder`; the space that all files take, in words.
+
+        Raises DataError if they take more than max_gb (10^9 bytes), or the missing ones more than
+        the disk has left.
         """
         dataset.require_cameras(cameras.values())
         chosen = dataset.select(episodes)
@@ -248,29 +284,16 @@ class FrameCache(ArrayFiles):
         )
         if gb > max_gb:
             raise DataError(f"{total}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
-        if all(path.exists() for path in paths.values()):
-            return cls(paths)
-        with locked(folder / f"{dataset.content_key}.lock"):
-            # By path, because two names may mean one camera.
-            missing = {path: name for name, path in paths.items() if not path.exists()}
-            if missing:
-                for left_over in folder.glob(f"{dataset.content_key}-*.tmp"):
-                    left_over.unlink()
-                free = shutil.disk_usage(folder).free / 1e9
-                if camera_gb * len(missing) > free:
-                    raise DataError(
-                        f"{folder}: {total}, but {free:.2f} GB are free; {ADVICE}, or move "
-                        "XDG_CACHE_HOME"
-                    )
-                names = list(missing.values())
-                print(f"{total}: {', '.join(names)} decoded once, into {folder}", flush=True)
-                if dry_run:
-                    return None
-                build(dataset, {name: cameras[name] for name in names}, size, numbers, paths)
-        cache = cls(paths)
-        if missing and cache.warnings:
-            print(*cache.warnings, sep="\n", flush=True)
-        return cache
+        missing = {path for path in paths.values() if not path.exists()}
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        # What another process decodes now, or left, is either ours or makes room.
+        unfinished = occupied(folder, f"{dataset.content_key}-*.tmp")
+        free = (shutil.disk_usage(existing).free + unfinished) / 1e9
+        if camera_gb * len(missing) > free:
+            raise DataError(
+                f"{folder}: {total}, but {free:.2f} GB are free; {ADVICE}, or move XDG_CACHE_HOME"
+            )
+        return paths, total
 
 
 def build(
@@ -335,6 +358,15 @@ def build(
             path.unlink(missing_ok=True)
             if not paths[name].exists():
                 paths[name].with_suffix(".json").unlink(missing_ok=True)
+
+
+def occupied(folder: Path, pattern: str) -> int:
+    """Bytes of the files in a folder whose names match; one that goes meanwhile counts nothing."""
+    total = 0
+    for file in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.memmap:

@@ -13,8 +13,8 @@ from common import schema
 from common.blocks.weights import read_tensors
 from common.config import DataError, Yaml
 from common.data.checks import check_files
-from common.data.features import FeatureCache
-from common.data.frames import FrameCache, VideoFrames
+from common.data.features import FeatureCache, foreseen_sizes, require_space
+from common.data.frames import FrameCache, VideoFrames, occupied
 from common.data.generated import locate
 from common.data.images import DRAWS, IMAGE, augmented
 from common.data.lerobot import LeRobotDataset, cache_folder
@@ -93,9 +93,7 @@ class Data:
         self.facts = {
             "action_dim": windows.action.shape[1],
             "state_dim": windows.state.shape[1],
-            "num_cameras": len(cfg.cameras),
-            "action_horizon": cfg.action_horizon,
-            "proprio_history": cfg.obs_proprio_history,
+            **facts_of_config(cfg),
         }
 
     @property
@@ -122,6 +120,27 @@ class Data:
                 f"{', '.join(expected)}\n    give data.root, data.state_keys and data.action_key "
                 "of that run, or another train.save_dir for a new one"
             )
+
+    def check_frame_space(self) -> None:
+        """Raise DataError unless the frames fit on the disk and below data.cache_max_gb."""
+        cfg = self.cfg
+        folder = cache_folder() / "frames"
+        arguments = (cfg.cameras, cfg.image_size, cfg.episodes, folder, cfg.cache_max_gb)
+        FrameCache.plan(self.dataset, *arguments)
+
+    def check_feature_space(self, model: schema.Model, sources: dict[str, Yaml]) -> None:
+        """The same of the features, before a weight is made.
+
+        Files that are there may be those of other weights: they count as if they were the right
+        ones. Raises ConfigError where no component is frozen.
+        """
+        cfg = self.cfg
+        sizes = foreseen_sizes(model, sources, self.facts, cfg.cameras, cfg.image_size)
+        frames = sum(episode.length for episode in self.dataset.select(cfg.episodes))
+        folder = cache_folder() / "features"
+        there = occupied(folder, f"{self.dataset.content_key}-*")
+        total = frames * sum(sizes.values())
+        require_space([*sizes], frames, total, total - there, folder, cfg.cache_max_gb)
 
     def cache_frames(self, dry_run: bool = False) -> None:
         """Fill the frame cache; from now on, pictures are read from it in place of the videos.
@@ -213,6 +232,15 @@ class Data:
         rows = self.val_rows[rank * share : (rank + 1) * share]
         for i in range(0, share, size):
             yield to_device(self.windows[rows[i : i + size]], device)
+
+
+def facts_of_config(cfg: schema.Data) -> dict[str, int]:
+    """The facts that are known before the dataset is there."""
+    return {
+        "num_cameras": len(cfg.cameras),
+        "action_horizon": cfg.action_horizon,
+        "proprio_history": cfg.obs_proprio_history,
+    }
 
 
 def held_out_episodes(episodes: list[int], val: float | list[int]) -> set[int]:
