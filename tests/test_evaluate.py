@@ -868,6 +868,17 @@ class Closer(Knowing):
         return recorded + (super().sample(memory, x0, steps, z, prefix) - recorded) / steps
 
 
+def test_figures_of_single_episodes_show_the_last_nfe(off_line):
+    off_line("--nfe", 1, 4, policy=Closer())
+    drawn = open_loop.plots.draw_chunks.call_args_list  # of a stand-in for the module
+    assert [call.args[0] for call in drawn] == [3, 5]
+    for call in drawn:
+        _, predicted, recorded, valid = call.args[:4]
+        np.testing.assert_allclose(
+            (predicted - recorded)[valid].mean(0), [0.025, 0.05, 0.075, 0.1], rtol=1e-3
+        )
+
+
 def test_open_loop_reports_every_nfe(off_line, tmp_path, capsys):
     results, policy = off_line("--nfe", 1, 4, 2, 4, "--samples", 2, policy=Closer(), draw=True)
     assert [row["nfe"] for row in results["results"]] == [1, 4, 2]
@@ -1092,6 +1103,16 @@ def test_other_recordings_of_the_same_kind_are_all_new(again, tmp_path):
     assert results["episodes"] == results["new_episodes"] == [0, 1, 2, 3]
 
 
+def test_an_episode_that_was_changed_is_another_one():
+    state, action = (np.array(column, np.float32) for column in recording(3).values())
+    known = content_hash([state, action])
+    assert content_hash([state.copy(), action.copy()]) == known
+    changed = action.copy()
+    changed[-1, -1] += 1e-3
+    for other in ([state, changed], [state[:-1], action[:-1]], [action, state], [state]):
+        assert content_hash(other) != known
+
+
 def test_older_checkpoints_know_their_episodes_by_number(again, tmp_path):
     root = write_recordings(tmp_path / "data", range(10))
     results, out = again(root, meta={"episode_hashes": None})
@@ -1159,4 +1180,6 @@ def test_a_real_run_and_a_dataset_that_grew_since(experiment, tmp_path, capsys):
     assert evaluate.main(argv) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["episodes"] == exp.meta("step_1")["episodes"]["held out"] == [4, 5]
-    assert "has episodes that are new to the run: [6]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "has episodes that are new to the run: [6]" in out
+    assert "older checkpoint" not in out

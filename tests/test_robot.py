@@ -14,6 +14,7 @@ from conftest import CAMERAS, Experiment, forget_accelerator
 from helpers import ScriptedPolicy, rewrite_meta
 from PIL import Image
 
+import evaluate
 import train_mi
 import train_vfp
 from common import config, schema
@@ -642,6 +643,10 @@ def test_code_that_is_not_the_project_s_is_run_where_it_is_named(trained, tmp_pa
         robot = Robot.open(folder, replan_steps=3, device="cpu", **named)
         expected = Robot.open(trained, replan_steps=3, device="cpu").act(camera_observation(0))
         np.testing.assert_array_equal(robot.act(camera_observation(0)), expected)
+        argv = ["--checkpoint", str(folder), "--script", str(script), "--nfe", "1"]
+        with pytest.raises(UserError, match=r"If you trust them: --plugins strange_blocks"):
+            evaluate.main(argv)
+        assert evaluate.main([*argv, "--plugins", "strange_blocks"]) == 0
     finally:
         sys.modules.pop(script.stem, None)
         sys.modules.pop("strange_blocks", None)
