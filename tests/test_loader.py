@@ -12,6 +12,7 @@ from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer, statistics
 from common.data.order import Order, group_similar
+from common.noise import Noise
 from common.schema import Augment
 from common.schema import Data as Settings
 
@@ -140,11 +141,29 @@ def test_held_out_windows_are_limited_and_evenly_spaced(demos):
     assert len(data.val_rows) == 10
     assert set(batch["episode_index"].tolist()) == {1, 2}
     assert np.ptp(np.diff(data.val_rows)) <= 1
-    shares = [
-        [b["frame_index"] for b in data.held_out(rank, 2, torch.device("cpu"), 3)]
-        for rank in (0, 1)
-    ]
-    assert torch.equal(torch.cat(shares[0] + shares[1]), batch["frame_index"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 12, 17])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_held_out_batch(demos, world, count):
+    """None is left out, whether or not they divide; each process has equally many batches."""
+    data = load(demos, val_episodes=[1, 2], val_samples=count)
+    whole = list(data.held_out(0, 1, torch.device("cpu"), 2 * world))
+    parts = [list(data.held_out(rank, world, torch.device("cpu"), 2)) for rank in range(world)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for i, batch in enumerate(whole):
+        assert batch["share"] == (0, len(batch["action"]), len(batch["action"]))
+        found = []
+        noise = []
+        for part in parts:
+            first, taken, total = part[i]["share"]
+            assert total == len(batch["action"])
+            assert first == sum(map(len, found))
+            found.append(part[i]["frame_index"][:taken])
+            drawn = Noise("x", i, share=(first, total)).normal(len(part[i]["action"]), 3)
+            noise.append(drawn[:taken])
+        assert torch.equal(torch.cat(found), batch["frame_index"])
+        assert torch.equal(torch.cat(noise), Noise("x", i).normal(len(batch["action"]), 3))
 
 
 def test_bad_choices_of_episodes(demos):

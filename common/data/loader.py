@@ -207,11 +207,20 @@ class Data:
         )
 
     def held_out(self, rank: int, world: int, device: torch.device, size: int) -> Iterator[dict]:
-        """Batches of this process's equal share of the held-out rows; a remainder is left out."""
-        share = len(self.val_rows) // world
-        rows = self.val_rows[rank * share : (rank + 1) * share]
-        for i in range(0, share, size):
-            yield to_device(self.windows[rows[i : i + size]], device)
+        """Batches of the held-out rows of this process, equally many for all processes.
+
+        One process's batches of size x world rows are divided among the processes. `share` of a
+        batch is (first, count, total): the place of its first row in the whole, and their numbers
+        of rows. Where a whole has fewer rows than there are processes, some get a row of count 0.
+        """
+        for start in range(0, len(self.val_rows), size * world):
+            whole = self.val_rows[start : start + size * world]
+            first = len(whole) * rank // world
+            count = len(whole) * (rank + 1) // world - first
+            rows = whole[first : first + max(count, 1)]
+            batch = to_device(self.windows[rows], device)
+            batch["share"] = (first, count, len(whole))
+            yield batch
 
 
 def held_out_episodes(episodes: list[int], val: float | list[int]) -> set[int]:
