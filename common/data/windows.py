@@ -40,6 +40,7 @@ class Windows(Dataset):
         frames: FrameCache | VideoFrames,
     ):
         self.cfg = cfg
+        self.root = dataset.root
         self.frames = frames
         self.features: FeatureCache | None = None
         self.pictures = list(cfg.cameras)
