@@ -224,13 +224,20 @@ def write_meta(folder, edit):
 def test_an_old_checkpoint_keeps_the_scale_that_it_was_trained_with(small, tmp_path, capsys):
     exp = Experiment(tmp_path, small)
     exp.main("train.total_steps=2", "data.min_std=0.01")
-    write_meta(exp.save_dir / "step_2", lambda meta: meta["config"]["data"].pop("min_std"))
+
+    def without_new_keys(meta):
+        for key in ("min_std", "resample"):
+            del meta["config"]["data"][key]
+
+    write_meta(exp.save_dir / "step_2", without_new_keys)
     policy, cfg = checkpoint.open_policy(exp.save_dir)
     assert cfg.data.min_std == 0.01
     old = policy.stats.affine("action")
     assert old[1].tolist() == pytest.approx([0.01] * 4)
     exp.main("train.total_steps=3")
-    assert "data.min_std stays 0.01, as this run began" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "data.min_std stays 0.01, as this run began" in out
+    assert "was None" not in out
     assert all(map(torch.equal, exp.job.policy.stats.affine("action"), old))
     policy, _ = checkpoint.open_policy(exp.save_dir)
     assert all(map(torch.equal, policy.stats.affine("action"), old))
