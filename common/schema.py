@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import Keys, Reader, key, suggest
+from common.data.columns import Kind
 
 
 @dataclass
@@ -98,7 +99,12 @@ class Data:
         ["observation.state"], "low-dimensional columns of the state, concatenated in this order"
     )
     hold_keys: list[str] = key(
-        [], "columns whose nearest value is taken when resampling; others are interpolated"
+        [], "columns whose nearest value is taken when resampling, the same as discrete"
+    )
+    resample: dict[str, Kind] = key(
+        {},
+        "how columns, or numbers of them like action[3], are resampled, where what is recognised "
+        "from the data is wrong",
     )
     action_key: str = key("action", "column of the action")
     action_horizon: int = key(40, "actions per chunk", low=1)

@@ -266,13 +266,17 @@ class LeRobotDataset:
                 f"available: {available}"
             )
 
-    def require_columns(self, keys: Iterable[str]) -> None:
-        """Raises DataError, with the names to choose from, if a key is no numeric column."""
+    def require_columns(self, keys: Iterable[str], setting: str = "") -> None:
+        """Raises DataError, with the names to choose from, if a key is no numeric column.
+
+        setting: the key of train.yaml that names them.
+        """
+        place = f"{setting}: " if setting else ""
         numeric = [field.name for field in self.schema if is_numeric(field.type)]
         for key in keys:
             if key not in numeric:
                 raise DataError(
-                    f"{self.root}: no numeric column {key!r}{nearest(key, numeric)}\n    "
+                    f"{self.root}: {place}no numeric column {key!r}{nearest(key, numeric)}\n    "
                     f"available: {', '.join(numeric)}"
                 )
 

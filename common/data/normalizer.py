@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.data.columns import label
+
 NOISE = 1e-6  # spread of rounding errors of float32: so much of the magnitude, or of 1 if below
 
 
@@ -33,9 +35,11 @@ def statistics(
         still = constant(stats[f"{name}_mean"], stats[f"{name}_std"])
         still = torch.nonzero(still).flatten().tolist()
         if still:
-            named = f" ({', '.join(names[name][i] for i in still)})" if names else ""
+            own = {i: names[name][i] for i in still} if names else {}
+            named = [title for i, title in own.items() if f"[{i}]" not in title]
             print(
-                f"warning: {name} dimensions {still}{named} are constant over the training episodes"
+                f"warning: {name} dimensions {still} are constant over the training episodes"
+                + (f": {', '.join(named)}" if named else "")
             )
     return stats
 
@@ -71,7 +75,7 @@ def differences(
         ratio = std.clamp(min=floor) / was_std.clamp(min=floor)
         far = (mean - was_mean).abs() > 5 * was_std.clamp(min=floor)
         for i in torch.nonzero(far | (ratio > 5) | (ratio < 0.2)).flatten().tolist():
-            title = label(name, i, names)
+            title = label(name, i, names[name][i] if names else "")
             here = f"mean {mean[i]:.3g} with a spread of {std[i]:.3g}"
             before = f"in training {was_mean[i]:.3g} with {was_std[i]:.3g}"
             lines.append(f"{title}: {here}, {before}: {_likely(ratio[i].item(), floor[i].item())}")
@@ -95,13 +99,6 @@ def _likely(ratio, floor):
         if 0.7 < ratio / factor < 1.4:
             return f"other units ({cause})"
     return "other units?"
-
-
-def label(name: str, i: int, names: dict[str, list[str]] | None = None) -> str:
-    """Dimension i of state or action as messages name it: action[3] (left_gripper)."""
-    known = (names or {}).get(name)
-    own = known[i] if known else ""
-    return f"{name}[{i}]" if not own or own.endswith(f"[{i}]") else f"{name}[{i}] ({own})"
 
 
 class Normalizer(nn.Module):
@@ -193,9 +190,10 @@ def poor_scales(
                 cause = "noise of a joint that stands still? try data.min_std"
             else:
                 continue
+            title = label(name, i, names[name][i] if names else "")
             raw = f"raw {low[i]:.6g} to {high[i]:.6g}"
             ends = f"all rows {column.min():.6g} to {column.max():.6g}"
-            lines.append(f"{label(name, i, names)}: {found} ({raw}, {ends}): {cause}")
+            lines.append(f"{title}: {found} ({raw}, {ends}): {cause}")
     return lines
 
 

@@ -14,6 +14,7 @@ from common.data.features import FeatureCache
 from common.data.frames import FrameCache, VideoFrames
 from common.data.images import IMAGE
 from common.data.lerobot import LeRobotDataset
+from common.data.resampling import Grid, chosen_kinds, given_kinds
 
 
 class Windows(Dataset):
@@ -23,9 +24,9 @@ class Windows(Dataset):
     first, observation.images.<name> (B, 3, h, w) uint8 (or (B, F, 3, h, w) with an image history),
     action (B, T, A), action_is_pad (B, T), episode_index and frame_index (B,). Steps before the
     first repeat it; steps after the last repeat it with action_is_pad true. With HZ other than the
-    dataset's fps, each episode gets a time grid k / HZ: low-dimensional values are interpolated
-    (hold_keys: nearest), frames are the nearest. With `features`, its entries (see FeatureCache)
-    come too, and pictures only of the cameras in `pictures`.
+    dataset's fps, each episode gets a time grid k / HZ: low-dimensional values are interpolated, or
+    treated as their kind demands (see resampling.py); frames are the nearest. With `features`, its
+    entries (see FeatureCache) come too, and pictures only of the cameras in `pictures`.
 
     sizes: numbers in a row of each column; names: a name per dimension of state and action; hashes:
     of the rows of each episode, whatever its number is. Per row: state and action, episode_index
@@ -41,6 +42,7 @@ class Windows(Dataset):
         frames: FrameCache | VideoFrames,
     ):
         self.cfg = cfg
+        self.root = dataset.root
         self.frames = frames
         self.features: FeatureCache | None = None
         self.pictures = list(cfg.cameras)
@@ -52,35 +54,29 @@ class Windows(Dataset):
         self.episode_index = np.array(episodes)[self.episode]
         self.step = np.arange(steps.sum()) - self.first[self.episode]
 
-        start = (np.cumsum(lengths) - lengths)[self.episode]
-        end = start + lengths[self.episode] - 1
-        frame = self.step * (dataset.fps / cfg.HZ)
-        self.source_row = np.minimum(start + np.floor(frame + 0.5).astype(np.int64), end)
-        below = np.minimum(start + np.floor(frame + 1e-6).astype(np.int64), end)
-        above = np.minimum(below + 1, end)
-        share = np.clip(frame - (below - start), 0, 1).astype(np.float32)[:, None]
+        end = np.cumsum(lengths) - 1
+        start = end - lengths + 1
+        of = self.episode
+        ratio = dataset.fps / cfg.HZ
+        grid = Grid(self.step * ratio, start[of], end[of], ratio, end)
+        self.source_row = grid.nearest
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
         self.sizes = {key: values.shape[1] for key, values in columns.items()}
-        named = {key: joint_names(dataset.features, key, n) for key, n in self.sizes.items()}
-        self.names = {
-            "state": [name for key in cfg.state_keys for name in named[key]],
-            "action": named[cfg.action_key],
-        }
-
-        starts = np.cumsum(lengths) - lengths
         self.hashes = {
-            number: content_hash([values[a : a + n] for values in columns.values()])
-            for number, a, n in zip(episodes, starts, lengths, strict=True)
+            number: content_hash([values[first : first + n] for values in columns.values()])
+            for number, first, n in zip(episodes, start, lengths, strict=True)
         }
-
-        def resample(key):
-            values = columns[key]
-            if key in cfg.hold_keys or dataset.fps == cfg.HZ:
-                return values[self.source_row]
-            return (1 - share) * values[below] + share * values[above]
-
-        self.state = np.concatenate([resample(key) for key in cfg.state_keys], 1)
-        self.action = resample(cfg.action_key)
+        names = {key: joint_names(dataset.features, key, n) for key, n in self.sizes.items()}
+        self.names = {
+            "state": [name for key in cfg.state_keys for name in names[key]],
+            "action": names[cfg.action_key],
+        }
+        given_kinds(cfg.resample, cfg.hold_keys, names)  # mistakes show at any rate
+        if dataset.fps != cfg.HZ:
+            kinds = chosen_kinds(cfg, dataset.fps, columns, names, start, end)
+            columns = {key: grid.resampled(columns[key], kinds[key]) for key in columns}
+        self.state = np.concatenate([columns[key] for key in cfg.state_keys], 1)
+        self.action = columns[cfg.action_key]
 
     @property
     def time(self) -> np.ndarray:
