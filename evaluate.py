@@ -101,13 +101,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         help="open loop: chunks drawn per observation; the best one is reported too (1)",
     )
-    add("--episodes", type=count, default=100, help="episodes per NFE (100)")
+    add("--episodes", type=count, default=100, help="closed loop: episodes per NFE (100)")
     add(
         "--nfe",
         type=count,
         nargs="+",
-        help="evaluations per chunk (1 2 4 10; open loop: 10); figures of single episodes show the "
-        "last one",
+        help="evaluations per chunk, each of which is reported (1 2 4 10; open loop: 10); single "
+        "episodes are drawn at the last one",
     )
     add(
         "--replan_steps",
