@@ -1028,6 +1028,8 @@ def test_the_episodes_held_out_are_those_of_the_checkpoint(again, tmp_path):
     results, out = again("nowhere", "--data", moved)
     assert results["episodes"] == [3, 5]
     assert "notice" not in out
+    results, _ = again(moved, HZ=5)  # resampled: what is recorded stays the same
+    assert results["episodes"] == [3, 5]
 
 
 def test_a_dataset_that_grew(again, tmp_path):
