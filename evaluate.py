@@ -8,7 +8,10 @@ repeats bit for bit, for a seed and a batch size.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,30 +23,49 @@ from tqdm import tqdm
 
 from common import metrics, plots, run
 from common.checkpoint import find_checkpoint
-from common.config import UserError, nearest
+from common.config import UserError, nearest, show
 from common.envs.registry import ENVIRONMENTS
 from common.files import require_writable, write_json
 from common.open_loop import open_loop
 from common.policy import ActionPolicy
 from common.progress import progress
-from common.robot import Robot, open_action_policy
+from common.robot import Observation, Robot, open_action_policy
 
 FIRST_SEED = 50_000  # of evaluation episodes; demonstrations are reset with smaller ones
 ENDS = ("success", "is_success")  # keys of info that tell how an episode ended
 
 
-def at_least(low: int, text: str) -> int:
-    number = int(text)
-    if number < low:
-        raise argparse.ArgumentTypeError(f"{text} is not at least {low}")
-    return number
+def whole(low: int, high: int = 10**6) -> Callable[[str], int]:
+    """Reads an argument that is a whole number from low to high."""
+
+    def read(text):
+        value = int(text) if re.fullmatch(r"-?\d{1,20}", text) else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {low} to {high}, found {show(text)}"
+            )
+        return value
+
+    return read
 
 
 def amount(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return number
+    """Reads an argument that is a number from 0 to a million."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e6, found {show(text)}")
+    return value
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """Reads an argument NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {show(text)}")
+    return name, path
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,8 +73,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    natural = partial(at_least, 0)
-    count = partial(at_least, 1)
+    natural = whole(0)
+    count = whole(1)
     add("--checkpoint", type=Path, required=True, help="a run folder (its newest) or a checkpoint")
     add(
         "--env",
@@ -79,13 +101,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         help="open loop: chunks drawn per observation; the best one is reported too (1)",
     )
-    add("--episodes", type=count, default=100, help="episodes per NFE (100)")
+    add("--episodes", type=count, default=100, help="closed loop: episodes per NFE (100)")
     add(
         "--nfe",
         type=count,
         nargs="+",
-        help="evaluations per chunk (1 2 4 10; open loop: 10); figures of single episodes show the "
-        "last one",
+        help="evaluations per chunk, each of which is reported (1 2 4 10; open loop: 10); single "
+        "episodes are drawn at the last one",
     )
     add(
         "--replan_steps",
@@ -130,10 +152,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of a mixture, that decode together (as it was configured: 1)",
     )
     add("--batch", type=count, default=50, help="episodes that run side by side (50)")
-    add("--seed", type=int, default=0, help="of the policy's noise (0)")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the policy's noise (0)")
     add("--videos", type=natural, default=6, help="episodes in the video; 0: none (6)")
     add(
-        "--weights", nargs="*", default=[], metavar="NAME=PATH", help="where frozen weights are now"
+        "--weights",
+        type=named_path,
+        nargs="*",
+        default=[],
+        metavar="NAME=PATH",
+        help="where frozen weights are now",
     )
     add(
         "--script",
@@ -206,10 +233,8 @@ def rollout(
     tick = 0
     while observations:
         active = list(observations)
-        stacked = {
-            key: np.stack([observations[i][key] for i in active]) for key in observations[active[0]]
-        }
-        actions = robot.act(stacked, active)
+        keys = [*robot.data.state_keys, *robot.data.cameras.values()]
+        actions = robot.act(side_by_side([observations[i] for i in active], keys), active)
         if timed and tick == 0:
             times = metrics.times(partial(robot.plan, active[:1]))
         if robot.replanned and robot.experts is not None:
@@ -230,6 +255,22 @@ def rollout(
     return episodes, times
 
 
+def side_by_side(observations: list[Observation], keys: list[str]) -> Observation:
+    """One observation with a row for each of several: of those keys that all of them have.
+
+    Raises UserError if they differ in shape.
+    """
+    rows = {}
+    for key in keys:
+        if all(key in observation for observation in observations):
+            values = [np.asarray(observation[key]) for observation in observations]
+            shapes = {value.shape for value in values}
+            if len(shapes) > 1:
+                raise UserError(f"--env: {key} differs in shape from episode to episode: {shapes}")
+            rows[key] = np.stack(values)
+    return rows
+
+
 def close_episode(episode: Episode, info: dict[str, Any], truncated: bool, name: str) -> None:
     """How it ended, by the environment's last info."""
     ends = [info[key] for key in ENDS if key in info]
@@ -238,8 +279,9 @@ def close_episode(episode: Episode, info: dict[str, Any], truncated: bool, name:
             f"--env: {name} must tell info['success'] when it ends; it tells {list(info)}"
         )
     episode.success = bool(ends[0])
-    episode.mode = info.get("mode")
-    episode.failure = info.get("failure") or ("timeout" if truncated else "unnamed")
+    mode = info.get("mode")
+    episode.mode = None if mode is None else str(mode)
+    episode.failure = str(info.get("failure") or ("timeout" if truncated else "unnamed"))
 
 
 def environment(
@@ -250,25 +292,47 @@ def environment(
     make = partial(gymnasium.make, name, disable_env_checker=True)
     try:
         trial = make()
-        if "rgb_array" in trial.metadata.get("render_modes", []) and trial.render_mode is None:
-            make.keywords["render_mode"] = "rgb_array"
-            trial = make()
-        args.videos = args.videos if trial.render_mode else 0
-        if args.videos:
-            trial.reset(seed=0)
-            trial.render()
-    except (TypeError, NotImplementedError) as e:
-        raise UserError(
-            f"--env: {args.env}: an environment that names rgb_array among its render_modes takes "
-            f"render_mode and has render()\n    ({type(e).__name__}: {e})"
-        ) from e
     except (gymnasium.error.Error, ImportError) as e:
         hint = nearest(args.env, [*ENVIRONMENTS, *gymnasium.registry])
         raise UserError(
             f"--env: no environment '{args.env}'{hint}\n    ({type(e).__name__}: {e})"
         ) from e
+    if "rgb_array" in trial.metadata.get("render_modes", []) and trial.render_mode is None:
+        make.keywords["render_mode"] = "rgb_array"
+        with renderable(args.env):
+            trial = make()
+    args.videos = args.videos if trial.render_mode else 0
+    if args.videos:
+        trial.reset(seed=0)
+        with renderable(args.env):
+            picture = trial.render()
+        check_picture(picture, args.env)
     check_environment(trial, policy, data, args.columns)
     return make, trial.unwrapped
+
+
+@contextmanager
+def renderable(name: str) -> Iterator[None]:
+    """Turn errors of an environment that is asked for pictures into a UserError."""
+    try:
+        yield
+    except (TypeError, NotImplementedError) as e:
+        raise UserError(
+            f"--env: {name}: an environment that names rgb_array among its render_modes takes "
+            f"render_mode and has render()\n    ({type(e).__name__}: {e})"
+        ) from e
+
+
+def check_picture(picture: Any, name: str) -> None:
+    """Raise UserError unless render() gives a picture for the video, or None."""
+    if picture is None:
+        return
+    found = np.asarray(picture)
+    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
+        raise UserError(
+            f"--env: {name}: render() gives {found.dtype} {found.shape}, expected a uint8 picture "
+            "(h, w, 3); --videos 0 films none"
+        )
 
 
 def check_environment(
@@ -314,7 +378,7 @@ def check_environment(
 def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> None:
     """Success per NFE over the same episodes; success.png, if possible tracks.png, modes.png."""
     make, world = environment(policy, cfg.data, args)
-    names = getattr(world, "MODES", None)
+    names = [str(name) for name in getattr(world, "MODES", None) or ()]
     shares = getattr(world, "MODE_SHARES", None)
     if args.replan_steps is None:
         horizon = cfg.data.action_horizon
@@ -355,7 +419,7 @@ def closed_loop(policy: ActionPolicy, cfg: Any, args: argparse.Namespace) -> Non
         plots.draw_success(rows, file)
     if all(episode.path for episode in played[f"NFE {args.nfe[0]}"]):
         with plots.decoration(args.out / "tracks.png") as file:
-            plots.draw_paths(played, names or (), file)
+            plots.draw_paths(played, names, file)
     if names:
         with plots.decoration(args.out / "modes.png") as file:
             plots.draw_mode_shares(rows, names, shares, file)
@@ -387,6 +451,9 @@ def play(
             more, of_part = rollout(robot, args, make, part, filmed, start == 0, bar)
             episodes += more
             times += of_part
+    succeeded = sum(episode.success for episode in episodes)
+    # Whoever interrupts the next NFE, or reads the log of a job, knows this one.
+    print(f"NFE {nfe}: {succeeded} of {args.episodes} episodes succeeded", flush=True)
     return episodes, times
 
 
@@ -396,7 +463,7 @@ def print_results(
     args: argparse.Namespace,
     robot: Robot,
     rows: list[dict[str, Any]],
-    names: Sequence[str] | None,
+    names: Sequence[str],
 ) -> None:
     how = [f"a chunk of {data.action_horizon} every {args.replan_steps} steps"]
     if args.delay:
@@ -440,9 +507,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     args.nfe = list(dict.fromkeys(args.nfe or ([1, 2, 4, 10] if args.env else [10])))
     folder = find_checkpoint(args.checkpoint)
-    weights = dict(item.partition("=")[::2] for item in args.weights)
     policy, cfg, meta = open_action_policy(
-        folder, weights, script=args.script, plugins=args.plugins
+        folder, dict(args.weights), script=args.script, plugins=args.plugins
     )
     sampling = set_sampling(policy, args)
     args.out = (args.out or folder.parent / "evaluation" / (args.env or "open_loop")).expanduser()

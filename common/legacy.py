@@ -42,7 +42,7 @@ def translated(meta: dict, folder: Path) -> dict:
         meta = _of_first_version(meta, folder)
     config = dict(meta["config"])
     if "data" in config:
-        config["data"] = {"min_std": MIN_STD, **config["data"]}
+        config["data"] = {"min_std": MIN_STD, "resample": {}, **config["data"]}
     return {**meta, "config": config}
 
 

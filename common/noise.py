@@ -12,12 +12,21 @@ class Noise:
     """Random tensors of one micro-step, drawn for the whole batch; each process takes its rows.
 
     So one process and N processes train the same run, and a resumed run needs no saved generator.
-    Without a key the numbers follow torch's global generator.
+    Without a key the numbers follow torch's global generator. share: first row of this process and
+    rows of the whole batch, where processes do not have equally many.
     """
 
-    def __init__(self, *key, rank: int = 0, world: int = 1, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        *key,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+        share: tuple[int, int] | None = None,
+    ):
         self.rank = rank
         self.world = world
+        self.share = share
         key = key or (torch.randint(2**62, ()).item(),)
         self.generator = torch.Generator(device)
         self.generator.manual_seed(seed_of(*key))
@@ -30,13 +39,13 @@ class Noise:
 
     def _rows(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         rows = shape[0]
+        first, total = self.share or (self.rank * rows, self.world * rows)
         drawn = draw(
-            rows * self.world,
+            total,
             *shape[1:],
             generator=self.generator,
             device=self.generator.device,
         )
-        first = self.rank * rows
         return drawn[first : first + rows]
 
 

@@ -107,20 +107,21 @@ class Recordings:
             )
             kinds = {number: kind for kind, numbers in recorded.items() for number in numbers}
             return {number: kinds.get(number, "new") for number in self.windows.hashes}
-        by_hash = {hashes[str(n)]: "held out" for n in recorded["held out"]}
-        by_hash |= {hashes[str(n)]: "trained on" for n in recorded["trained on"]}
+        by_hash = {}
+        for kind in ("held out", "trained on"):  # a copy of one trained on is not held out
+            by_hash |= {hashes.get(str(number)): kind for number in recorded[kind]}
         kinds = {}
         for number, found in self.windows.hashes.items():
             kinds[number] = by_hash.get(found, "new")
-            if number in recorded["held out"] and hashes[str(number)] == found:
+            if number in recorded["held out"] and hashes.get(str(number)) == found:
                 kinds[number] = "held out"  # also if it is the copy of one that was trained on
         return kinds
 
     def _nothing_to_evaluate(self, unseen: list[int]) -> UserError:
-        return UserError(
-            f"{self.title} has none of the episodes that this run held out; new to the run are "
-            f"{show(unseen)}: --new_episodes evaluates them"
-        )
+        text = f"{self.title} has none of the episodes that this run held out"
+        if unseen:
+            text += f"; new to the run are {show(unseen)}: --new_episodes evaluates them"
+        return UserError(text)
 
     def _require_keys(self) -> None:
         columns = [*self.data.state_keys, self.data.action_key]

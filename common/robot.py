@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,11 +90,11 @@ class Robot:
     ):
         whole = {"nfe": (nfe, 1), "replan_steps": (replan_steps, 1), "delay": (delay, 0)}
         for name, (value, low) in whole.items():
-            if not isinstance(value, int) or value < low:
+            if not isinstance(value, Integral) or value < low:
                 raise UserError(f"{name}: expected a whole number from {low} on, found {value}")
         for name, amount in (("ensemble", ensemble), ("hold", hold)):
-            if amount is not None and not 0 <= amount < float("inf"):
-                raise UserError(f"{name}: expected a number from 0 on, found {amount}")
+            if amount is not None and not 0 <= amount <= 1e6:
+                raise UserError(f"{name}: expected a number from 0 to 1e6, found {amount}")
         if replan_steps + delay > cfg.data.action_horizon:
             late = f" + delay {delay}" if delay else ""
             raise UserError(

@@ -358,23 +358,28 @@ class Run:
     def _validate(self, model):
         """Loss on held-out episodes with the averaged weights and the same noise every time."""
         sums = {}
-        count = 0
+        rows = 0
         size = self.cfg.data.batch_size // (self.world * self.train.micro_steps)
         model.eval()
         with self.average.applied():
             held_out = self.data.held_out(self.rank, self.world, self.device, size)
             for i, batch in enumerate(held_out):
-                batch["noise"] = self._noise("held out", self.cfg.seed, i)
+                first, count, total = batch.pop("share")
+                key = ("held out", self.cfg.seed, i)
+                batch["noise"] = Noise(*key, device=self.device, share=(first, total))
                 batch["progress"] = 1.0
                 _, scalars = self.policy(batch)
-                n = len(batch["action"])
-                count += n
+                rows += count
                 for name, value in scalars.items():
-                    sums[name] = sums.get(name, 0) + n * value
+                    sums[name] = sums.get(name, 0) + count * value
         model.train()
-        if count:
-            means = {name: value / count for name, value in sums.items()}
-            self.log.held_out(self.step, self.epoch, means)
+        values = [
+            torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in sums.values()
+        ]
+        counted = torch.tensor(float(rows), device=self.device)
+        *values, rows = self.accelerator.reduce(torch.stack([*values, counted]), "sum")
+        means = {name: value / rows for name, value in zip(sums, values, strict=True)}
+        self.log.held_out(self.step, self.epoch, means)
 
     def _save(self):
         if self.is_main:

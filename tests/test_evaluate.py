@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import resource
+import signal
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from helpers import ScriptedPolicy, write_v2
 from scipy import stats
 
 import evaluate
-from common import config, metrics, open_loop, plots, schema
+from common import config, metrics, open_loop, plots, run, schema
 from common.config import UserError
 from common.data import columns
 from common.data.images import IMAGE
@@ -129,7 +131,69 @@ class Unprepared(World):
     render_mode = None  # and __init__ takes none
 
 
-for kind in (World, Foreign, Mute, Renamed, Wide, Nested, Endless, Blind, Unprepared):
+class Chatty(World):
+    """More than the policy reads, modes as numpy has them, and pictures of any size elsewhere."""
+
+    MODES = MODE_SHARES = property()
+
+    def observe(self):
+        more = {"instruction": "go", "cloud": np.zeros((self.tick + self.seed % 2, 3))}
+        return super().observe() | more
+
+    def info(self, done=False):
+        return {"success": np.bool_(True), "mode": np.int64(self.seed % 2)} if done else {}
+
+
+class Ragged(World):
+    def observe(self):
+        return super().observe() | {"top": np.zeros((8, 8 + self.seed % 2, 3), np.uint8)}
+
+
+class Forgetful(World):
+    def observe(self):
+        observation = super().observe()
+        return observation if self.tick < 3 else {"joints": np.zeros(2)}
+
+
+class Sick(World):
+    def observe(self):
+        state = np.full(2, np.nan if self.tick == 3 and self.seed == 50_001 else 1.0)
+        return super().observe() | {"observation.state": state}
+
+
+class Wordy(World):
+    def observe(self):
+        return super().observe() | {"observation.state": np.array(["left", "right"])}
+
+
+class Faint(World):
+    def render(self):
+        return super().render() / 255
+
+
+class Broken(World):
+    def step(self, action):
+        raise TypeError("a mistake of the environment")
+
+
+for kind in (
+    World,
+    Foreign,
+    Chatty,
+    Ragged,
+    Forgetful,
+    Sick,
+    Wordy,
+    Faint,
+    Broken,
+    Mute,
+    Renamed,
+    Wide,
+    Nested,
+    Endless,
+    Blind,
+    Unprepared,
+):
     gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
 
 
@@ -339,6 +403,100 @@ def test_results_say_what_happened(play, tmp_path):
     assert np.abs(frames[3][6, 10] - 30).max() < 12
     assert frames[-1][0, 10, 0] > frames[-1][0, 10, 1] + 60  # the first fails: red
     assert frames[-1][0, 30, 1] > frames[-1][0, 30, 0] + 60  # the second succeeds: green
+
+
+def test_a_world_that_tells_more_than_is_needed(play):
+    results, _ = play("--episodes", 4, "--nfe", 1, "--replan_steps", 6, env="Chatty-v0")
+    assert results["results"][0]["modes"] == {"0": 2, "1": 2}
+    assert results["results"][0]["success"] == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "message"),
+    [
+        ("Ragged", {"cameras": {"up": "top"}}, r"--env: top differs in shape from .*\(8, 9, 3\)"),
+        ("Forgetful", {}, "the observation lacks 'observation.state'"),
+        ("Sick", {}, "observation.state: number 0 of robot 1 is nan"),
+        ("Wordy", {}, "observation.state: expected numbers, found <U5"),
+    ],
+)
+def test_observations_that_a_policy_cannot_have(play, capsys, env, options, message):
+    arguments = [*SHORT, "--replan_steps", 2]
+    text = ending(lambda: play(*arguments, env=f"{env}-v0", **options), capsys)
+    assert re.search(message, text)
+
+
+def test_a_picture_that_is_no_video(play, capsys):
+    arguments = [*SHORT[:4], "--replan_steps", 2]
+    text = ending(lambda: play(*arguments, env="Faint-v0"), capsys)
+    assert "--env: Faint-v0: render() gives float64 (12, 20, 3), expected a uint8 picture" in text
+    play(*arguments, "--videos", 0, env="Faint-v0")
+
+
+def test_a_mistake_in_an_environment_keeps_its_traceback(play):
+    with pytest.raises(TypeError, match="a mistake of the environment"):
+        play(*SHORT, "--replan_steps", 2, env="Broken-v0")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("batch", "1000000000000", "a whole number from 1 to 1000000"),
+        ("episodes", "9" * 5000, "a whole number from 1 to 1000000"),
+        ("episodes", "0", "a whole number from 1 to 1000000"),
+        ("nfe", "2.5", "a whole number from 1 to 1000000"),
+        ("samples", "many", "a whole number from 1 to 1000000"),
+        ("videos", "-1", "a whole number from 0 to 1000000"),
+        ("max_steps", "1e3", "a whole number from 1 to 1000000"),
+        ("seed", "-1", "a whole number from 0 to 9223372036854775807"),
+        ("seed", "9223372036854775808", "a whole number from 0 to 9223372036854775807"),
+        ("temperature", "nan", "a number from 0 to 1e6"),
+        ("guidance", "inf", "a number from 0 to 1e6"),
+        ("guidance", "-1", "a number from 0 to 1e6"),
+        ("hold", "1e300", "a number from 0 to 1e6"),
+        ("ensemble", "x", "a number from 0 to 1e6"),
+        ("weights", "backbone", "NAME=PATH"),
+    ],
+)
+def test_numbers_that_make_no_sense(capsys, option, value, expected):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", "run", f"--{option}={value}"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    shown = f'"{value}"' if len(value) < 50 else '"99999999'
+    assert f"error: argument --{option}: expected {expected}, found {shown}" in error
+    assert len(error) < 200
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_an_evaluation_without_results(
+    play, tmp_path, monkeypatch, capsys, number, code
+):
+    step = World.step
+    steps = []
+
+    def interrupted(self, action):
+        steps.append(1)
+        if len(steps) == 60:  # six episodes at NFE 1 take 48
+            os.kill(os.getpid(), number)
+        return step(self, action)
+
+    monkeypatch.setattr(World, "step", interrupted)
+    arguments = ["--episodes", 6, "--nfe", 1, 2, "--videos", 0, "--replan_steps", 2]
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda: play(*arguments))
+    assert stopped.value.code == code
+    assert files_in(tmp_path / "out") == []
+    out = capsys.readouterr().out
+    assert "NFE 1: 4 of 6 episodes succeeded" in out
+    assert "NFE 2" not in out
+
+
+def test_without_a_terminal_an_evaluation_prints_a_line_per_nfe(play, capsys):
+    play("--episodes", 10, "--nfe", 1, 2, "--videos", 0, "--replan_steps", 3)
+    out, err = capsys.readouterr()
+    assert "NFE 1: 8 of 10 episodes succeeded\nNFE 2: 8 of 10 episodes succeeded\n" in out
+    assert err == ""
 
 
 def test_a_world_that_tells_little(play, tmp_path):
@@ -710,6 +868,17 @@ class Closer(Knowing):
         return recorded + (super().sample(memory, x0, steps, z, prefix) - recorded) / steps
 
 
+def test_figures_of_single_episodes_show_the_last_nfe(off_line):
+    off_line("--nfe", 1, 4, policy=Closer())
+    drawn = open_loop.plots.draw_chunks.call_args_list  # of a stand-in for the module
+    assert [call.args[0] for call in drawn] == [3, 5]
+    for call in drawn:
+        _, predicted, recorded, valid = call.args[:4]
+        np.testing.assert_allclose(
+            (predicted - recorded)[valid].mean(0), [0.025, 0.05, 0.075, 0.1], rtol=1e-3
+        )
+
+
 def test_open_loop_reports_every_nfe(off_line, tmp_path, capsys):
     results, policy = off_line("--nfe", 1, 4, 2, 4, "--samples", 2, policy=Closer(), draw=True)
     assert [row["nfe"] for row in results["results"]] == [1, 4, 2]
@@ -859,6 +1028,8 @@ def test_the_episodes_held_out_are_those_of_the_checkpoint(again, tmp_path):
     results, out = again("nowhere", "--data", moved)
     assert results["episodes"] == [3, 5]
     assert "notice" not in out
+    results, _ = again(moved, HZ=5)  # resampled: what is recorded stays the same
+    assert results["episodes"] == [3, 5]
 
 
 def test_a_dataset_that_grew(again, tmp_path):
@@ -892,10 +1063,10 @@ def test_a_dataset_that_lost_episodes(again, tmp_path):
     results, out = again(write_recordings(tmp_path / "b", without(2)))
     assert results["episodes"] == [3, 5]
     assert "notice" not in out
-    nothing = "has none of the episodes that this run held out; new to the run are"
+    nothing = "has none of the episodes that this run held out"
     for number, left in enumerate((without(3, 5), {0: 0}, {30: 3, 31: 5})):
-        unseen = [30, 31] if 30 in left else []
-        with pytest.raises(UserError, match=re.escape(f"{nothing} {unseen}")):
+        unseen = r"; new to the run are \[30, 31\]: --new_episodes" if 30 in left else "$"
+        with pytest.raises(UserError, match=nothing + unseen):
             again(write_recordings(tmp_path / f"c{number}", left))
 
 
@@ -932,6 +1103,16 @@ def test_other_recordings_of_the_same_kind_are_all_new(again, tmp_path):
         again("nowhere", "--data", root)
     results, _ = again("nowhere", "--data", root, "--new_episodes")
     assert results["episodes"] == results["new_episodes"] == [0, 1, 2, 3]
+
+
+def test_an_episode_that_was_changed_is_another_one():
+    state, action = (np.array(column, np.float32) for column in recording(3).values())
+    known = content_hash([state, action])
+    assert content_hash([state.copy(), action.copy()]) == known
+    changed = action.copy()
+    changed[-1, -1] += 1e-3
+    for other in ([state, changed], [state[:-1], action[:-1]], [action, state], [state]):
+        assert content_hash(other) != known
 
 
 def test_older_checkpoints_know_their_episodes_by_number(again, tmp_path):
@@ -1001,4 +1182,6 @@ def test_a_real_run_and_a_dataset_that_grew_since(experiment, tmp_path, capsys):
     assert evaluate.main(argv) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["episodes"] == exp.meta("step_1")["episodes"]["held out"] == [4, 5]
-    assert "has episodes that are new to the run: [6]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "has episodes that are new to the run: [6]" in out
+    assert "older checkpoint" not in out

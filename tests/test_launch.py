@@ -121,6 +121,8 @@ def test_two_processes_train_what_one_trains(experiment, demos, capsys, monkeypa
             torch.testing.assert_close(
                 list(ours.values()), list(theirs.values()), atol=1e-6, rtol=1e-5
             )
+        ours, theirs = exp.log("val/loss", one), exp.log("val/loss")
+        assert ours == pytest.approx(theirs, rel=1e-4)  # 17 rows do not divide by 4
         for file in (one / "epoch_1").glob("*.safetensors"):
             ours, theirs = load_file(file), load_file(exp.save_dir / "epoch_1" / file.name)
             for name, value in ours.items():

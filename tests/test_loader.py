@@ -1,17 +1,21 @@
 """Windows, order, augmentation, held-out split and normalisation against plain loops."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from conftest import CAMERAS, LENGTHS
+from conftest import CAMERAS, LENGTHS, write_demos
 
+from common import run
 from common.config import ConfigError, DataError
 from common.data.frames import VideoFrames
 from common.data.images import augmented
 from common.data.lerobot import LeRobotDataset
 from common.data.loader import Data, to_device
 from common.data.normalizer import Normalizer, statistics
-from common.data.order import Order, group_similar
+from common.data.order import Order, check_batch_size, group_similar
+from common.noise import Noise
 from common.schema import Augment
 from common.schema import Data as Settings
 
@@ -140,11 +144,29 @@ def test_held_out_windows_are_limited_and_evenly_spaced(demos):
     assert len(data.val_rows) == 10
     assert set(batch["episode_index"].tolist()) == {1, 2}
     assert np.ptp(np.diff(data.val_rows)) <= 1
-    shares = [
-        [b["frame_index"] for b in data.held_out(rank, 2, torch.device("cpu"), 3)]
-        for rank in (0, 1)
-    ]
-    assert torch.equal(torch.cat(shares[0] + shares[1]), batch["frame_index"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 12, 17])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_held_out_batch(demos, world, count):
+    """None is left out, whether or not they divide; each process has equally many batches."""
+    data = load(demos, val_episodes=[1, 2], val_samples=count)
+    whole = list(data.held_out(0, 1, torch.device("cpu"), 2 * world))
+    parts = [list(data.held_out(rank, world, torch.device("cpu"), 2)) for rank in range(world)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for i, batch in enumerate(whole):
+        assert batch["share"] == (0, len(batch["action"]), len(batch["action"]))
+        found = []
+        noise = []
+        for part in parts:
+            first, taken, total = part[i]["share"]
+            assert total == len(batch["action"])
+            assert first == sum(map(len, found))
+            found.append(part[i]["frame_index"][:taken])
+            drawn = Noise("x", i, share=(first, total)).normal(len(part[i]["action"]), 3)
+            noise.append(drawn[:taken])
+        assert torch.equal(torch.cat(found), batch["frame_index"])
+        assert torch.equal(torch.cat(noise), Noise("x", i).normal(len(batch["action"]), 3))
 
 
 def test_bad_choices_of_episodes(demos):
@@ -154,6 +176,41 @@ def test_bad_choices_of_episodes(demos):
         load(demos, episodes=[1, 2], val_episodes=[4])
     with pytest.raises(DataError, match="none to train on"):
         load(demos, episodes=[1], val_episodes=[1])
+
+
+def refused(exp, capsys, *overrides):
+    """The one error that the command ends with."""
+    with pytest.raises(SystemExit) as e:
+        run.cli(lambda: exp.main(*overrides))
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+
+BAD_SETTINGS = {
+    "data.batch_size=7": "multiple of micro_steps x processes = 2 x 1: set data.batch_size to 6 or",
+    "data.neighbours=3": r"micro-batches of 4 \(.*\) are not whole groups of it: .* to 6 or 12",
+    "data.action_offset=18": r"data.action_offset 18: .* \(2\) has 18 steps at 10 Hz",
+    "data.action_offset=-18": r"data.action_offset -18: .* \(2\) has 18 steps",
+    "data.state_keys=[observation.sate]": "data.state_keys: no numeric column 'observation.sate'",
+    "data.action_key=actoin": r"data.action_key: no numeric column 'actoin'; .* 'action'",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+def test_bad_settings_are_one_error(experiment, capsys, setting):
+    error = refused(experiment(), capsys, setting, "data.val_episodes=[3, 5]")
+    assert error.count("error: ") == 1
+    assert re.search(BAD_SETTINGS[setting], error)
+
+
+def test_episodes_too_short_are_named(tmp_path, capsys):
+    short = write_demos(tmp_path / "short", lengths=(12, 1, 5, 14, 12))
+    load(short, action_offset=5, val_episodes=[4], cache="none")
+    out = capsys.readouterr().out
+    assert f"warning: {short}: 2 episodes (1, 2) are no longer than data.action_offset 5" in out
+    assert "1 episodes (1) are of a single step at 10 Hz" in out
+    load(short, val_episodes=[1, 4], cache="none")
+    assert "single step" not in capsys.readouterr().out
 
 
 def take(order, count):
@@ -243,6 +300,27 @@ def test_batch_sizes_that_do_not_fit():
         Order(np.arange(82), 8, 2, 0, 3, 0, 0, 0)
     with pytest.raises(ConfigError, match="more than the 82 training samples"):
         Order(np.arange(82), 90, 1, 0, 1, 0, 0, 0)
+    with pytest.raises(ConfigError, match="82 training samples: set it to 80 or less"):
+        Order(np.arange(82), 90, 1, 0, 2, 0, 0, 0, (np.zeros((82, 2)), 5))
+    with pytest.raises(ConfigError, match=r"data.neighbours 3: micro-batches of 4 "):
+        Order(np.arange(82), 8, 2, 0, 1, 0, 0, 0, (np.zeros((82, 2)), 3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((58, 4, 1), r"batch_size 58 must be .* = 4 x 1: set data.batch_size to 56 or 60$"),
+        ((60, 7, 2), r"= 7 x 2: set data.batch_size to 56 or 70$"),
+        ((3, 2, 4), r"= 2 x 4: set data.batch_size to 8$"),
+        ((60, 2, 1, 4), r"neighbours 4: micro-batches of 30 .* set data.batch_size to 56 or 64$"),
+        ((58, 4, 1, 8), r"= 4 x 1, in whole groups of data.neighbours = 8: .* to 32 or 64$"),
+    ],
+)
+def test_sizes_that_would_fit_are_named(sizes, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        check_batch_size(*sizes)
+    for size in re.findall(r"\d+", str(e.value).rpartition(" to ")[2]):
+        check_batch_size(int(size), *sizes[1:])
 
 
 AUGMENT = Augment(blur=0.5, shift=3)

@@ -196,6 +196,17 @@ def test_deltas_are_recognised_late_blurred_or_of_few_values():
     assert kinds(keys, first, last, pressed) == ["delta"]
 
 
+def test_deltas_of_an_angle_that_wraps():
+    turned = 15 * wander(4, 1)
+    wrapped = (turned + np.pi) % (2 * np.pi) - np.pi
+    first, last = bounds(LENGTHS)
+    names = {"s": ["yaw"], "action": ["yaw_rate"]}
+    found = {"s": wrapped, "action": steps_of(turned)}
+    settings = Settings(root="here", HZ=7.0, state_keys=["s"])
+    chosen = chosen_kinds(settings, FPS, found, names, first, last)
+    assert chosen == {"s": ["angle"], "action": ["delta"]}
+
+
 def test_other_units_are_doubtful_and_velocities_are_not(capsys):
     state = wander(3)
     steps = steps_of(state)

@@ -14,6 +14,7 @@ from conftest import CAMERAS, Experiment, forget_accelerator
 from helpers import ScriptedPolicy, rewrite_meta
 from PIL import Image
 
+import evaluate
 import train_mi
 import train_vfp
 from common import config, schema
@@ -502,6 +503,25 @@ def test_replan_steps_and_delay_must_fit_the_chunk_and_the_thread():
     robot_of(policy, replan_steps=3, delay=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nfe": 0}, "nfe: expected a whole number from 1 on, found 0"),
+        ({"replan_steps": 2.0}, "replan_steps: expected a whole number from 1 on, found 2.0"),
+        ({"hold": float("nan")}, "hold: expected a number from 0 to 1e6, found nan"),
+        ({"hold": 1e300}, "hold: expected a number from 0 to 1e6"),
+        ({"ensemble": -0.1}, "ensemble: expected a number from 0 to 1e6"),
+    ],
+)
+def test_numbers_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        robot_of(ScriptedPolicy(), **options)
+
+
+def test_numbers_may_be_numpys():
+    assert drive(robot_of(ScriptedPolicy(), nfe=np.int64(2), replan_steps=np.int32(2)), [0]) == [0]
+
+
 def test_a_plan_that_took_longer_than_it_may_is_counted_without_a_thread():
     robot = robot_of(ScriptedPolicy(), replan_steps=1)
     robot.data.HZ = 1e9
@@ -623,6 +643,10 @@ def test_code_that_is_not_the_project_s_is_run_where_it_is_named(trained, tmp_pa
         robot = Robot.open(folder, replan_steps=3, device="cpu", **named)
         expected = Robot.open(trained, replan_steps=3, device="cpu").act(camera_observation(0))
         np.testing.assert_array_equal(robot.act(camera_observation(0)), expected)
+        argv = ["--checkpoint", str(folder), "--script", str(script), "--nfe", "1"]
+        with pytest.raises(UserError, match=r"If you trust them: --plugins strange_blocks"):
+            evaluate.main(argv)
+        assert evaluate.main([*argv, "--plugins", "strange_blocks"]) == 0
     finally:
         sys.modules.pop(script.stem, None)
         sys.modules.pop("strange_blocks", None)

@@ -148,8 +148,12 @@ class LeRobotDataset:
                 f"available: {available}"
             )
 
-    def require_columns(self, keys: Iterable[str]) -> None:
-        """Raises DataError, with the names to choose from, if a key is no numeric column."""
+    def require_columns(self, keys: Iterable[str], setting: str = "") -> None:
+        """Raises DataError, with the names to choose from, if a key is no numeric column.
+
+        setting: the key of train.yaml that names them.
+        """
+        place = f"{setting}: " if setting else ""
         numeric = [field.name for field in self.schema if is_numeric(field.type)]
         for key in keys:
             if key not in numeric:
@@ -157,7 +161,7 @@ class LeRobotDataset:
                 if key in self.features:
                     declared = "\n    info.json declares it, but the data files lack it"
                 raise DataError(
-                    f"{self.root}: no numeric column {key!r}{nearest(key, numeric)}\n    "
+                    f"{self.root}: {place}no numeric column {key!r}{nearest(key, numeric)}\n    "
                     f"available: {', '.join(numeric)}{declared}"
                 )
 

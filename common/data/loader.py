@@ -71,6 +71,8 @@ class Data:
                 f"{dataset.root}: {len(episodes)} episodes, all held out by data.val_episodes; "
                 "none to train on"
             )
+        dataset.require_columns(cfg.state_keys, "data.state_keys")
+        dataset.require_columns([cfg.action_key], "data.action_key")
         keys = [*cfg.state_keys, cfg.action_key]
         for warning in check_files(dataset, list(cfg.cameras.values()), keys, cfg.episodes):
             print(f"warning: {warning}")
@@ -78,6 +80,7 @@ class Data:
         self.windows = windows = Windows(cfg, dataset, episodes, videos)
         if cfg.scores and cfg.keep_top:
             self.episodes = best_episodes(cfg.scores, cfg.keep_top, dataset, self.episodes)
+        check_lengths(windows, self.episodes)
         self.train_rows = windows.rows(self.episodes, cfg.first_frames)
         rows = windows.rows(held_out, cfg.first_frames)
         count = min(cfg.val_samples, len(rows))
@@ -227,11 +230,20 @@ class Data:
         )
 
     def held_out(self, rank: int, world: int, device: torch.device, size: int) -> Iterator[dict]:
-        """Batches of this process's equal share of the held-out rows; a remainder is left out."""
-        share = len(self.val_rows) // world
-        rows = self.val_rows[rank * share : (rank + 1) * share]
-        for i in range(0, share, size):
-            yield to_device(self.windows[rows[i : i + size]], device)
+        """Batches of the held-out rows of this process, equally many for all processes.
+
+        One process's batches of size x world rows are divided among the processes. `share` of a
+        batch is (first, count, total): the place of its first row in the whole, and their numbers
+        of rows. Where a whole has fewer rows than there are processes, some get a row of count 0.
+        """
+        for start in range(0, len(self.val_rows), size * world):
+            whole = self.val_rows[start : start + size * world]
+            first = len(whole) * rank // world
+            count = len(whole) * (rank + 1) // world - first
+            rows = whole[first : first + max(count, 1)]
+            batch = to_device(self.windows[rows], device)
+            batch["share"] = (first, count, len(whole))
+            yield batch
 
 
 def facts_of_config(cfg: schema.Data) -> dict[str, int]:
@@ -254,6 +266,33 @@ def held_out_episodes(episodes: list[int], val: float | list[int]) -> set[int]:
         return set()
     count = max(round(val * len(episodes)), 1)
     return set(episodes[-count:])
+
+
+def check_lengths(windows: Windows, episodes: list[int]) -> None:
+    """Warns of training episodes too short to learn from.
+
+    Raises DataError if no action of any chunk is within its episode.
+    """
+    cfg = windows.cfg
+    steps = (windows.last - windows.first + 1).tolist()
+    lengths = dict(zip(windows.episode_index[windows.first].tolist(), steps, strict=True))
+    lengths = {number: lengths[number] for number in episodes}
+    longest = max(lengths, key=lambda number: lengths[number])
+    outside = [number for number in episodes if lengths[number] <= abs(cfg.action_offset)]
+    if len(outside) == len(episodes):
+        raise DataError(
+            f"{windows.root}: data.action_offset {cfg.action_offset}: the longest of the training "
+            f"episodes ({longest}) has {lengths[longest]} steps at {cfg.HZ:g} Hz, so that no chunk "
+            "would hold an action: set it nearer to 0"
+        )
+    short = [number for number in episodes if lengths[number] == 1]
+    for numbers, problem in (
+        (outside, f"no longer than data.action_offset {cfg.action_offset}: no action is learned"),
+        (short, f"of a single step at {cfg.HZ:g} Hz: there is no motion to learn"),
+    ):
+        if numbers:
+            shown = ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")
+            print(f"warning: {windows.root}: {len(numbers)} episodes ({shown}) are {problem}")
 
 
 def _ignore_signals(worker):

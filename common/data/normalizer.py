@@ -35,9 +35,11 @@ def statistics(
         still = constant(stats[f"{name}_mean"], stats[f"{name}_std"])
         still = torch.nonzero(still).flatten().tolist()
         if still:
-            named = f" ({', '.join(names[name][i] for i in still)})" if names else ""
+            own = {i: names[name][i] for i in still} if names else {}
+            named = [title for i, title in own.items() if f"[{i}]" not in title]
             print(
-                f"warning: {name} dimensions {still}{named} are constant over the training episodes"
+                f"warning: {name} dimensions {still} are constant over the training episodes"
+                + (f": {', '.join(named)}" if named else "")
             )
     return stats
 

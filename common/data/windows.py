@@ -42,6 +42,7 @@ class Windows(Dataset):
         frames: FrameCache | VideoFrames,
     ):
         self.cfg = cfg
+        self.root = dataset.root
         self.frames = frames
         self.features: FeatureCache | None = None
         self.pictures = list(cfg.cameras)
@@ -61,14 +62,14 @@ class Windows(Dataset):
         self.source_row = grid.nearest
         columns = dataset.columns([*cfg.state_keys, cfg.action_key], episodes)
         self.sizes = {key: values.shape[1] for key, values in columns.items()}
+        self.hashes = {
+            number: content_hash([values[first : first + n] for values in columns.values()])
+            for number, first, n in zip(episodes, start, lengths, strict=True)
+        }
         names = {key: joint_names(dataset.features, key, n) for key, n in self.sizes.items()}
         self.names = {
             "state": [name for key in cfg.state_keys for name in names[key]],
             "action": names[cfg.action_key],
-        }
-        self.hashes = {
-            number: content_hash([values[a : b + 1] for values in columns.values()])
-            for number, a, b in zip(episodes, start, end, strict=True)
         }
         given_kinds(cfg.resample, cfg.hold_keys, names)  # mistakes show at any rate
         if dataset.fps != cfg.HZ:
