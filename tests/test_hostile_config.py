@@ -12,7 +12,7 @@ import yaml
 from conftest import POLICIES, Experiment, forget_accelerator
 from fuzz import NASTY, damaged, ending, limited, mutated, places
 
-from common.config import ConfigError, Yaml, from_dict, load
+from common.config import ConfigError, Yaml, from_dict, load, to_dict
 from common.schema import Optim
 
 SCRIPTS = sorted({name.partition(":")[0] for name in POLICIES})
@@ -226,6 +226,20 @@ def test_no_file_is_read_further_than_the_limit():
         Yaml.read("/dev/zero")
 
 
+GRAPH = """\
+inputs: [image]
+params: {dim: 8, size: [1, 1]}
+blocks:
+  stem: {block: nn.Conv2d, in: [$image], args: {in_channels: 3, out_channels: $dim, kernel_size: 8,
+    stride: 8}}
+  grid: {block: nn.GELU, in: {input: $stem}, args: {approximate: none}}
+  pool: {block: nn.AdaptiveAvgPool2d, in: [$grid], args: {output_size: $size}}
+  flat: {block: nn.Flatten, in: $pool}
+  summary: {block: nn.Linear, in: [$flat], args: {in_features: $dim, out_features: 16}}
+return: [$grid, $summary]
+"""
+
+
 def as_override(config, rng):
     """`a.b.c=yaml` that replaces some value of a config by another."""
     found = list(places(config))
@@ -250,6 +264,26 @@ def path_to(config, container, key, above=()):
         if isinstance(value, dict) and (found := path_to(value, container, key, here)):
             return found
     return None
+
+
+def fill_in(exp):
+    """Write every key that a config may have, and a graph of blocks as the backbone."""
+    schema = config_class(exp.script)
+    exp.config["data"] |= {"augment": {"blur": 0.5, "shift": 2}, "episodes": [0, 1, 2, 3, 5]}
+    first, second, *_ = POLICIES[exp.policy]
+    optim = {"peak_lr": 1e-3, "betas": [0.9, 0.99], "type": "adamw_onecycle"}
+    exp.config["model"] |= {
+        "component_optims": {first: optim},
+        "component_build_args": {second: {"freeze": True}},
+    }
+    if "sinkhorn" in typing.get_type_hints(typing.get_type_hints(schema)["loss"]):
+        exp.config.setdefault("loss", {})["sinkhorn"] = {"iterations": 9}
+    exp.write()
+    source = Yaml.read(exp.file)
+    exp.config = to_dict(from_dict(schema, source.data, source, exp.script))
+    exp.write()
+    if "backbone" in POLICIES[exp.policy]:
+        (exp.folder / "backbone.yaml").write_text(GRAPH)
 
 
 def mutate(exp, rng):
@@ -283,6 +317,8 @@ def try_one(seed, folder, demos, capsys):
     policy = rng.choice(list(POLICIES))
     exp = Experiment(folder / f"{seed}", demos, policy)
     exp.policy = policy
+    if rng.integers(2):
+        fill_in(exp)
     what, overrides = mutate(exp, rng)
     try:
         return ending(lambda: exp.main("--dry_run", *overrides), capsys)
