@@ -268,8 +268,8 @@ def check_tasks(dataset: LeRobotDataset, chosen: list[Episode]) -> list[str]:
         used = [dataset.numbers("task_index", group[0]) for group in by_file(chosen)]
     except DataError as error:
         return [str(error)]
-    numbers = {number for column in used if column is not None for number in column.tolist()}
-    unknown = sorted(numbers - known)
+    numbers = {number for column in used if column is not None for number in np.unique(column)}
+    unknown = sorted(map(int, numbers - known))
     return [f"{path}: has no task_index {some(unknown)} of the rows"] if unknown else []
 
 
