@@ -4,6 +4,7 @@ What a dataset holds comes from other people's programs. Whatever it is, trainin
 error that names file, place and field, before anything is begun.
 """
 
+import contextlib
 import io
 import json
 import re
@@ -281,6 +282,10 @@ WARNINGS = {
         info("features", "action", "dtype", value="int64"),
         ["dtype of 'action' is 'int64', stored is fixed_size_list"],
     ),
+    "a time is missing": (
+        data("timestamp", lambda values: put(values, 7, None)),
+        [r"timestamps are up to inf frames off k / fps \(episode 1\)"],
+    ),
     "more frames than rows": (
         cell(3, f"videos/{LEFT}/to_timestamp", 2.5),
         [rf"episodes \[3\] have more frames of {LEFT} than rows"],
@@ -472,6 +477,10 @@ def test_a_bad_line_or_file_of_version_2_is_named(name, small, tmp_path, capsys)
     assert re.search(message, error), error
 
 
+# What pyarrow raises for rows that no parquet file can hold.
+UNWRITABLE = (pa.ArrowException, OverflowError, TypeError, AttributeError, ValueError)
+
+
 def train(exp, root, folder):
     """One step with decoded frames: everything of the dataset is read."""
     return exp.main(
@@ -483,29 +492,29 @@ def train(exp, root, folder):
 
 
 def harm(root, rng):
-    """One mutation of a dataset's metadata or of the bytes of one of its files; what it was."""
+    """One mutation of a dataset's metadata, rows, or bytes of one of its files; what it was."""
     table = root / TABLE
     lines = root / JSONL
-    kind = rng.choice(["info", "table", "bytes"])
+    kind = rng.choice(["info", "table", "rows", "bytes"])
     if kind == "info":
         path = root / "meta/info.json"
         path.write_text(json.dumps(mutated(json.loads(path.read_text()), rng)))
         return "info.json"
-    if kind == "table" and table.is_file():
-        rows = mutated(pq.read_table(table).to_pylist(), rng)
-        try:
-            pq.write_table(pa.Table.from_pylist(rows), table)
-        except (pa.ArrowException, OverflowError, TypeError, AttributeError, ValueError):
-            return "rows that no parquet file can hold"
-        return "rows of the table"
-    if kind == "table":
+    if kind == "table" and lines.is_file():
         rows = mutated([json.loads(text) for text in lines.read_text().splitlines()], rng)
         lines.write_text("\n".join(map(json.dumps, rows)))
         return "lines of the table"
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    path = files[rng.integers(len(files))]
-    path.write_bytes(damaged(path.read_bytes(), rng))
-    return f"bytes of {path.relative_to(root)}"
+    if kind in ("table", "rows"):
+        files = [path for path in files if path.suffix == ".parquet"]
+    path = table if kind == "table" else files[rng.integers(len(files))]
+    if kind == "bytes":
+        path.write_bytes(damaged(path.read_bytes(), rng))
+        return f"bytes of {path.relative_to(root)}"
+    rows = pq.read_table(path).to_pylist()
+    with contextlib.suppress(*UNWRITABLE):
+        pq.write_table(pa.Table.from_pylist(mutated(rows, rng)), path)
+    return f"rows of {path.relative_to(root)}"
 
 
 def fuzz(exp, root, seeds, folder, capsys):

@@ -305,8 +305,11 @@ def check_rows(
                     problems += check_frame_index(place, arrays["frame_index"][:, 0], steps)
                 if "timestamp" in arrays:
                     time = arrays["timestamp"][:, 0]
-                    frames = (time - time[:1]) * dataset.fps
-                    drifts.append((np.abs(frames - steps).max(initial=0), episode.index))
+                    with np.errstate(invalid="ignore"):
+                        frames = (time - time[:1]) * dataset.fps
+                        apart = np.abs(frames - steps)
+                    apart[np.isnan(apart)] = np.inf
+                    drifts.append((apart.max(initial=0), episode.index))
         except DataError as error:
             problems.append(str(error))
     drift, number = max(drifts)

@@ -292,7 +292,8 @@ def dense(column: pa.ChunkedArray, key: str, row_place: Callable[[int], str]) ->
     if column.null_count:
         column = column.cast(pa.float64(), safe=False)
     width = len(column) // rows if rows else 1
-    return column.to_numpy().astype(np.float32).reshape(rows, width)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf
+        return column.to_numpy().astype(np.float32).reshape(rows, width)
 
 
 def whole_numbers(column: pa.ChunkedArray, place: str) -> np.ndarray:
