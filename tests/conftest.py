@@ -16,7 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tqdm import tqdm
 
-from common import run
+from common import hub, run
 from common.data.writer import DatasetWriter
 
 CAMERAS = {"head": "observation.images.cam_head", "left": "observation.images.cam_left"}
@@ -107,11 +107,15 @@ POLICIES = {  # script, or script:variant -> its components
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_and_own_cache(tmp_path_factory):
-    """Results depend on the number of threads; nothing may be written into the user's cache."""
+    """Results depend on the number of threads; nothing may be written into the user's cache.
+
+    No test depends on whether there is a network.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda pid: {0})
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(hub, "reachable", lambda endpoint: True)
         torch.set_num_threads(1)
         yield
 

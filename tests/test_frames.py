@@ -588,6 +588,14 @@ def write_unknown_codec(path):
     path.write_bytes(path.read_bytes().replace(b"avc1", b"xyz1"))
 
 
+def write_no_packets(path):
+    with av.open(path, "w") as target:
+        stream = target.add_stream("libx264", rate=20)
+        stream.height, stream.width = PAINTED_SIZE
+        stream.pix_fmt = "yuv420p"
+        target.start_encoding()
+
+
 def write_without_times(path):
     write_video(path.with_suffix(".h264"), "libx264", "yuv420p", [paint(k) for k in range(92)])
     path.with_suffix(".h264").rename(path)
@@ -596,8 +604,9 @@ def write_without_times(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_audio, "file-000.mp4: has no video in it, but audio"),
+        (write_audio, "file-000.mp4: has no video in it, only audio"),
         (write_unknown_codec, "file-000.mp4: its video is of a codec that cannot be decoded"),
+        (write_no_packets, "file-000.mp4: has no video in it, only a header"),
         (write_without_times, r"file-000.mp4: its frames carry no times \(pts\)"),
     ],
 )

@@ -4,9 +4,12 @@ What a dataset holds comes from other people's programs. Whatever it is, trainin
 error that names file, place and field, before anything is begun.
 """
 
+import contextlib
+import io
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CAMERAS, Experiment, write_demos
-from fuzz import POINTER, ending
-from helpers import edit_table
+from fuzz import POINTER, damaged, ending, mutated
+from helpers import edit_table, write_v2
+from PIL import Image
+
+import train_flow_matching
+from common import config
+from common.data.loader import Data
 
 LENGTHS = (5, 4, 6, 3)
 DATA = "data/chunk-000/file-000.parquet"
@@ -39,6 +47,38 @@ def small(tmp_path_factory):
     }
     exp.write()
     return exp
+
+
+def picture(number):
+    """A PNG of 8 x 8 pixels in struct<bytes, path>."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 10 * number, np.uint8)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"frame-{number}.png"}
+
+
+def write_pictures(root, lengths=LENGTHS):
+    """A v2.1 dataset whose camera is pictures in parquet."""
+    rng = np.random.default_rng(0)
+    tables = {}
+    for episode, n in enumerate(lengths):
+        tables[episode] = {
+            STATE: rng.normal(size=(n, 5)).tolist(),
+            "action": rng.normal(size=(n, 4)).tolist(),
+            LEFT: pa.array([picture(k) for k in range(n)]),
+            "timestamp": np.arange(n) / 10,
+            "frame_index": np.arange(n),
+            "episode_index": np.full(n, episode),
+            "task_index": np.zeros(n, int),
+        }
+    features = {
+        STATE: {"dtype": "float32", "shape": [5], "names": None},
+        "action": {"dtype": "float32", "shape": [4], "names": list("abcd")},
+        LEFT: {"dtype": "image", "shape": [8, 8, 3], "names": ["h", "w", "c"]},
+    }
+    totals = {"total_episodes": len(lengths), "total_frames": sum(lengths)}
+    write_v2(root, tables, {"fps": 10, "features": features, "chunks_size": 1000, **totals})
+    (root / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "move"}')
+    return root
 
 
 @pytest.fixture
@@ -246,6 +286,10 @@ WARNINGS = {
         info("features", "action", "dtype", value="int64"),
         ["dtype of 'action' is 'int64', stored is fixed_size_list"],
     ),
+    "a time is missing": (
+        data("timestamp", lambda values: put(values, 7, None)),
+        [r"timestamps are up to inf frames off k / fps \(episode 1\)"],
+    ),
     "more frames than rows": (
         cell(3, f"videos/{LEFT}/to_timestamp", 2.5),
         [rf"episodes \[3\] have more frames of {LEFT} than rows"],
@@ -277,6 +321,7 @@ BAD_FIELDS = {
     "info null": (text("meta/info.json", "null"), r"info.json: needs a mapping of fields, found"),
     "info deep": (text("meta/info.json", "[" * 10**5), r"info.json: cannot be read"),
     "info digits": (text("meta/info.json", "9" * 10**4), r"info.json: cannot be read"),
+    "half a character": (info("robot_type", value="\ud800"), r"info.json: cannot be read"),
     "fps text": (info("fps", value="10"), r"info.json: needs 'fps', a number .*found \"10\""),
     "fps nan": (info("fps", value=np.nan), r"needs 'fps', .*found NaN"),
     "fps inf": (info("fps", value=np.inf), r"needs 'fps', .*found Infinity"),
@@ -372,3 +417,145 @@ def test_a_bad_field_is_named_with_its_file_and_place(name, small, copied, capsy
     change(copied)
     error = dry_run(small, copied, capsys)
     assert re.search(message, error), error
+
+
+def line(number, content):
+    """A change of one line of episodes.jsonl."""
+
+    def change(root):
+        path = root / "meta/episodes.jsonl"
+        lines = path.read_text().splitlines()
+        lines[number - 1] = content
+        path.write_text("\n".join(lines))
+
+    return change
+
+
+def renamed(root):
+    folder = root / "data/chunk-000"
+    shutil.copy(folder / "episode_000001.parquet", folder / "episode_000002.parquet")
+    line(3, '{"episode_index": 2, "length": 4}')(root)
+
+
+JSONL = "meta/episodes.jsonl"
+BAD_LINES = {
+    "null": (line(2, "null"), rf"{JSONL}: line 2: needs a mapping of fields, found null"),
+    "list": (line(2, "[1]"), rf"{JSONL}: line 2: needs a mapping of fields, found \[1\]"),
+    "cut": (line(4, '{"episode_in'), rf"{JSONL}: cannot be read in line 4; missing, or cut short"),
+    "no length": (line(1, '{"episode_index": 0}'), rf"{JSONL}: line 1: needs 'length', a whole"),
+    "pointer": (
+        lambda root: (root / JSONL).write_bytes(POINTER),
+        rf"{JSONL}: is only a Git LFS pointer",
+    ),
+    "listed twice": (
+        line(2, '{"episode_index": 0, "length": 5}'),
+        rf"{JSONL}: line 2: episode_index 0 is taken, see .*{JSONL}: line 1",
+    ),
+    "copied from another episode": (
+        renamed,
+        r"episode_000002.parquet: is of episode 2 by its name, but of episode 1 by its column",
+    ),
+    "text in one file": (
+        lambda root: edit_table(
+            root / "data/chunk-000/episode_000003.parquet",
+            lambda rows: [row.update(action=["x"] * 4) for row in rows],
+        ),
+        r"episode_000003.parquet: episode 3: action: needs numbers, found list",
+    ),
+    "no picture": (
+        lambda root: edit_table(
+            root / "data/chunk-000/episode_000003.parquet",
+            lambda rows: rows[1][LEFT].update(bytes=b"x"),
+        ),
+        rf"episode_000003.parquet: episode 3, frame 1: {LEFT} is not a whole picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_or_file_of_version_2_is_named(name, small, tmp_path, capsys):
+    root = write_pictures(tmp_path / "set")
+    change, message = BAD_LINES[name]
+    change(root)
+    error = ending(lambda: train(small, root, tmp_path), capsys)
+    assert re.search(message, error), error
+
+
+# What pyarrow raises for rows that no parquet file can hold.
+UNWRITABLE = (pa.ArrowException, OverflowError, TypeError, AttributeError, ValueError)
+
+
+def train(exp, root, folder):
+    """One step with decoded frames: everything of the dataset is read."""
+    return exp.main(
+        f"data.root={root}",
+        "data.cache=frames",
+        "train.total_steps=1",
+        f"train.save_dir={folder / 'run'}",
+    )
+
+
+def read(exp, root, folder):
+    """The same reading without a policy, in a tenth of the time."""
+    options = exp.argv(f"data.root={root}", "data.cache=frames")
+    cfg, _ = config.load(train_flow_matching.Config, train_flow_matching.__file__, options)
+    dataset = Data(cfg.data)
+    dataset.cache_frames()
+    return 0 if dataset.windows[dataset.train_rows] else 1
+
+
+def harm(root, rng):
+    """One mutation of a dataset's metadata, rows, or bytes of one of its files; what it was."""
+    table = root / TABLE
+    lines = root / JSONL
+    kind = rng.choice(["info", "table", "rows", "bytes"])
+    if kind == "info":
+        path = root / "meta/info.json"
+        path.write_text(json.dumps(mutated(json.loads(path.read_text()), rng)))
+        return "info.json"
+    if kind == "table" and lines.is_file():
+        rows = mutated([json.loads(text) for text in lines.read_text().splitlines()], rng)
+        lines.write_text("\n".join(map(json.dumps, rows)))
+        return "lines of the table"
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    if kind in ("table", "rows"):
+        files = [path for path in files if path.suffix == ".parquet"]
+    path = table if kind == "table" else files[rng.integers(len(files))]
+    if kind == "bytes":
+        path.write_bytes(damaged(path.read_bytes(), rng))
+        return f"bytes of {path.relative_to(root)}"
+    rows = pq.read_table(path).to_pylist()
+    with contextlib.suppress(*UNWRITABLE):
+        pq.write_table(pa.Table.from_pylist(mutated(rows, rng)), path)
+    return f"rows of {path.relative_to(root)}"
+
+
+def fuzz(command, exp, root, seeds, folder, capsys):
+    for seed in seeds:
+        harmed = Path(shutil.copytree(root, folder / f"set_{seed}"))
+        what = harm(harmed, np.random.default_rng(seed))
+        try:
+            ending(partial(command, exp, harmed, folder / f"run_{seed}"), capsys)
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {what}")
+            raise
+        shutil.rmtree(harmed)
+
+
+@pytest.fixture(params=["videos", "pictures"])
+def hostile(request, small, tmp_path):
+    """A dataset to be harmed: v3.0 with videos, or v2.1 with pictures in parquet."""
+    if request.param == "videos":
+        return Path(small.config["data"]["root"])
+    return write_pictures(tmp_path / "pictures")
+
+
+def test_any_harm_ends_in_one_message(hostile, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fuzz(read, small, hostile, range(10), tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_much_harm_ends_in_messages(hostile, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fuzz(train, small, hostile, range(1000, 1150), tmp_path, capsys)

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common import hub
 from common.config import UserError
 
 FILE = "model.safetensors"
@@ -41,18 +42,16 @@ def locate(weights: str, licence: str) -> Path:
             f"weights: no such file {path}, and '{weights}' is no Hub id like 'org/name';"
             f" licence of the weights: {licence}"
         )
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.hf_hub_download(weights, FILE)).absolute()
-    except Exception as error:  # several packages raise many kinds of network errors
+        return hub.file(weights, FILE).absolute()
+    except hub.HubError as error:
         raise UserError(
             f"weights: {weights} is no file or folder here,"
             f" and the Hub gave no {FILE} of it ({licence})."
             f"\n    Once, where there is a network: `hf download {weights} {FILE}`, or fetch"
             f" https://huggingface.co/{weights}/resolve/main/{FILE} by hand"
             f" and write its path under `weights`."
-            f"\n    ({type(error).__name__}: {error})"
+            f"\n    ({error})"
         ) from error
 
 

@@ -268,8 +268,8 @@ def check_tasks(dataset: LeRobotDataset, chosen: list[Episode]) -> list[str]:
         used = [dataset.numbers("task_index", group[0]) for group in by_file(chosen)]
     except DataError as error:
         return [str(error)]
-    numbers = {number for column in used if column is not None for number in column.tolist()}
-    unknown = sorted(numbers - known)
+    numbers = {number for column in used if column is not None for number in np.unique(column)}
+    unknown = sorted(map(int, numbers - known))
     return [f"{path}: has no task_index {some(unknown)} of the rows"] if unknown else []
 
 
@@ -305,8 +305,11 @@ def check_rows(
                     problems += check_frame_index(place, arrays["frame_index"][:, 0], steps)
                 if "timestamp" in arrays:
                     time = arrays["timestamp"][:, 0]
-                    frames = (time - time[:1]) * dataset.fps
-                    drifts.append((np.abs(frames - steps).max(initial=0), episode.index))
+                    with np.errstate(invalid="ignore"):
+                        frames = (time - time[:1]) * dataset.fps
+                        apart = np.abs(frames - steps)
+                    apart[np.isnan(apart)] = np.inf
+                    drifts.append((apart.max(initial=0), episode.index))
         except DataError as error:
             problems.append(str(error))
     drift, number = max(drifts)

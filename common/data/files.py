@@ -45,8 +45,11 @@ def is_pointer(path: Path) -> bool:
 
 
 def parse_json(text: str, path: Path, place: str = "") -> Any:
+    """The value in a file's text. Raises DataError."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters cannot be printed
+        return value
     except (ValueError, RecursionError) as error:  # no JSON, a huge number, or nested too deep
         raise unreadable(path, place, error) from error
 

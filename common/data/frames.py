@@ -38,8 +38,8 @@ ADVICE = (
 def video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
     """The first video stream of a file. Raises DataError if there is none that shows pictures."""
     if not container.streams.video:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise DataError(f"{path}: has no video in it, but {kinds}")
+        kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+        raise DataError(f"{path}: has no video in it, only {kinds or 'a header'}")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         raise DataError(f"{path}: its video is of a codec that cannot be decoded")

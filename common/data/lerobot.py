@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from common import hub
 from common.config import DataError, nearest
 from common.data.files import reading
 from common.data.metadata import Episode, is_depth_map, read_episodes, read_info
@@ -36,15 +37,12 @@ def fetch(root: str) -> Path:
             f"data.root: no folder {folder} (looked from {Path.cwd()}), and not a Hub id like "
             "'org/name'"
         )
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id=root, repo_type="dataset"))
-    except (OSError, ValueError, RuntimeError) as error:
+        return hub.dataset(root)
+    except hub.HubError as error:
         raise DataError(
             f"data.root: {root!r} is no folder here, and the Hub gave no such dataset. Check the "
-            "name and the network (private data: `hf auth login`), or give a folder\n    "
-            f"({type(error).__name__}: {error})"
+            f"name and the network (private data: `hf auth login`), or give a folder\n    ({error})"
         ) from error
 
 
@@ -298,7 +296,8 @@ def dense(column: pa.ChunkedArray, key: str, row_place: Callable[[int], str]) ->
     if column.null_count:
         column = column.cast(pa.float64(), safe=False)
     width = len(column) // rows if rows else 1
-    return column.to_numpy().astype(np.float32).reshape(rows, width)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf
+        return column.to_numpy().astype(np.float32).reshape(rows, width)
 
 
 def whole_numbers(column: pa.ChunkedArray, place: str) -> np.ndarray:
