@@ -60,7 +60,7 @@ class Config:
     sampling: Sampling = key(Sampling(), "how chunks are drawn")
     train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
-    seed: int = key(0, "of weights, order and noise")
+    seed: int = key(0, "of weights, order and noise", low=0, high=schema.LARGEST_SEED)
 
 
 class Policy(CodePolicy):

@@ -22,7 +22,9 @@ from common.policy import ActionPolicy
 @dataclass
 class Loss(schema.FlowLoss):
     kl: float = key(1.0, "weight of KL(posterior || prior), in units of 1 / (T A)", low=0)
-    kl_warmup: float = key(0.05, "share of the run over which the KL weight rises from 0", low=0)
+    kl_warmup: float = key(
+        0.05, "share of the run over which the KL weight rises from 0", low=0, high=1
+    )
     balance: float | None = key(
         None,
         "share of the KL gradient that moves a Gaussian prior; null: 0.8. "
@@ -44,7 +46,7 @@ class Config:
     loss: Loss = key(Loss(), "terms of the objective")
     train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
-    seed: int = key(0, "of weights, order and noise")
+    seed: int = key(0, "of weights, order and noise", low=0, high=schema.LARGEST_SEED)
 
 
 class Policy(ActionPolicy):

@@ -61,7 +61,7 @@ class Config:
     sampling: Sampling = key(Sampling(), "how chunks are drawn")
     train: schema.Train = key(..., "the run")
     plugins: list[str] = key([], "modules to import, which register more blocks")
-    seed: int = key(0, "of weights, order and noise")
+    seed: int = key(0, "of weights, order and noise", low=0, high=schema.LARGEST_SEED)
 
 
 class Policy(CodePolicy):
@@ -74,7 +74,7 @@ class Policy(CodePolicy):
         super().__init__(parts, stats, cfg)
         self.sampling = cfg.sampling
         parts.require("gate")
-        self.experts = parts.only_block("gate").experts
+        self.experts = parts.only_block("gate", "experts").experts
         self.check_experts("loss.top_k", cfg.loss.top_k)
         if cfg.loss.sigma is not None and cfg.loss.top_k == 1:
             raise ConfigError(
@@ -89,7 +89,7 @@ class Policy(CodePolicy):
 
     def check(self, batch):
         super().check(batch)
-        built = self.parts.only_block("moe_action_decoder").experts
+        built = self.parts.only_block("moe_action_decoder", "experts").experts
         if self.experts != built:
             raise ConfigError(
                 f"gate has experts: {self.experts}, moe_action_decoder has experts: {built}; "

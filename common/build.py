@@ -1,5 +1,8 @@
 """Component YAML to GraphModel: named blocks, run in file order, checked before any allocation.
 
+Arguments are checked by the annotations of a block's signature. In blocks of this project an `int`
+is a size: at least 1, or 0 if that is its default. A Count may be 0, an Index also negative.
+
 python -m common.build --list       # every block that YAML may name, with its arguments
 """
 
@@ -8,21 +11,30 @@ import copy
 import functools
 import importlib
 import inspect
+import math
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import yaml
 from torch import nn
+from torch.nn.modules import module as registration
 
-from common.config import ConfigError, Yaml, nearest, show, suggest
+from common.config import UNIONS, ConfigError, UserError, Yaml, nearest, show, suggest, type_name
 
 # Numbers of the dataset, which a component YAML takes by writing `null`.
 FACTS = ("action_dim", "state_dim", "num_cameras", "action_horizon", "proprio_history")
+LARGEST_INTEGER = 10**7  # among the arguments of a block
+MOST_PIECES = 20_000  # modules and tensors of a block
+Count = Annotated[int, 0]  # the annotation names the least value
+Index = Annotated[int, -LARGEST_INTEGER]
 _BLOCKS: dict[str, Callable] = {}
 
 
@@ -51,6 +63,8 @@ def block(name: str) -> Callable[[Callable], Callable]:
 def import_plugins(names: Iterable[str]) -> None:
     """Import the modules that `plugins:` of train.yaml names, which register their blocks."""
     for name in names:
+        if not all(word.isidentifier() for word in name.split(".")):
+            raise ConfigError(f"plugins: {show(name)} is no module: write a name such as a.b")
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as e:
@@ -186,19 +200,19 @@ class _Checked:
         data = source.data
         if "block" in data:
             self.mapping(data, (), ("block", "args"))
-            args = self.filled(self.mapping(data.get("args") or {}, ("args",)), ("args",))
+            args = self.filled(self.optional(data, "args", ()), ("args",))
             self.add("block", {**data, "args": args}, ())
         else:
             required = ("inputs", "blocks", "return")
             self.mapping(data, (), (*required, "params"), required)
-            self.graph(data["inputs"], data.get("params") or {}, data["blocks"])
+            self.graph(data["inputs"], self.optional(data, "params", ()), data["blocks"])
 
     def graph(self, inputs, params, blocks):
         """The long form."""
         if not isinstance(inputs, list):
             raise self.error(("inputs",), f"expected a list of names, found {show(inputs)}")
         self.inputs = inputs
-        self.params = self.filled(self.mapping(params, ("params",)), ("params",))
+        self.params = self.filled(params, ("params",))
         for name in inputs:
             self.claim(name, ("inputs",))
         self.values = list(inputs)
@@ -237,7 +251,7 @@ class _Checked:
     def add(self, name, entry, here, inputs=None):
         """Check one block against its signatures, and note how to make and to call it."""
         maker = self.resolve(entry["block"], (*here, "block"))
-        args = self.args(self.mapping(entry.get("args") or {}, (*here, "args")), (*here, "args"))
+        args = self.args(self.optional(entry, "args", here), (*here, "args"))
         title = f"block '{entry['block']}'"
         parameters = list(inspect.signature(maker).parameters.values())
         if isinstance(maker, type):
@@ -247,6 +261,7 @@ class _Checked:
             self.fit(title, forward, (*here, "in"), inputs, {})
         else:
             self.fit(title, parameters, (*here, "args"), inputs, args)
+        self.values_fit(maker, args, (*here, "args"))
         self.makers[name] = maker, args, (*here, "block")
         if inputs is None:
             return
@@ -279,6 +294,28 @@ class _Checked:
         except TypeError as e:
             raise self.error(here, f"{title}: {e}") from e
 
+    def values_fit(self, maker, args, here):
+        """Check arguments against the annotations of a block."""
+        try:
+            kinds = typing.get_type_hints(_signature_owner(maker), include_extras=True)
+        except NameError:  # annotations that only a type checker can read
+            kinds = {}
+        for name, parameter in inspect.signature(maker).parameters.items():
+            required = parameter.default is parameter.empty
+            least = -LARGEST_INTEGER
+            if _is_ours(maker):
+                least = 0 if parameter.default == 0 else 1
+            elif _is_of_torch(maker) and required and kinds.get(name) is int:
+                least = 1  # such as in_features
+            for value in _numbers_of(args.get(name)):
+                if abs(value) > LARGEST_INTEGER and isinstance(value, int):
+                    problem = f"expected at most {LARGEST_INTEGER}, found {show(args[name])}"
+                    raise self.error((*here, name), problem)
+            if name in args and name in kinds:
+                problem = misfit(kinds[name], args[name], least)
+                if problem:
+                    raise self.error((*here, name), f"{problem}, found {show(args[name])}")
+
     def claim(self, name, here):
         if not isinstance(name, str) or not name.isidentifier():
             raise self.error(here, f"{show(name)} is no name: letters, digits and _ only")
@@ -298,6 +335,11 @@ class _Checked:
                 raise self.error(here, f"'{key}' is missing")
         return value
 
+    def optional(self, data, key, here):
+        """The mapping data[key]; an empty one if it is missing or null."""
+        value = data.get(key)
+        return {} if value is None else self.mapping(value, (*here, key))
+
     def filled(self, values, here):
         """params (or the short form's args) with null replaced by the dataset's fact."""
         filled = dict(values)
@@ -310,7 +352,7 @@ class _Checked:
                 message = "null is filled from a dataset, and none gives it: write the number"
                 raise self.error((*here, name), message)
             if fact is not None and value not in (None, fact):
-                message = f"{value} here, but the dataset has {fact}: write null"
+                message = f"{show(value)} here, but the dataset has {fact}: write null"
                 raise self.error((*here, name), message)
             filled[name] = fact if value is None else value
         return filled
@@ -384,11 +426,12 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
     model = GraphModel(checked.inputs, checked.steps, checked.result)
     for name, (maker, args, here) in checked.makers.items():
         try:
-            made = maker(**args) if isinstance(maker, type) else functools.partial(maker, **args)
+            made = _made(maker, args)
         except Exception as e:
             # A plugin refuses an argument by ValueError; anything else is a mistake in its code.
+            known = _is_ours(maker) or _is_of_torch(maker)
             problem = checked.error(here, f"{maker.__name__} refuses its arguments: {e}")
-            if is_ours(maker) or isinstance(e, ValueError):
+            if known or isinstance(e, ValueError):
                 raise problem from e
             print(problem, file=sys.stderr)
             raise
@@ -396,14 +439,113 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
     return model
 
 
-def block_makers(source: Yaml, facts: dict[str, int]) -> list[Callable]:
-    """The classes and functions that a component YAML names. Raises ConfigError as build() does."""
-    return [maker for maker, *_ in _Checked(source, facts).makers.values()]
+def _is_ours(maker: Callable) -> bool:
+    return maker.__module__.startswith("common.")
 
 
-def is_ours(maker: Callable) -> bool:
-    """Whether a block is the project's or torch's, not a plugin's."""
-    return maker.__module__.split(".")[0] in ("common", "torch")
+def _is_of_torch(maker: Callable) -> bool:
+    return maker.__module__.startswith("torch.")
+
+
+def _made(maker: Callable, args: dict[str, Any]) -> Any:
+    """The block. A module of this project or of torch is made without memory first."""
+    if not isinstance(maker, type):
+        return functools.partial(maker, **args)
+    if _is_ours(maker) or _is_of_torch(maker):
+        with limited_size(), torch.device("meta"), torch.random.fork_rng(devices=[]):
+            try:
+                maker(**copy.deepcopy(args))
+            except (UserError, SizeError):
+                raise
+            except Exception:
+                pass  # some constructors compute with tensors: the real one tells what is wrong
+    with limited_size():
+        return maker(**args)
+
+
+class SizeError(ValueError):
+    """A block is larger than this machine."""
+
+
+@contextmanager
+def limited_size() -> Iterator[None]:
+    """Raise SizeError as soon as modules that are made have too many tensors, or too large ones."""
+    if torch.get_default_device().type == "meta":
+        yield  # nothing is allocated
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    pieces = 0
+    size = 0
+
+    def count(owner, name, made):
+        nonlocal pieces, size
+        pieces += 1
+        if isinstance(made, torch.Tensor):
+            size += made.numel() * made.element_size()
+        if size > memory:
+            found = f"{memory / 2**30:.1f} GiB"
+            raise SizeError(f"the weights take more than the {found} of memory of this machine")
+        if pieces > MOST_PIECES:
+            raise SizeError(f"it has more than {MOST_PIECES:,} layers and tensors")
+
+    handles = [
+        registration.register_module_module_registration_hook(count),
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _signature_owner(maker: Callable) -> Callable:
+    # pyrefly: ignore[missing-attribute]  # of an nn.Module
+    return maker.__init__ if isinstance(maker, type) else maker
+
+
+def _numbers_of(value: Any) -> Iterator[int | float]:
+    """All numbers in nested lists and mappings."""
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers_of(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def misfit(kind: Any, value: Any, least: int = -LARGEST_INTEGER) -> str:
+    """The text "expected ..." if the value of an argument does not fit its annotation, or nothing.
+
+    least: of an int; Count and Index bring their own. A list fits a tuple. Annotations that no YAML
+    value can have, such as a module, take anything.
+    """
+    origin = typing.get_origin(kind) or kind
+    inner = typing.get_args(kind)
+    if origin is Annotated:
+        return misfit(inner[0], value, inner[1])
+    if origin in UNIONS:
+        problems = [misfit(one, value, least) for one in inner]
+        ranges = [problem for problem in problems if "least" in problem]
+        return "" if "" in problems else [*ranges, f"expected {type_name(kind)}"][0]
+    if origin is typing.Literal:
+        fits = value in inner
+    elif origin is float:
+        fits = type(value) in (int, float) and math.isfinite(value)
+    elif origin is int and type(value) is int:
+        return "" if value >= least else f"expected at least {least}"
+    elif origin in (int, bool, str, dict, type(None)):
+        fits = type(value) is origin
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        fits = isinstance(value, list)
+        if fits and origin is tuple and inner and inner[-1] is not Ellipsis:
+            fits = len(value) == len(inner)
+        elif fits and inner:
+            problems = [misfit(inner[0], item, least) for item in value]
+            return next(filter(None, problems), "")
+    else:
+        fits = True
+    return "" if fits else f"expected {type_name(kind)}"
 
 
 def completed(source: Yaml, model: GraphModel) -> Yaml:

@@ -22,7 +22,7 @@ from common.build import import_plugins
 from common.config import UserError, Yaml
 from common.data.normalizer import Normalizer
 from common.optim import AveragedWeights
-from common.parts import Origin, build_parts, load_component, require_like, require_size
+from common.parts import Origin, build_parts, load_component, require_like
 from common.schema import Optim, Part
 from common.trust import ROOT, check_plugins, load_script  # noqa: F401 (ROOT: for run.py)
 
@@ -539,8 +539,6 @@ def open_policy(
             part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
         elif name not in meta["aliases"]:
             part.init = folder / f"{name}.safetensors"
-        if isinstance(part.init, Path):
-            require_size(sources[name], meta["facts"], part.init, name)
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
     sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -49,8 +50,31 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+# A YAML file above any of these limits is refused: no config comes near, and a few lines of anchors
+# that contain each other could ask for more memory than any machine has.
+MOST_CHARACTERS = 2**20
+MOST_VALUES = 100_000  # with each anchor counted as often as it is used
+MOST_LEVELS = 50
+MOST_DIGITS = 100
+
+
+class _Excess(yaml.MarkedYAMLError):
+    """YAML above one of the limits."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 1e-4 is a number."""
+    """YAML 1.1, in which 1e-4 is a number, up to MOST_LEVELS deep."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.level += 1
+        if self.level > MOST_LEVELS:
+            mark = self.peek_event().start_mark
+            raise _Excess(problem=f"more than {MOST_LEVELS} levels deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -63,13 +87,18 @@ class Yaml:
     """One parsed YAML file that knows where each key stands.
 
     data: plain values (anchors copied). path: as the user wrote it. text: the file's text.
-    places: path of keys -> its line, or the text of the command-line override that set it.
+    places: path of keys -> its line, or the text of the command-line override that set it. Raises
+    ConfigError for what is not YAML, is above a limit, or is neither mapping, list, number, boolean
+    nor text.
     """
 
     def __init__(self, text: str, path: Path | str):
         self.text = text
         self.path = Path(path)
         self.places: dict[Keys, int | str] = {(): 1}
+        self._count = 0
+        if len(text) > MOST_CHARACTERS:
+            raise self.error((), f"more than {MOST_CHARACTERS:,} characters: this is no config")
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -78,14 +107,17 @@ class Yaml:
             line = mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
             self.places[()] = line + 1
             problem = getattr(e, "problem", None) or getattr(e, "reason", e)
-            raise self.error((), f"not YAML: {problem}") from e
+            kind = "" if isinstance(e, _Excess) else "not YAML: "
+            raise self.error((), f"{kind}{problem}") from e
         self.data: Any = self._value(loader, node, (), ()) if node else None
 
     @classmethod
     def read(cls, path: Path | str) -> "Yaml":
         """The mapping in a file. Raises ConfigError if there is none."""
         try:
-            return cls.parse(Path(path).read_text(encoding="utf-8"), path)
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(MOST_CHARACTERS + 1)
+            return cls.parse(text, path)
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}: {getattr(e, 'strerror', 'not UTF-8 text')}") from e
 
@@ -101,47 +133,80 @@ class Yaml:
     def _value(self, loader, node, keys, above) -> Any:
         """Plain value of a node. Tags and anchors inside themselves are refused."""
         self.places.setdefault(keys, node.start_mark.line + 1)
+        self._count += 1
+        if self._count > MOST_VALUES:
+            problem = "each anchor counts as often as it is used"
+            raise self.error(keys, f"more than {MOST_VALUES:,} values: {problem}")
         if node in above:
             raise self.error(keys, "an anchor must not contain itself")
         above = (*above, node)
+        if len(above) > MOST_LEVELS:
+            raise self.error(keys, f"more than {MOST_LEVELS} levels deep")
         if node.tag == _TAG + "seq" and isinstance(node, yaml.SequenceNode):
             items = enumerate(node.value)
             return [self._value(loader, item, (*keys, i), above) for i, item in items]
         if node.tag == _TAG + "map" and isinstance(node, yaml.MappingNode):
             return self._mapping(loader, node, keys, above)
-        if node.tag in _SCALARS:
-            with contextlib.suppress(ValueError, KeyError):
-                return loader.construct_object(node)
+        if node.tag in _SCALARS and isinstance(node, yaml.ScalarNode):
+            return self._scalar(loader, node, keys)
         raise self.error(
             keys,
             f"{node.tag.replace(_TAG, '!!')} is refused: only mappings, lists, numbers, booleans "
             "and (quoted) text are read",
         )
 
+    def _scalar(self, loader, node, keys) -> Any:
+        """A number, a boolean, null or text."""
+        kind = node.tag.removeprefix(_TAG)
+        if kind in ("int", "float") and len(node.value) > MOST_DIGITS:
+            found = f"a number of {len(node.value)} characters"
+            raise self.error(keys, f"expected at most {MOST_DIGITS} digits, found {found}")
+        if kind == "str":
+            return self._text(node, keys)
+        try:
+            return loader.construct_object(node)
+        except (ValueError, LookupError) as e:
+            raise self.error(keys, f"!!{kind} is refused: {show(node.value)} is no {kind}") from e
+
+    def _text(self, node, keys) -> str:
+        """The text of a node. NUL and lone surrogates are refused: no file name can hold them."""
+        text = node.value
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.error(keys, f"text that no file name can hold: {json.dumps(text)[:60]}")
+        return text
+
     def _mapping(self, loader, node, keys, above) -> dict:
         """Plain dict of a mapping node, with `<<` merged. Duplicate keys are refused."""
         data = {}
-        merged = {}
+        merged = []
         for key, item in node.value:
             if key.tag == _TAG + "merge":
                 for one in item.value if isinstance(item, yaml.SequenceNode) else [item]:
                     value = self._value(loader, one, keys, above)
                     if not isinstance(value, dict):
                         raise self.error(keys, f"'<<' merges a mapping, found {show(value)}")
-                    merged = {**value, **merged}
+                    merged.append(value)
                 continue
-            here = (*keys, str(key.value))
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise self.error(keys, f"a key must be text, found a {key.id} on line {line}")
+            here = (*keys, self._text(key, keys))
             first = self.places.get(here)
             self.places[here] = key.start_mark.line + 1
             if here[-1] in data:
                 raise self.error(here, f"duplicate key, already on line {first}")
             data[here[-1]] = self._value(loader, item, here, above)
-        return {**merged, **data}
+        filled = {}
+        for value in reversed(merged):  # of several, the first one counts
+            filled.update(value)
+        return {**filled, **data}
 
     def override(self, text: str) -> None:
         """Apply one `a.b=yaml` of the command line; it replaces whatever is there."""
         name, _, value = text.partition("=")
         keys = tuple(name.strip().split("."))
+        if len(keys) > MOST_LEVELS:
+            raise ConfigError(f"command line: {show(text)}: more than {MOST_LEVELS} levels deep")
         data = self.data
         for i, key in enumerate(keys[:-1], 1):
             if data.get(key) is None:
@@ -174,10 +239,17 @@ class Yaml:
         return ConfigError(": ".join(filter(None, [where, ".".join(map(str, keys)), message])))
 
 
+LARGEST = 10**9  # of numbers whose key sets no bound of its own
+NAME = re.compile(r"\w{1,60}")  # names files and attributes, too
+
+
 def key(default: Any, meaning: str, **bounds) -> Any:
     """A field of a schema.
 
-    default: ... if the key is required. meaning: for --help. bounds: low, high; size of a list.
+    default: ... if the key is required. meaning: for --help. bounds: of a number, or of each number
+    of a list, low and high (at least, at most) or above and below (more than, less than); without
+    an upper one, LARGEST. Of a list: size, or least, numbers of its entries; unique, for no entry
+    twice. names: true if the keys of a mapping are names, of letters, digits and _.
     """
     made: dict[str, Any] = {"kw_only": True, "metadata": {"meaning": meaning, **bounds}}
     if default is not ...:
@@ -195,7 +267,7 @@ MOVED = {  # keys of `loss` that the first version's train_vfp.py had, too
     "train_vfp_moe.py": ("top_k", "sigma", "load_balance", "router_z"),
     "train_cfg_vqvae.py or train_vfp_moe.py": ("commitment", "posterior_ema", "revive_every"),
 }
-_UNIONS = (typing.Union, types.UnionType)
+UNIONS = (typing.Union, types.UnionType)
 
 
 class Reader:
@@ -228,7 +300,7 @@ class Reader:
         args = typing.get_args(kind)
         if value is None and type(None) in args:
             return None
-        if origin in _UNIONS:
+        if origin in UNIONS:
             kinds = [k for k in args if k is not type(None)]
             if len(kinds) == 1:
                 return self.read(kinds[0], value, keys)
@@ -245,31 +317,51 @@ class Reader:
             return {name: self.read(args[1], item, (*keys, name)) for name, item in value.items()}
         elif kind is Path and isinstance(value, str):
             return self.path(value, keys)
-        elif type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
+        elif kind is float and type(value) in (int, float):
+            if not -sys.float_info.max <= value <= sys.float_info.max:
+                raise self.error(keys, f"expected a finite number, found {show(value)}")
+            return float(value)
+        elif type(value) is kind:
+            return value
         problem = f"expected {type_name(kind)}, found {show(value)}{nearest(value, args)}"
         raise self.error(keys, problem)
 
     def section(self, schema: type, mapping: dict, keys: Keys) -> Any:
         """The dataclass schema from a mapping."""
         kinds = typing.get_type_hints(schema)
+        given = dict(mapping)
+        for entry in fields(schema):
+            if entry.name in given or entry.default_factory is not MISSING:
+                continue
+            kind = kinds[entry.name]
+            if not is_dataclass(kind):
+                self._known_keys(schema, mapping, keys)
+                what = f"{type_name(kind)}: {entry.metadata['meaning']}"
+                raise self.error((*keys, entry.name), f"this key is required ({what})")
+            given[entry.name] = {}
+        section = schema(**self.changes(schema, given, keys))
+        if self.given and hasattr(section, "check"):
+            section.check(self, keys)
+        return section
+
+    def changes(self, schema: type, mapping: dict, keys: Keys) -> dict:
+        """Some keys of the dataclass schema, each read as section() reads it."""
+        kinds = typing.get_type_hints(schema)
+        values = {}
+        for name, entry in self._known_keys(schema, mapping, keys).items():
+            if name in mapping:
+                here = (*keys, name)
+                values[name] = self.read(kinds[name], mapping[name], here)
+                self._check_bounds(values[name], here, **entry.metadata)
+        return values
+
+    def _known_keys(self, schema, mapping, keys):
+        """Fields of schema by name; raises ConfigError if mapping has others."""
         known = {entry.name: entry for entry in fields(schema)}
         for name in mapping:
             if name not in known:
                 raise self._unknown_key((*keys, name), known)
-        values = {}
-        for name, entry in known.items():
-            here = (*keys, name)
-            if name in mapping or (entry.default_factory is MISSING and is_dataclass(kinds[name])):
-                values[name] = self.read(kinds[name], mapping.get(name, {}), here)
-                self._check_bounds(values[name], here, **entry.metadata)
-            elif entry.default_factory is MISSING:
-                what = f"{type_name(kinds[name])}: {entry.metadata['meaning']}"
-                raise self.error(here, f"this key is required ({what})")
-        section = schema(**values)
-        if self.given and hasattr(section, "check"):
-            section.check(self, keys)
-        return section
+        return known
 
     def _unknown_key(self, keys, known):
         now = RENAMED.get(".".join(map(str, keys)), "")
@@ -280,24 +372,58 @@ class Reader:
                 return self.error(keys, f"is a key of {script} now")
         return self.error(keys, f"unknown key{suggest(keys[-1], known)}")
 
-    def _check_bounds(self, value, keys, meaning, low=None, high=None, size=None):
+    def _check_bounds(
+        self,
+        value,
+        keys,
+        meaning,
+        low=None,
+        above=None,
+        high=LARGEST,
+        below=None,
+        size=None,
+        least=0,
+        unique=False,
+        names=False,
+    ):
+        """Raise ConfigError for a value out of the bounds of its key, see key()."""
+        for name in value if names else ():
+            if not NAME.fullmatch(name):
+                problem = f"{show(name)} is no name: up to 60 letters, digits and _ only"
+                raise self.error((*keys, name), problem)
+        if isinstance(value, dict):
+            value = list(value.values())
         items = value if isinstance(value, list) else [value]
-        if low is not None and any(x < low for x in items if x is not None):
-            raise self.error(keys, f"expected at least {low}, found {show(value)}")
-        if high is not None and any(x > high for x in items if x is not None):
-            raise self.error(keys, f"expected at most {high}, found {show(value)}")
-        if size not in (None, len(items)):
-            raise self.error(keys, f"expected {size} numbers, found {show(value)}")
+        numbers = [x for x in items if isinstance(x, int | float)]
+        expected = None
+        if low is not None and any(x < low for x in numbers):
+            expected = f"at least {low}"
+        elif above is not None and any(x <= above for x in numbers):
+            expected = f"more than {above}"
+        elif below is not None and any(x >= below for x in numbers):
+            expected = f"less than {below}"
+        elif any(x > high for x in numbers):
+            expected = f"at most {high}"
+        elif size not in (None, len(items)):
+            expected = f"{size} numbers"
+        elif isinstance(value, list) and len(items) < least:
+            expected = f"{least} or more entries"
+        elif unique and len(set(items)) < len(items):
+            expected = "no entry twice"
+        if expected:
+            raise self.error(keys, f"expected {expected}, found {show(value)}")
 
 
 def type_name(kind: Any) -> str:
     """A type as --help and errors print it."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return type_name(typing.get_args(kind)[0])
     inner = [x if isinstance(x, str) else type_name(x) for x in typing.get_args(kind)]
-    if typing.get_origin(kind) in (Literal, *_UNIONS):
+    if typing.get_origin(kind) in (Literal, *UNIONS):
         return " | ".join(inner)
     if kind is type(None):
         return "null"
-    name = "mapping" if is_dataclass(kind) else kind.__name__.lower()
+    name = "mapping" if is_dataclass(kind) else getattr(kind, "__name__", "...").lower()
     return f"{name}[{', '.join(inner)}]" if inner else name
 
 

@@ -62,7 +62,7 @@ class CodePolicy(ActionPolicy):
     def __init__(self, parts: Parts, stats: Normalizer, cfg: Any):
         super().__init__(parts, stats, cfg)
         parts.require("vqvae_posterior", "vqvae_codebook", "vqvae_prior")
-        self.codebook: Codebook = parts.only_block("vqvae_codebook")
+        self.codebook: Codebook = parts.only_block("vqvae_codebook", "codes")
         self.slow_posterior = None
         if self.weights.posterior_ema is not None:
             self.slow_posterior = optim.slow_copy(parts, "vqvae_posterior")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, Keys, Reader, key, show
-from common.parts import NAME
+from common.parts import Parts
 
+NAME = r"[^./\\\s]{1,100}"  # of a component, which is an attribute of Parts and a file
 MAX_DEPTH = 40  # of lists and mappings in each other
 MAX_COUNT = 10**15  # of steps, samples, bytes
 FILE = rf"(resume/)?{NAME}\.safetensors"
@@ -52,7 +53,8 @@ class Meta:
         own = self.components.keys() - self.aliases.keys()
         trained = own - self.frozen.keys()
         for name in self.components:
-            named = re.fullmatch(NAME, name) and name != Path(STATS).stem
+            taken = name == Path(STATS).stem or hasattr(Parts({}), name)
+            named = re.fullmatch(NAME, name) and not taken
             require(bool(named), "components", f"{name!r} is no name of a component")
         shared = self.aliases.keys() <= self.components.keys() and own >= {*self.aliases.values()}
         require(shared, "aliases", f"expected some of {sorted(own)}, found {show(self.aliases)}")

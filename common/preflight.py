@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from common import build
 from common.config import SCRIPTS, ConfigError, UserError, Yaml, to_dict
 from common.data.loader import to_device
 from common.noise import Noise
@@ -29,6 +30,7 @@ SHAPE_ERRORS = (  # texts of torch
     r"expected input.* to have (?P<expected>\d+) channels, but got (?P<found>\d+) channels",
     r"size of tensor a \((?P<found>\d+)\) must match the size of tensor b \((?P<expected>\d+)\)",
 )
+BUILD = Path(build.__file__)  # calls the blocks
 OUT_OF_MEMORY = r"out of memory|can't allocate memory|not enough memory"
 
 
@@ -144,6 +146,8 @@ def explained(job: "Run", policy: nn.Module, batch: dict) -> Iterator[None]:
         mistake = ""
         if name and _in_own_block(error):
             mistake = _shape_mistake(error, job.sources[name], job.data.facts)
+        elif name and isinstance(error, TypeError) and _frames(error)[-1] == BUILD:
+            mistake = "its block does not take these inputs: is it the file of another component?"
         if mistake:
             lines = [f"{where}: {mistake}", f"{type(error).__name__}: {error}", call]
             lines.append(f"the first batch is {shapes}")
@@ -173,12 +177,16 @@ def _component(policy, error) -> tuple[str | None, str]:
     return name, call
 
 
-def _in_own_block(error: BaseException) -> bool:
-    """Whether the innermost code outside of torch is a block of ours, no plugin and no script."""
+def _frames(error: BaseException) -> list[Path]:
+    """Files of the code that an exception came through, without torch's; the innermost one last."""
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
     torch_folder = Path(torch.__file__).parent
-    own = [file for file in files if not file.is_relative_to(torch_folder)]
-    return own[-1].is_relative_to(Path(__file__).parent / "blocks")
+    return [file for file in files if not file.is_relative_to(torch_folder)]
+
+
+def _in_own_block(error: BaseException) -> bool:
+    """Whether the innermost code outside of torch is a block of ours, no plugin and no script."""
+    return _frames(error)[-1].is_relative_to(Path(__file__).parent / "blocks")
 
 
 def _shape_mistake(error, source, facts) -> str:

@@ -29,9 +29,10 @@ def places(value, container=None, key=None) -> Iterator[tuple]:
     """(container, key) of everything inside nested dicts and lists."""
     if container is not None:
         yield container, key
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, one in inner if isinstance(value, dict | list) else ():
-        yield from places(one, value, name)
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, one in list(inner):
+            yield from places(one, value, name)
 
 
 def mutated(value, rng: np.random.Generator):
@@ -42,7 +43,7 @@ def mutated(value, rng: np.random.Generator):
     kind = rng.choice(["replace", "replace", "scale", "remove", "rename", "copy"])
     here = container[key]
     if kind == "scale" and isinstance(here, int | float):
-        container[key] = here * rng.choice([-1, 0, 1000, 1e-9, 1e12])
+        container[key] = here * float(rng.choice([-1, 0, 1000, 1e-9, 1e12]))
         if isinstance(here, int) and not isinstance(here, bool):
             container[key] = int(container[key])
     elif kind == "remove":

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from fuzz import limited
 from torch import nn
 
 from common import build as module
@@ -356,7 +357,7 @@ TANH = "a: {block: nn.Tanh, in: [$x]}"
         ),
         (
             "block: nn.Linear\nargs: {in_features: x, out_features: 2}",
-            "part.yaml:1: block: Linear refuses its arguments: empty",
+            'part.yaml:2: args.in_features: expected int, found "x"',
         ),
         (graph(TANH).replace("return: $a\n", ""), "part.yaml:1: 'return' is missing"),
         (graph(TANH).replace("inputs: [x]\n", ""), "part.yaml:1: 'inputs' is missing"),
@@ -555,3 +556,155 @@ def test_a_graph_around_a_decoder_declares_its_context():
     decoder += "layers: 1, memory_dim: 4, action_dim: 2, action_horizon: 3}}"
     with pytest.raises(ConfigError, match=r"part.yaml:1: inputs: block 'a' computes a context"):
         parse(graph(f"a: {decoder}", inputs="[x, t, c]"))
+
+
+def decoder(**changed):
+    args = {"dim": 16, "heads": 2, "ff": 32, "layers": 1, "action_dim": 4, **changed}
+    lines = "".join(f"  {name}: {value}\n" for name, value in args.items())
+    return f"block: vfp_single_action_decoder\nargs:\n{lines}"
+
+
+@pytest.mark.parametrize("name", ["dim", "heads", "ff", "layers", "latent_dim"])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (0, "at least 1, found 0"),
+        (-2, "at least 1, found -2"),
+        ("true", r"int( \| null)?, found true"),
+        ("x", r'int( \| null)?, found "x"'),
+        (16.0, r"int( \| null)?, found 16.0"),
+        (".nan", r"int( \| null)?, found NaN"),
+        ("[16]", r"int( \| null)?, found \[16\]"),
+        (10**8, "at most 10000000, found 100000000"),
+        ("{a: [1, 100000000]}", "at most 10000000, found"),
+    ],
+)
+def test_sizes_that_are_none(name, value, problem):
+    with pytest.raises(ConfigError, match=rf"part.yaml:\d: args.{name}: expected {problem}"):
+        parse(decoder(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (decoder(dropout=".inf"), "part.yaml:8: args.dropout: expected float, found Infinity"),
+        (decoder(dropout="true"), "args.dropout: expected float, found true"),
+        (decoder(causal=1), "args.causal: expected bool, found 1"),
+        ("block: nn.Linear\nargs: {in_features: -1, out_features: 1}", "at least 1, found -1"),
+        ("block: nn.Linear\nargs: {in_features: true, out_features: 1}", "int, found true"),
+        ("block: nn.Conv2d\nargs: {in_channels: 1, out_channels: 0, kernel_size: 1}", "at least 1"),
+        (
+            "block: nn.AdaptiveAvgPool2d\nargs: {output_size: x}",
+            r"args.output_size: expected int \| null \| tuple",
+        ),
+        ("block: da3\nargs: {layers: [x], depth: 2, embed_dim: 8}", "layers: expected int, found"),
+        ("block: da3\nargs: {layers: [0], depth: 2, embed_dim: 0}", "embed_dim: expected at"),
+        ("block: tiny_cnn\nargs: false", "part.yaml:2: args: expected a mapping, found false"),
+        (
+            "block: resnet_state_encoder\nargs: {dim: 8, layers: 1, latent_dim: 2, state_dim: 2, "
+            "proprio_history: 1, num_cameras: 1, depths: [1, 0]}",
+            r"part.yaml:2: args.depths: expected at least 1, found \[1, 0\]",
+        ),
+        (
+            graph("a: {block: nn.Linear, in: [$x], args: {in_features: $n, out_features: 1}}",
+                  params="{n: 0}"),
+            "part.yaml:4: blocks.a.args.in_features: expected at least 1, found 0",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_their_annotations(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
+def test_arguments_that_do_fit():
+    parse(decoder(dropout=0, latent_dim="null", prefix="true"))
+    parse("block: nn.Flatten\nargs: {start_dim: -2}")
+    parse("block: nn.AdaptiveAvgPool2d\nargs: {output_size: [4, null]}")
+    parse("block: nn.Conv2d\nargs: {in_channels: 3, out_channels: 1, kernel_size: [1, 2]}")
+    parse("block: nn.LayerNorm\nargs: {normalized_shape: [2, 3], eps: 1}")
+    parse("block: nn.ZeroPad2d\nargs: {padding: [-1, 0, 1, 0]}")
+    parse("block: da3\nargs: {layers: [-1, 0], depth: 2, embed_dim: 8, alt_start: -1}")
+    parse("block: multimodal_bridge\nargs: {dim: 8, state_dim: 2, num_cameras: 0, visual_dim: 1, "
+          "semantic_dim: 1, extra_visual_dims: [3]}")  # fmt: skip
+    with pytest.raises(ConfigError, match="num_cameras: expected at least 0, found -1"):
+        parse("block: multimodal_bridge\nargs: {dim: 8, state_dim: 2, num_cameras: -1, "
+              "visual_dim: 1, semantic_dim: 1}")  # fmt: skip
+    # A plugin's numbers are its own.
+    assert parse("block: test_anything\nargs: {x: -1, y: 1e300}").block.options["x"] == -1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "block: nn.Linear\nargs: {in_features: 10000000, out_features: 10000000}",
+        decoder(dim=10**6),
+        "block: vq_codebook\nargs: {num_codes: 10000000, latent_dim: 10000000}",
+    ],
+)
+def test_weights_that_no_machine_holds(text, monkeypatch):
+    random = torch.get_rng_state()
+    made = []
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, *a, **k: made.append(x) or x)
+    with pytest.raises(
+        ConfigError,
+        match=r"part.yaml:1: block: \w+ refuses its arguments: the weights take more than the "
+        r"[\d.]+ GiB of memory of this machine",
+    ):
+        parse(text)
+    assert all(x.is_meta for x in made)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_layers_without_end(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PIECES", 1000)
+    chunks = "latent_dim: 1, action_dim: 1, action_horizon: 1"
+    for text in (
+        decoder(layers=10**7),
+        f"block: chunk_encoder\nargs: {{dim: 1, layers: 10000000, {chunks}}}",
+        "block: da3\nargs: {layers: [-1], embed_dim: 8, depth: 10000000}",
+    ):
+        with (
+            limited(20),
+            pytest.raises(
+                ConfigError, match=r"part.yaml:1: .*: it has more than 1,000 layers and tensors"
+            ),
+        ):
+            parse(text)
+    assert parse(decoder()).block is not None
+
+
+def test_a_plugins_weights_are_counted_as_it_makes_them(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "_BLOCKS", dict(module._BLOCKS))
+    monkeypatch.setattr(module, "MOST_PIECES", 100)
+
+    @block("test_endless")
+    class Endless(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            for i in range(count):
+                made.append(i)
+                self.register_buffer(f"b{i}", torch.zeros(1))
+
+    with pytest.raises(ConfigError, match="Endless refuses its arguments: it has more than 100"):
+        parse("block: test_endless\nargs: {count: 1000}")
+    assert len(made) == 101
+    made.clear()
+    parse("block: test_endless\nargs: {count: 9}")
+    assert len(made) == 9  # a plugin's constructor runs once
+
+
+def test_the_first_try_without_memory_draws_nothing():
+    torch.manual_seed(0)
+    made = parse(decoder()).state_dict()
+    torch.manual_seed(0)
+    by_hand = GraphModel(None, [], None)
+    by_hand.block = module._BLOCKS["vfp_single_action_decoder"](16, 2, 32, 1, 4)
+    assert all(torch.equal(made[name], x) for name, x in by_hand.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "a..b", "a b"])
+def test_names_of_plugins_that_are_no_modules(name):
+    with pytest.raises(ConfigError, match=r"plugins: .* is no module: write a name such as a.b"):
+        import_plugins([name])

@@ -360,17 +360,6 @@ def test_what_to_paste_keeps_the_entries_that_are_there():
     assert parts.from_scratch(model, ["own"]).endswith(f"    '{text}'")
 
 
-@pytest.mark.parametrize(
-    "name", ["dataset_stats", "train", "../x", "a.b", "", "a b", "x" * 200, "\x00"]
-)
-def test_a_name_that_no_component_can_have(experiment, name):
-    exp = experiment()
-    exp.config["model"]["component_config_paths"][name] = "./backbone.yaml"
-    exp.write()
-    with pytest.raises(UserError, match="cannot be the name of a component"):
-        exp.main()
-
-
 def test_opening_a_checkpoint_is_quiet(trained, capsys):
     checkpoint.open_policy(trained.save_dir)
     assert capsys.readouterr().out == ""

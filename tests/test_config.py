@@ -564,3 +564,17 @@ def test_a_fork_takes_the_components_that_it_declares(folder):
     load_as(folder, "train_vfp.py", None, EXPERTS)
     with pytest.raises(ConfigError, match=r"lists 'gate': this is a config of train_vfp_moe.py$"):
         load_as(folder, "train_mine.py", VFP, [*VFP, "gate"])
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "configs").glob("*/exp*/train*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: "/".join(file.parts[-3:-1]))
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_a_full_size_batch_divides_by_processes_and_micro_steps(file, processes):
+    data = Yaml.read(file).data
+    assert data["data"]["batch_size"] % (processes * data["train"].get("micro_steps", 1)) == 0
+
+
+def test_there_are_full_size_experiments():
+    assert len(EXPERIMENTS) == 8

@@ -279,11 +279,11 @@ def test_other_scripts_train_on_the_best(trained, experiment, capsys):
         (["data.scores=./x.parquet"], "data.scores and data.keep_top go together"),
         (
             ["data.scores=./x.parquet", "data.keep_top=0"],
-            "expected a share above 0, at most 1; found 0",
+            "expected more than 0, found 0",
         ),
         (
             ["data.scores=./x.parquet", "data.keep_top=70"],
-            "expected a share above 0, at most 1; found 70",
+            "expected at most 1, found 70",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.blocks.vision import PatchBackbone
 from common.blocks.weights import locate, read_sizes, read_tensors, require, shapes_of
-from common.build import block
+from common.build import Index, block
 
 PATCH = 14
 NON_COMMERCIAL = "CC BY-NC 4.0: no commercial use"
@@ -122,14 +122,14 @@ class DepthAnything3(PatchBackbone):
 
     def __init__(
         self,
-        layers: list[int],
+        layers: list[Index],
         model: str | None = None,
         weights: str | None = None,
         normalize: bool = True,
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
-        alt_start: int | None = None,
+        alt_start: Index | None = None,
         table_side: int | None = None,
     ):
         super().__init__()

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common.blocks.embed import sincos, with_positions
-from common.build import block
+from common.build import Count, block
 from common.config import ConfigError
 from common.distributions import latent_head
 
@@ -105,7 +105,7 @@ class MultimodalBridge(nn.Module):
         self,
         dim: int,
         state_dim: int,
-        num_cameras: int,
+        num_cameras: Count,
         visual_dim: int,
         semantic_dim: int,
         extra_visual_dims: tuple = (),
@@ -190,7 +190,7 @@ class InfoEncoder(nn.Module):
         ff: int,
         layers: int,
         state_dim: int,
-        num_cameras: int,
+        num_cameras: Count,
         visual_dim: int,
         semantic_dim: int,
         extra_visual_dims: tuple = (),

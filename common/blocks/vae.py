@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.build import block
+from common.build import Count, block
 from common.config import ConfigError
 from common.distributions import Gaussian, GaussianHead
 
@@ -128,7 +128,7 @@ class StateEncoder(nn.Module):
         latent_dim: int,
         state_dim: int,
         proprio_history: int,
-        num_cameras: int,
+        num_cameras: Count,
         width: int = 64,
         depths: Sequence[int] = RESNET34,
     ):
@@ -191,7 +191,7 @@ class StateDecoder(nn.Module):
         latent_dim: int,
         state_dim: int,
         proprio_history: int,
-        num_cameras: int,
+        num_cameras: Count,
         width: int = 64,
         depths: Sequence[int] = RESNET34,
     ):

@@ -9,16 +9,16 @@ from torch.nn import functional as F
 
 from common.blocks.weights import read_tensors
 from common.build import block
-from common.config import UserError
+from common.config import ConfigError, UserError
 
 
 @block("tiny_cnn")
 class TinyCNN(nn.Module):
     """Four convolutions: features (B, dim, h / 16, w / 16) and image positions (B, 2 dim).
 
-    Pictures are floats in [0, 1]. The summary is the spatial softmax of Levine et al. 2016
-    (arXiv:1504.00702, section 4.2) on the map of stride 8: `dim` expected positions, in [-1, 1]
-    from the left and from the top edge.
+    Pictures are floats in [0, 1], of 16 x 16 at least. The summary is the spatial softmax
+    of Levine et al. 2016 (arXiv:1504.00702, section 4.2) on the map of stride 8: `dim` expected
+    positions, in [-1, 1] from the left and from the top edge.
 
     Args:
         dim: channels of the features, and number of positions.
@@ -39,6 +39,9 @@ class TinyCNN(nn.Module):
         self.keypoints = nn.Conv2d(32, dim, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = image.shape[2:]
+        if min(height, width) < 16:
+            raise ConfigError(f"pictures of {height} x {width} are too small, it needs 16 x 16")
         x = self.stem(2 * image - 1)
         logits = self.keypoints(x)
         weights = logits.flatten(2).softmax(-1).view_as(logits)
@@ -90,7 +93,10 @@ class TimmBackbone(nn.Module):
         return file
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.model.forward_features((image - self.image_mean) / self.image_std)
+        try:
+            x = self.model.forward_features((image - self.image_mean) / self.image_std)
+        except AssertionError as error:  # of the size that the model was built for
+            raise ConfigError(f"timm's '{self.name}' refuses the pictures: {error}") from error
         summary = self.model.forward_head(x, pre_logits=True)
         if x.ndim == 3:
             x = x[:, self.model.num_prefix_tokens :]  # without class and register tokens
