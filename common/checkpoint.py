@@ -396,11 +396,10 @@ def load(
             parameters[name].copy_(value)
     other = folder / "resume/other.safetensors"
     policy.load_state_dict(_read_some(other, policy.state_dict()), strict=False)
-    for i, (optimizer, counters) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
+    for i, (optimizer, saved) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
         _load_optimizer(folder / f"resume/optimizer_{i}.safetensors", optimizer, parameters)
-        for group, own in zip(optimizer.param_groups, counters, strict=True):
-            known = _counters(group)
-            group.update({k: type(known[k])(v) for k, v in own.items() if k in known})
+        for group, own in zip(optimizer.param_groups, saved, strict=True):
+            _load_counters(folder, group, own, COUNTERS.get(_kind(optimizer), own))
 
 
 def _read_some(file, own):
@@ -424,12 +423,32 @@ STATES = {  # optimizer -> what it keeps for each parameter, of the parameter's 
 }
 
 
+COUNTERS = {"AdamW": (), "RAdamScheduleFree": ("k", "weight_sum", "lr_max", "scheduled_lr")}
+
+
+def _kind(optimizer):
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
+
+
+def _load_counters(folder, group, saved, names):
+    """Give a group of an optimizer the counters of a checkpoint, but not its settings."""
+    for name, now in _counters(group).items():
+        if name not in names or name not in saved:
+            continue
+        if type(saved[name]) is not type(now):
+            raise UserError(
+                f"{folder}/meta.json: optimizers: {name}: expected {type(now).__name__}, "
+                f"found {saved[name]}"
+            )
+        group[name] = saved[name]
+
+
 def _load_optimizer(file, optimizer, parameters):
     """Give an optimizer the state of a file; parameters: name -> parameter of the policy."""
     tensors = read_tensors(file)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {name: p for name, p in parameters.items() if id(p) in trained}
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
+    kind = _kind(optimizer)
     found = {key.rpartition("/")[::2] for key in tensors}
     states = STATES.get(kind) or {state: tensors[f"{n}/{state}"].shape for n, state in found}
     expected = {

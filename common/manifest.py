@@ -69,8 +69,8 @@ class Meta:
         for name in ("trained on", "held out"):
             require(name in self.episodes, "episodes", f"'{name}' is missing")
         numbers = [x for groups in self.optimizers for group in groups for x in group.values()]
-        finite = all(abs(x) <= MAX_COUNT for x in numbers)
-        require(finite, "optimizers", f"expected numbers up to {MAX_COUNT:g}, found {numbers}")
+        fits = all((-1 if isinstance(x, float) else 0) <= x <= MAX_COUNT for x in numbers)
+        require(fits, "optimizers", f"expected numbers up to {MAX_COUNT:g}, found {show(numbers)}")
         self._check_files(require, trained)
         data = self.config.get("data")
         cameras = data.get("cameras") if isinstance(data, dict) else None

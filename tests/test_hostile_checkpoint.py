@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from conftest import Experiment, forget_accelerator
 from fuzz import damaged, ending, mutated
 from helpers import rewrite_meta
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_mi
@@ -52,27 +55,67 @@ def quick(monkeypatch):
 
 def hostile(folder, rng):
     """Change one thing of a checkpoint; its hashes are those of the new content, or are not."""
-    if rng.random() < 0.5:
-        meta = json.loads((folder / "meta.json").read_text())
-        digest = meta.pop("sha256")
-        part = rng.choice(["all", "config", "head"], p=[0.4, 0.3, 0.3])
-        if part == "config":
-            meta["config"] = mutated(meta["config"], rng)
-        elif part == "head":
-            meta |= mutated({key: meta[key] for key in meta if key != "config"}, rng)
-        else:
-            meta = mutated(meta, rng)
-        if rng.random() < 0.9:
-            digest = checkpoint._digest(meta)
-        (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest}))
+    kind = rng.choice(["meta", "component", "tensor", "bytes"], p=[0.4, 0.1, 0.2, 0.3])
+    if kind == "meta":
+        hostile_meta(folder, rng)
         return
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if kind == "component":
+        rewrite_meta(folder, lambda meta: hostile_component(meta["components"], rng))
+        return
+    files = sorted(file for file in folder.rglob("*.safetensors"))
     file = files[rng.integers(len(files))]
-    file.write_bytes(damaged(file.read_bytes(), rng))
-    if file.name != "meta.json" and rng.random() < 0.7:
+    if kind == "tensor":
+        save_file(hostile_tensors(load_file(file), rng), file)
+    else:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+    if kind == "tensor" or rng.random() < 0.7:
         entry = [file.stat().st_size, checkpoint.sha256(file)]
         name = str(file.relative_to(folder))
         rewrite_meta(folder, lambda meta: meta["files"].update({name: entry}))
+
+
+def hostile_meta(folder, rng):
+    meta = json.loads((folder / "meta.json").read_text())
+    digest = meta.pop("sha256")
+    part = rng.choice(["all", "config", "others"])
+    if part == "config":
+        meta["config"] = mutated(meta["config"], rng)
+    elif part == "others":
+        meta |= mutated({key: meta[key] for key in meta if key != "config"}, rng)
+    else:
+        meta = mutated(meta, rng)
+    if rng.random() < 0.9:
+        digest = checkpoint._digest(meta)
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest}))
+
+
+def hostile_component(components, rng):
+    name = rng.choice(sorted(components))
+    component = mutated(yaml.safe_load(components[name]), rng)
+    components[name] = json.dumps(component)  # which is YAML
+
+
+def hostile_tensors(tensors, rng):
+    """One tensor is missing, renamed, doubled, of another shape or kind, or has other numbers."""
+    name = rng.choice(sorted(tensors))
+    x = tensors.pop(name)
+    kind = rng.choice(["remove", "rename", "add", "shape", "scalar", "dtype", "huge", "nan"])
+    if kind == "rename":
+        tensors[f"{name}x"] = x
+    elif kind != "remove":
+        tensors[name] = x
+    if kind == "add":
+        tensors["parts.backbone/step"] = torch.ones(1)
+    elif kind == "shape":
+        tensors[name] = torch.stack([x, x])
+    elif kind == "scalar":
+        tensors[name] = x.flatten()[:1].clone()[0]
+    elif kind == "dtype":
+        kinds = (torch.int64, torch.bool, torch.float64, torch.float16, torch.complex64)
+        tensors[name] = x.to(kinds[rng.integers(len(kinds))])
+    elif kind in ("huge", "nan"):
+        tensors[name] = torch.full_like(x.float(), 1e38 if kind == "huge" else torch.nan)
+    return tensors
 
 
 def command(exp, kind, tmp_path):
