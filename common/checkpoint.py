@@ -452,7 +452,7 @@ def _load_optimizer(file, optimizer, parameters):
     found = {key.rpartition("/")[::2] for key in tensors}
     states = STATES.get(kind) or {state: tensors[f"{n}/{state}"].shape for n, state in found}
     expected = {
-        f"{name}/{state}": own[name].shape if shape is None else shape
+        f"{name}/{state}": tuple(own[name].shape if shape is None else shape)
         for name in {name for name, _ in found} & own.keys()
         for state, shape in states.items()
     }
@@ -494,6 +494,10 @@ def _differences(meta, parts, optimizers):
         if only_saved or only_configured:
             there = f"{only_saved or 'none'} in the checkpoint"
             problems.append(f"{kind}: {there}, {only_configured or 'none'} configured")
+    groups = [len(optimizer.param_groups) for optimizer in optimizers]
+    saved = [len(counters) for counters in meta["optimizers"]]
+    if saved != groups:
+        problems.append(f"groups of optimizers: {saved} in the checkpoint, {groups} configured")
     return problems
 
 
@@ -548,6 +552,8 @@ def open_policy(
     check_plugins(folder, cfg.plugins, plugins)
     import_plugins(cfg.plugins)
     _require_facts(folder, meta["facts"], cfg.data)
+    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
+    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes))
     sources = {}
     cfg.model.component_build_args = {}
     for name, text in meta["components"].items():
@@ -560,8 +566,6 @@ def open_policy(
             part.init = folder / f"{name}.safetensors"
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
-    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
-    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes))
     return module.Policy(parts, stats, cfg).eval(), cfg
 
 
