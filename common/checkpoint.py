@@ -449,14 +449,16 @@ def _load_optimizer(file, optimizer, parameters):
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {name: p for name, p in parameters.items() if id(p) in trained}
     kind = _kind(optimizer)
-    found = {key.rpartition("/")[::2] for key in tensors}
-    states = STATES.get(kind) or {state: tensors[f"{n}/{state}"].shape for n, state in found}
-    expected = {
-        f"{name}/{state}": tuple(own[name].shape if shape is None else shape)
-        for name in {name for name, _ in found} & own.keys()
-        for state, shape in states.items()
-    }
-    require(expected, tensors, f"{file}: not the state of {kind} for this run's weights")
+    names = {key.rpartition("/")[0] for key in tensors}
+    if unknown := sorted(names - own.keys()):
+        raise UserError(f"{file}: {unknown[0]} is no weight of this run")
+    if kind in STATES:
+        expected = {
+            f"{name}/{state}": tuple(own[name].shape if shape is None else shape)
+            for name in names
+            for state, shape in STATES[kind].items()
+        }
+        require(expected, tensors, f"{file}: not the state of {kind} for this run's weights")
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
         p = own[name]

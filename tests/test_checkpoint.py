@@ -635,7 +635,7 @@ RESUMED = TENSORS | {
     "stranger": (
         "resume/optimizer_0",
         lambda x: x.update({"x/exp_avg": torch.ones(1)}),
-        "unexpected x/exp_avg",
+        "optimizer_0.safetensors: x is no weight of this run",
     ),
     "raw": ("resume/raw", another(RAW, lambda x: x[:1]), rf"{RAW} is \(1,\), expected \(8,\)"),
     "raw name": ("resume/raw", lambda x: x.update(y=torch.ones(1)), "raw.safetensors holds y, whi"),
