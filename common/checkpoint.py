@@ -537,9 +537,10 @@ def open_policy(
 
     A checkpoint may come from a stranger. Opening one reads meta.json, safetensors files of its
     folder, and the safetensors files of frozen components, wherever meta.json says that they are;
-    no pickle is read. It runs no code but the project's: the training script that meta.json names,
-    if it lies beside common/, the blocks of common/ and torch.nn, and plugins below the project's
-    folder. Any other script or plugin runs only if it is given here.
+    no pickle is read, and nothing is fetched from a hub. It runs no code but the project's: the
+    training script that meta.json names, if it lies beside common/, the blocks of common/ and of
+    torch.nn, and plugins below the project's folder. Any other script or plugin runs only if it is
+    given here.
     """
     folder = find_checkpoint(folder)
     meta = translated_meta(folder)

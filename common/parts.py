@@ -419,6 +419,8 @@ def initialise(
         return load_component(module, file, name), True
     else:
         published = [b for b in blocks if getattr(b, "weights", None)]
+    if origin and not init and not blocks:
+        print(f"NOTICE: {name} starts with RANDOM weights: {saved} does not exist")
     for b in blocks:
         if b not in published:
             usual = getattr(b, "weights", None) or getattr(b, "published", None)

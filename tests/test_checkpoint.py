@@ -362,6 +362,17 @@ def test_what_to_paste_keeps_the_entries_that_are_there():
     assert parts.from_scratch(model, ["own"]).endswith(f"    '{text}'")
 
 
+def test_a_component_that_load_dir_lacks_starts_anew_and_says_so(experiment, trained, capsys):
+    again = experiment("train_vfp", "again")
+    own = "model.component_build_args={vae_prior: {init: scratch}}"
+    with pytest.raises(UserError, match=r"missing block\.latent\.bias"):
+        again.main(f"train.load_dir={trained.save_dir}", own)
+    out = capsys.readouterr().out
+    file = trained.save_dir / "step_2/vae_posterior.safetensors"
+    assert f"NOTICE: vae_posterior starts with RANDOM weights: {file} does not exist" in out
+    assert out.count("RANDOM") == 1  # the other one was asked for
+
+
 def test_opening_a_checkpoint_is_quiet(trained, capsys):
     checkpoint.open_policy(trained.save_dir)
     assert capsys.readouterr().out == ""
