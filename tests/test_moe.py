@@ -553,6 +553,8 @@ def test_the_negative_control_trains_and_is_evaluated(tmp_path):
         "1",
         "--videos",
         "0",
+        "--script",
+        str(script),
     ]
     assert evaluate.main([*argv, "--out", str(tmp_path / "results")]) == 0
     assert "experts" in json.loads((tmp_path / "results/results.json").read_text())["results"][0]
