@@ -133,6 +133,7 @@ def train_and_evaluate(row, seed, args):
     if not set(args.nfe) <= measured(out).keys():
         options = {
             "checkpoint": folder,
+            "script": row.script,
             **row.evaluate,
             "seed": seed,
             "out": out,

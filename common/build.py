@@ -305,7 +305,7 @@ class _Checked:
         for name, parameter in inspect.signature(maker).parameters.items():
             required = parameter.default is parameter.empty
             least = -LARGEST_INTEGER
-            if _is_of_project(maker):
+            if _is_ours(maker):
                 least = 0 if parameter.default == 0 else 1
             elif _is_of_torch(maker) and required and kinds.get(name) is int:
                 least = 1  # such as in_features
@@ -438,8 +438,9 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
             made = _made(maker, args)
         except Exception as e:
             # A plugin refuses an argument by ValueError; anything else is a mistake in its code.
+            known = _is_ours(maker) or _is_of_torch(maker)
             problem = checked.error(here, f"{maker.__name__} refuses its arguments: {e}")
-            if is_ours(maker) or isinstance(e, ValueError):
+            if known or isinstance(e, ValueError):
                 raise problem from e
             print(problem, file=sys.stderr)
             raise
@@ -447,17 +448,7 @@ def build(source: Yaml | Path | str, facts: dict[str, int] | None = None) -> Gra
     return model
 
 
-def block_makers(source: Yaml, facts: dict[str, int]) -> list[Callable]:
-    """The classes and functions that a component YAML names. Raises ConfigError as build() does."""
-    return [maker for maker, *_ in _Checked(source, facts).makers.values()]
-
-
-def is_ours(maker: Callable) -> bool:
-    """Whether a block is the project's or torch's, not a plugin's."""
-    return _is_of_project(maker) or _is_of_torch(maker)
-
-
-def _is_of_project(maker: Callable) -> bool:
+def _is_ours(maker: Callable) -> bool:
     return maker.__module__.startswith("common.")
 
 
@@ -469,7 +460,7 @@ def _made(maker: Callable, args: dict[str, Any]) -> Any:
     """The block. A module of this project or of torch is made without memory first."""
     if not isinstance(maker, type):
         return functools.partial(maker, **args)
-    if is_ours(maker):
+    if _is_ours(maker) or _is_of_torch(maker):
         with limited_size(), torch.device("meta"), torch.random.fork_rng(devices=[]):
             try:
                 maker(**copy.deepcopy(args))

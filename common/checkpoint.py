@@ -22,7 +22,7 @@ from common.build import import_plugins
 from common.config import UserError, Yaml
 from common.data.normalizer import Normalizer
 from common.optim import AveragedWeights
-from common.parts import Origin, build_parts, load_component, require_like, require_size
+from common.parts import Origin, build_parts, load_component, require_like
 from common.schema import Optim, Part
 from common.trust import ROOT, check_plugins, load_script  # noqa: F401 (ROOT: for run.py)
 
@@ -397,11 +397,10 @@ def load(
             parameters[name].copy_(value)
     other = folder / "resume/other.safetensors"
     policy.load_state_dict(_read_some(other, policy.state_dict()), strict=False)
-    for i, (optimizer, counters) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
+    for i, (optimizer, saved) in enumerate(zip(optimizers, meta["optimizers"], strict=True)):
         _load_optimizer(folder / f"resume/optimizer_{i}.safetensors", optimizer, parameters)
-        for group, own in zip(optimizer.param_groups, counters, strict=True):
-            known = _counters(group)
-            group.update({k: type(known[k])(v) for k, v in own.items() if k in known})
+        for group, own in zip(optimizer.param_groups, saved, strict=True):
+            _load_counters(folder, group, own, COUNTERS.get(_kind(optimizer), own))
 
 
 def _read_some(file, own):
@@ -425,20 +424,42 @@ STATES = {  # optimizer -> what it keeps for each parameter, of the parameter's 
 }
 
 
+COUNTERS = {"AdamW": (), "RAdamScheduleFree": ("k", "weight_sum", "lr_max", "scheduled_lr")}
+
+
+def _kind(optimizer):
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
+
+
+def _load_counters(folder, group, saved, names):
+    """Give a group of an optimizer the counters of a checkpoint, but not its settings."""
+    for name, now in _counters(group).items():
+        if name not in names or name not in saved:
+            continue
+        if type(saved[name]) is not type(now):
+            raise UserError(
+                f"{folder}/meta.json: optimizers: {name}: expected {type(now).__name__}, "
+                f"found {saved[name]}"
+            )
+        group[name] = saved[name]
+
+
 def _load_optimizer(file, optimizer, parameters):
     """Give an optimizer the state of a file; parameters: name -> parameter of the policy."""
     tensors = read_tensors(file)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {name: p for name, p in parameters.items() if id(p) in trained}
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # Accelerate wraps it
-    found = {key.rpartition("/")[::2] for key in tensors}
-    states = STATES.get(kind) or {state: tensors[f"{n}/{state}"].shape for n, state in found}
-    expected = {
-        f"{name}/{state}": own[name].shape if shape is None else shape
-        for name in {name for name, _ in found} & own.keys()
-        for state, shape in states.items()
-    }
-    require(expected, tensors, f"{file}: not the state of {kind} for this run's weights")
+    kind = _kind(optimizer)
+    names = {key.rpartition("/")[0] for key in tensors}
+    if unknown := sorted(names - own.keys()):
+        raise UserError(f"{file}: {unknown[0]} is no weight of this run")
+    if kind in STATES:
+        expected = {
+            f"{name}/{state}": tuple(own[name].shape if shape is None else shape)
+            for name in names
+            for state, shape in STATES[kind].items()
+        }
+        require(expected, tensors, f"{file}: not the state of {kind} for this run's weights")
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
         p = own[name]
@@ -476,6 +497,10 @@ def _differences(meta, parts, optimizers):
         if only_saved or only_configured:
             there = f"{only_saved or 'none'} in the checkpoint"
             problems.append(f"{kind}: {there}, {only_configured or 'none'} configured")
+    groups = [len(optimizer.param_groups) for optimizer in optimizers]
+    saved = [len(counters) for counters in meta["optimizers"]]
+    if saved != groups:
+        problems.append(f"groups of optimizers: {saved} in the checkpoint, {groups} configured")
     return problems
 
 
@@ -513,9 +538,10 @@ def open_policy(
 
     A checkpoint may come from a stranger. Opening one reads meta.json, safetensors files of its
     folder, and the safetensors files of frozen components, wherever meta.json says that they are;
-    no pickle is read. It runs no code but the project's: the training script that meta.json names,
-    if it lies beside common/, the blocks of common/ and torch.nn, and plugins below the project's
-    folder. Any other script or plugin runs only if it is given here.
+    no pickle is read, and nothing is fetched from a hub. It runs no code but the project's: the
+    training script that meta.json names, if it lies beside common/, the blocks of common/ and of
+    torch.nn, and plugins below the project's folder. Any other script or plugin runs only if it is
+    given here.
     """
     folder = find_checkpoint(folder)
     meta = translated_meta(folder)
@@ -530,6 +556,8 @@ def open_policy(
     check_plugins(folder, cfg.plugins, plugins)
     import_plugins(cfg.plugins)
     _require_facts(folder, meta["facts"], cfg.data)
+    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
+    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes), cfg.data.min_std)
     sources = {}
     cfg.model.component_build_args = {}
     for name, text in meta["components"].items():
@@ -540,12 +568,8 @@ def open_policy(
             part.init = _frozen_file(folder, name, frozen[name], weights.get(name))
         elif name not in meta["aliases"]:
             part.init = folder / f"{name}.safetensors"
-        if isinstance(part.init, Path):
-            require_size(sources[name], meta["facts"], part.init, name)
         cfg.model.component_build_args[name] = part
     parts = build_parts(cfg.model, sources, meta["facts"], list(cfg.data.cameras))
-    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
-    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes), cfg.data.min_std)
     return module.Policy(parts, stats, cfg).eval(), cfg
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, Keys, Reader, key, show
-from common.parts import NAME
+from common.parts import Parts
 
+NAME = r"[^./\\\s]{1,100}"  # of a component, which is an attribute of Parts and a file
 MAX_DEPTH = 40  # of lists and mappings in each other
 MAX_COUNT = 10**15  # of steps, samples, bytes
 FILE = rf"(resume/)?{NAME}\.safetensors"
@@ -34,7 +35,7 @@ class Meta:
     samples: int = key(..., "training samples", low=1, high=MAX_COUNT)
     versions: dict[str, str] = key(..., "versions of libraries")
     mixed_precision: str = key("no", "precision of training")
-    facts: dict[str, int] = key(..., "numbers of the dataset")
+    facts: dict[str, int] = key(..., "numbers of the dataset", low=0, high=10**6)
     components: dict[str, str] = key(..., "YAML of each component")
     aliases: dict[str, str] = key(..., "component -> the one whose module it shares")
     frozen: dict[str, Frozen] = key(..., "frozen component -> its file")
@@ -52,7 +53,8 @@ class Meta:
         own = self.components.keys() - self.aliases.keys()
         trained = own - self.frozen.keys()
         for name in self.components:
-            named = re.fullmatch(NAME, name) and name != Path(STATS).stem
+            taken = name == Path(STATS).stem or hasattr(Parts({}), name)
+            named = re.fullmatch(NAME, name) and not taken
             require(bool(named), "components", f"{name!r} is no name of a component")
         shared = self.aliases.keys() <= self.components.keys() and own >= {*self.aliases.values()}
         require(shared, "aliases", f"expected some of {sorted(own)}, found {show(self.aliases)}")
@@ -61,14 +63,11 @@ class Meta:
         require(self.schedules.keys() == trained, "schedules", found)
         in_epoch = f"expected at most {self.samples}, the samples; found {self.offset}"
         require(self.offset <= self.samples, "offset", in_epoch)
-        for name, number in self.facts.items():
-            fits = 0 <= number <= 10**6
-            require(fits, "facts", f"{name}: expected 0 to 1,000,000, found {number}")
         for name in ("trained on", "held out"):
             require(name in self.episodes, "episodes", f"'{name}' is missing")
         numbers = [x for groups in self.optimizers for group in groups for x in group.values()]
-        finite = all(abs(x) <= MAX_COUNT for x in numbers)
-        require(finite, "optimizers", f"expected numbers up to {MAX_COUNT:g}, found {numbers}")
+        fits = all((-1 if isinstance(x, float) else 0) <= x <= MAX_COUNT for x in numbers)
+        require(fits, "optimizers", f"expected numbers up to {MAX_COUNT:g}, found {show(numbers)}")
         self._check_files(require, trained)
         data = self.config.get("data")
         cameras = data.get("cameras") if isinstance(data, dict) else None

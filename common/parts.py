@@ -13,16 +13,14 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from common.blocks.weights import read_shapes, read_tensors, require, shapes_of
-from common.build import GraphModel, block_makers, build, check, is_ours
+from common.blocks.weights import read_tensors, require, shapes_of
+from common.build import GraphModel, build, check
 from common.config import ConfigError, UserError, Yaml, nearest
 from common.data.images import IMAGE
 from common.schema import Model, Part
 
 CAMERA_PART = re.compile(r"(.+)_(backbone|hand_extractor|da3)")
-NAME = r"[^./\\\s\0]{1,100}"  # of a component
 User = tuple[str, str]  # a component, and the camera whose pictures it reads
 
 
@@ -216,7 +214,6 @@ def build_parts(
     published files, of `weights` or of `init`, in its own way; one that nothing is loaded into
     starts random, with a notice. Raises one error that lists all weights that do not fit.
     """
-    check_names(sources)
     owners = shared_modules(model, sources, cameras)
     aliases = {
         name: owner for owner, (_, names) in owners.items() for name in names if name != owner
@@ -271,20 +268,6 @@ def build_parts(
     parts.sources = {name: files[name] for name in frozen if name in whole}
     parts.files = files
     return parts
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raise ConfigError for a component that no file, or no attribute of a module, can be called.
-
-    Files of components lie beside dataset_stats.safetensors, as <name>.safetensors.
-    """
-    for name in names:
-        taken = name == "dataset_stats" or hasattr(nn.ModuleDict(), name)
-        if taken or not re.fullmatch(NAME, name):
-            raise ConfigError(
-                f"model.component_config_paths: '{name}' cannot be the name of a component: "
-                + ("it is taken" if taken else "expected letters, digits, _ and -")
-            )
 
 
 def from_scratch(model: Model, names: Iterable[str]) -> str:
@@ -452,6 +435,8 @@ def initialise(
         return load_component(module, file, name), True
     else:
         published = [b for b in blocks if getattr(b, "weights", None)]
+    if origin and not init and not blocks:
+        print(f"NOTICE: {name} starts with RANDOM weights: {saved} does not exist")
     for b in blocks:
         if b not in published:
             usual = getattr(b, "weights", None) or getattr(b, "published", None)
@@ -484,36 +469,3 @@ def require_like(own: dict[str, Tensor], tensors: dict[str, Tensor], title: str)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
             raise UserError(f"{title}: {name} is {tensor.dtype}, expected {own[name].dtype}")
-
-
-def require_size(source: Yaml, facts: dict[str, int], file: Path, name: str) -> None:
-    """Raise UserError, before anything is allocated, if a component is larger than its file.
-
-    It is built without storage for that. Blocks of plugins may need storage: they are not checked.
-    """
-    size = file.stat().st_size
-    held = len(read_tensors(file, read_shapes))
-    problem = f"{file}: {held} tensors, {size} bytes: less than '{name}' has by {source.path}"
-    made = 0
-
-    def count(*_):
-        nonlocal made
-        made += 1
-        if made > 2 * held + 100:  # a block may make some that it does not keep
-            raise UserError(problem)
-
-    if not all(is_ours(maker) for maker in block_makers(source, facts)):
-        return
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            state = build(source, facts).state_dict()
-        numbers = sum(x.numel() for x in state.values())
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as e:  # also of lazy modules, which have no size
-        raise UserError(f"{source.path}: cannot be built: {e}") from e
-    finally:
-        handle.remove()
-    if numbers > size:  # a number takes at least one byte
-        raise UserError(problem)

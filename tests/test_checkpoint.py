@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import Experiment, forget_accelerator
+from fuzz import ending
 from helpers import rewrite_meta
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_flow_matching
@@ -23,7 +25,7 @@ from common import checkpoint, parts, run, trust
 from common.blocks.transformer import MultimodalBridge
 from common.blocks.vae import StateDecoder, StateEncoder
 from common.blocks.vision import TinyCNN
-from common.config import UserError
+from common.config import UserError, Yaml
 from common.data.loader import to_device
 from common.robot import Robot
 
@@ -360,15 +362,15 @@ def test_what_to_paste_keeps_the_entries_that_are_there():
     assert parts.from_scratch(model, ["own"]).endswith(f"    '{text}'")
 
 
-@pytest.mark.parametrize(
-    "name", ["dataset_stats", "train", "../x", "a.b", "", "a b", "x" * 200, "\x00"]
-)
-def test_a_name_that_no_component_can_have(experiment, name):
-    exp = experiment()
-    exp.config["model"]["component_config_paths"][name] = "./backbone.yaml"
-    exp.write()
-    with pytest.raises(UserError, match="cannot be the name of a component"):
-        exp.main()
+def test_a_component_that_load_dir_lacks_starts_anew_and_says_so(experiment, trained, capsys):
+    again = experiment("train_vfp", "again")
+    own = "model.component_build_args={vae_prior: {init: scratch}}"
+    with pytest.raises(UserError, match=r"missing block\.latent\.bias"):
+        again.main(f"train.load_dir={trained.save_dir}", own)
+    out = capsys.readouterr().out
+    file = trained.save_dir / "step_2/vae_posterior.safetensors"
+    assert f"NOTICE: vae_posterior starts with RANDOM weights: {file} does not exist" in out
+    assert out.count("RANDOM") == 1  # the other one was asked for
 
 
 def test_opening_a_checkpoint_is_quiet(trained, capsys):
@@ -473,3 +475,228 @@ def test_files_have_the_mode_that_the_user_s_umask_gives(experiment, mask):
     for file in files:
         wanted = (0o777 if file.is_dir() else 0o666) & ~mask
         assert stat.S_IMODE(file.stat().st_mode) == wanted, file
+
+
+def at(path, value):
+    """A change of meta.json: the value at a path of keys; ... removes it."""
+
+    def change(meta):
+        *above, last = path
+        for key in above:
+            meta = meta[key]
+        if value is ...:
+            del meta[last]
+        else:
+            meta[last] = value
+
+    return change
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+FILES = ("files", "backbone.safetensors")
+HOSTILE = {
+    "no script": (at(["script"], ...), r"script: this key is required \(str: training script"),
+    "script": (at(["script"], ["x"]), r'script: expected str, found \["x"\]'),
+    "step": (at(["step"], "2"), r'step: expected int, found "2"'),
+    "negative": (at(["epoch"], -1), "epoch: expected at least 0, found -1"),
+    "bool": (at(["offset"], True), "offset: expected int, found true"),
+    "huge": (at(["step"], 10**30), "step: expected at most 1000000000000000, found 10{30}"),
+    "nan": (at(["threads"], float("nan")), "threads: expected int, found NaN"),
+    "offset": (at(["offset"], 84), "offset: expected at most 83, the samples; found 84"),
+    "component": (at(["components", "../x"], "block: gate"), r"components: '\.\./x' is no name"),
+    "taken": (at(["components", "frozen"], "block: gate"), "components: 'frozen' is no name"),
+    "stats": (at(["components", "dataset_stats"], "x"), "components: 'dataset_stats' is no name"),
+    "alias": (at(["aliases"], {"backbone": "x"}), "aliases: expected some of "),
+    "frozen": (at(["frozen"], {"x": {"path": "", "sha256": ""}}), "frozen: expected some of "),
+    "frozen path": (
+        at(["frozen"], {"backbone": {"path": 1, "sha256": ""}}),
+        "frozen.backbone.path: expected str, found 1",
+    ),
+    "outside": (at(["files", "../x.safetensors"], [1, "x"]), r"files: '\.\./x.* is no file of"),
+    "pickle": (at(["files", "x.pt"], [1, "x"]), r"files: 'x.pt' is no file of a checkpoint"),
+    "size": (at(FILES, [-1, "x"]), r"files: .*: expected \[size, sha256\], found \[-1, \"x\"\]"),
+    "no file": (at(FILES, ...), "files: backbone.safetensors is missing"),
+    "schedule": (at(["schedules", "x"], "adamw"), r"schedules: expected \[.*\], found \[.*'x'\]"),
+    "fact": (at(["facts", "state_dim"], 10**12), "facts: expected at most 1000000, found"),
+    "width": (at(["facts", "state_dim"], 7), r"(?s)dataset_stats.*state_mean is \(5,\), .*\(7,\)"),
+    "horizon": (at(["facts", "action_horizon"], 7), "facts.action_horizon: expected 6, found 7"),
+    "no fact": (at(["facts", "action_dim"], ...), "facts.action_dim: expected a number, found n"),
+    "config": (at(["config", "loss", "kl"], 1), "step_2/meta.json: config.loss.kl: unknown key"),
+    "no config": (at(["config"], {}), "config.data.cameras: expected dict.str, str., found null"),
+    "cameras": (
+        at(["config", "data", "cameras", "head"], 1),
+        "config.data.cameras.head: expected str, found 1",
+    ),
+    "block": (
+        at(["components", "backbone"], "block: os.system"),
+        r"step_2/meta.json:backbone:1: block: no block 'os.system'",
+    ),
+    "python": (
+        at(["components", "backbone"], "block: !!python/name:os.system x"),
+        "meta.json:backbone:1: block: .* is refused",
+    ),
+    "deep": (at(["versions"], nested(60)), "more than 40 lists and mappings in each other"),
+    "nul": (at(["config", "data", "root"], "a\0"), r"'a\\x00' is no text"),
+    "surrogate": (at(["script"], "\ud800.py"), r"'\\ud800.py' is no text"),
+    "counters": (at(["optimizers"], [[{"k": -2}]]), "optimizers: expected numbers up to"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory, demos):
+    exp = Experiment(tmp_path_factory.mktemp("one_run") / "exp", demos)
+    exp.main("train.total_steps=2")
+    forget_accelerator()
+    return exp
+
+
+@pytest.fixture
+def copied(one_run, tmp_path):
+    """A run of its own that is like `one_run`."""
+    exp = Experiment(tmp_path / "copied", one_run.config["data"]["root"])
+    shutil.copytree(one_run.save_dir, exp.save_dir)
+    yield exp
+    forget_accelerator()
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_field_that_is_not_what_it_should_be_is_named(copied, case, capsys):
+    change, message = HOSTILE[case]
+    rewrite_meta(copied.save_dir / "step_2", change)
+    error = ending(lambda: evaluated(copied), capsys)
+    assert re.search(message, error), error
+    assert str(copied.save_dir / "step_2") in error
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "1" * 5000, "", "nul\0", '"\\ud800"'])
+def test_a_manifest_that_is_none(copied, text, capsys):
+    (copied.save_dir / "step_2/meta.json").write_text(text)
+    for main in (lambda: evaluated(copied), lambda: copied.main("train.total_steps=3")):
+        assert "meta.json is missing or has other content than was written" in ending(main, capsys)
+
+
+def replaced(name, content):
+    """A file of a checkpoint with other content (a function of its tensors), its hash renewed."""
+
+    def change(folder):
+        file = folder / name
+        if callable(content):
+            tensors = load_file(file)
+            content(tensors)
+            save_file(tensors, file)
+        else:
+            file.write_bytes(content)
+        entry = [file.stat().st_size, checkpoint.sha256(file)]
+        rewrite_meta(folder, at(["files", name], entry))
+
+    return change
+
+
+def another(key, make):
+    return lambda tensors: tensors.update({key: make(tensors[key])})
+
+
+BIAS = "block.keypoints.bias"
+MOMENT = "parts.backbone.block.keypoints.bias/exp_avg"
+RAW = "parts.backbone.block.keypoints.bias"
+TENSORS = {  # file, change -> message when evaluated, when resumed
+    "empty": ("backbone", b"", "backbone.safetensors: not a readable safetensors file"),
+    "text": ("dataset_stats", b"{}", "dataset_stats.safetensors: not a readable safetensors file"),
+    "dtype": (
+        "backbone",
+        another("block.keypoints.bias", lambda x: x.long()),
+        "backbone' as configured: block.keypoints.bias is torch.int64, expected torch.float32",
+    ),
+    "missing": (
+        "backbone",
+        lambda x: x.pop("block.keypoints.bias"),
+        "missing block.keypoints.bias",
+    ),
+    "more": ("backbone", lambda x: x.update(y=torch.ones(1)), "unexpected y"),
+    "no mean": (
+        "dataset_stats",
+        lambda x: x.pop("state_mean"),
+        "missing state_mean",
+    ),
+    "infinite": (
+        "dataset_stats",
+        another("state_std", lambda x: x / 0),
+        "dataset_stats.safetensors: state_std not finite",
+    ),
+    "half": ("dataset_stats", another("state_q01", lambda x: x.half()), "expected numbers of floa"),
+}
+RESUMED = TENSORS | {
+    "moment": (
+        "resume/optimizer_0",
+        another(MOMENT, lambda x: x[:1]),
+        rf"(?s)not the state of AdamW .*{MOMENT} is \(1,\), expected \(8,\)",
+    ),
+    "no moment": ("resume/optimizer_0", lambda x: x.pop(MOMENT), f"missing {MOMENT}"),
+    "double": (
+        "resume/optimizer_0",
+        another(MOMENT, lambda x: x.double()),
+        f"{MOMENT} is of torch.float64, its weights are of torch.float32",
+    ),
+    "stranger": (
+        "resume/optimizer_0",
+        lambda x: x.update({"x/exp_avg": torch.ones(1)}),
+        "optimizer_0.safetensors: x is no weight of this run",
+    ),
+    "raw": ("resume/raw", another(RAW, lambda x: x[:1]), rf"{RAW} is \(1,\), expected \(8,\)"),
+    "raw name": ("resume/raw", lambda x: x.update(y=torch.ones(1)), "raw.safetensors holds y, whi"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_tensors_that_do_not_fit_are_named(copied, case, capsys):
+    name, content, message = RESUMED[case]
+    replaced(f"{name}.safetensors", content)(copied.save_dir / "step_2")
+    mains = [lambda: copied.main("train.total_steps=3")]
+    if case in TENSORS:
+        mains.append(lambda: evaluated(copied))
+    for main in mains:
+        error = ending(main, capsys)
+        assert re.search(message, error), error
+
+
+def test_groups_of_optimizers_that_are_not_those_of_the_run(copied, capsys):
+    rewrite_meta(copied.save_dir / "step_2", at(["optimizers", 0], []))
+    error = ending(lambda: copied.main("train.total_steps=3"), capsys)
+    assert "groups of optimizers: [0] in the checkpoint, [6] configured" in error
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "loop"])
+@pytest.mark.parametrize("name", ["meta.json", "backbone.safetensors"])
+def test_what_is_no_file_is_not_read(copied, kind, name, capsys):
+    file = copied.save_dir / "step_2" / name
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if kind == "link" else file)
+    for main in (lambda: evaluated(copied), lambda: copied.main("train.total_steps=3")):
+        assert re.search(rf"{name} is missing", ending(main, capsys, seconds=20))
+
+
+def test_opening_a_checkpoint_asks_no_hub(copied, monkeypatch):
+    block = "block: RadioV3\nargs: {weights: nvidia/C-RADIOv3-L, channels: [1024, 3072]}"
+    graph = (
+        "inputs: [image]\nparams: {w: org/name}\nblocks:\n"
+        "  a: {block: RadioV3, in: [$image], args: {weights: $w}}\nreturn: $a"
+    )
+    for text in (block, graph):
+        source = Yaml.parse(text, "meta.json")
+        checkpoint._leave_out_hub_ids(source)
+        assert "nvidia" not in str(source.data)
+        assert "org/name" not in str(source.data)
+    local = Yaml.parse(f"block: x\nargs: {{weights: {json.dumps(str(copied.file))}}}", "meta.json")
+    checkpoint._leave_out_hub_ids(local)
+    assert local.data["args"]["weights"] == str(copied.file)
