@@ -27,6 +27,7 @@ from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.loader import Data, facts_of_config, to_device
 from common.data.normalizer import Normalizer
 from common.envs import registry  # noqa: F401 (names of data.root)
+from common.files import whole_file
 from common.log import Log
 from common.noise import Noise, seed_of
 from common.optim import AveragedWeights
@@ -193,13 +194,20 @@ class Run:
             if self.cfg.data.cache == "features":
                 self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.is_main:
-            resuming = f"resuming {folder} at step {self.step} of {self.total}"
-            print(resuming if folder else f"new run in {self.folder}")
+            print(self._beginning(folder))
             self._notice_of_short_epochs()
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
-            (self.folder / "config.yaml").write_text(config)
+            with whole_file(self.folder / "config.yaml") as file:
+                file.write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
         self.handlers = {number: signal.signal(number, self._stop) for number in STOPPING}
+
+    def _beginning(self, folder):
+        if not folder:
+            return f"new run in {self.folder}"
+        if self.step >= self.total:
+            return f"{folder} has {self.step} steps of {self.total}: nothing is left to train"
+        return f"resuming {folder} at step {self.step} of {self.total}"
 
     def _load(self, folder):
         meta = checkpoint.load(folder, self.policy, self.optimizers, self.average)
@@ -388,6 +396,11 @@ class Run:
         if self.is_main:
             state = "stopped" if self.step < self.total else "finished"
             print(f"{state} at step {self.step}: {self.folder}")
+            recent = self.log.recent()
+            report = getattr(self.policy, "report", None)  # a fork of train_mi.py may lack it
+            if self.step >= self.total and recent and report:
+                for line in report(recent):
+                    print(f"notice: {line}")
         return 128 + stopped_by if stopped_by else 0
 
     def close(self) -> None:
