@@ -10,6 +10,36 @@ from common.config import ConfigError
 from common.noise import seed_of
 
 
+def check_batch_size(batch_size: int, micro_steps: int, world: int, neighbours: int = 1) -> None:
+    """Raises ConfigError, with the nearest sizes that fit, unless a step divides into equal shares.
+
+    A share is one micro-batch of one process, in whole groups of `neighbours`. Needs no dataset.
+    """
+    shares = micro_steps * world
+    unit = shares * neighbours
+    if batch_size % unit == 0:
+        return
+    below = batch_size // unit * unit
+    fitting = " or ".join(str(size) for size in (below, below + unit) if size)
+    if batch_size % shares:
+        problem = (
+            f"data.batch_size {batch_size} must be a multiple of micro_steps x processes "
+            f"= {micro_steps} x {world}"
+        )
+        if neighbours > 1:
+            problem += f", in whole groups of data.neighbours = {neighbours}"
+    else:
+        problem = (
+            f"data.neighbours {neighbours}: micro-batches of {batch_size // shares} "
+            f"(data.batch_size {batch_size} by {micro_steps} x {world}) are not whole groups of it"
+        )
+    raise ConfigError(f"{problem}: set data.batch_size to {fitting}")
+
+
+def _largest(rows, unit):
+    return f": set it to {rows // unit * unit} or less" if rows >= unit else ""
+
+
 @dataclass
 class Order:
     """Yields (epoch, offset after the step, rows) for each micro-batch of one process, without end.
@@ -32,22 +62,13 @@ class Order:
     groups: tuple[np.ndarray, int] | None = None
 
     def __post_init__(self):
-        shares = self.micro_steps * self.world
-        self.share = self.batch_size // shares
-        if self.batch_size % shares:
-            raise ConfigError(
-                f"data.batch_size {self.batch_size} must be a multiple of micro_steps x processes "
-                f"= {self.micro_steps} x {self.world}"
-            )
+        neighbours = self.groups[1] if self.groups else 1
+        check_batch_size(self.batch_size, self.micro_steps, self.world, neighbours)
+        self.share = self.batch_size // (self.micro_steps * self.world)
         if len(self.rows) < self.batch_size:
             raise ConfigError(
                 f"data.batch_size {self.batch_size} is more than the {len(self.rows)} training "
-                "samples"
-            )
-        if self.groups and self.share % self.groups[1]:
-            raise ConfigError(
-                f"data.neighbours {self.groups[1]}: micro-batches of {self.share} are not whole "
-                "groups of it"
+                f"samples{_largest(len(self.rows), self.micro_steps * self.world * neighbours)}"
             )
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
