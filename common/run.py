@@ -26,6 +26,7 @@ from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.loader import Data, facts_of_config, to_device
 from common.data.normalizer import Normalizer
+from common.data.order import check_batch_size
 from common.envs import registry  # noqa: F401 (names of data.root)
 from common.files import whole_file
 from common.log import Log
@@ -103,13 +104,15 @@ class Run:
             cores = len(os.sched_getaffinity(0))
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, cores // processes))
+        data = cfg.data
+        check_batch_size(data.batch_size, cfg.train.micro_steps, self.world, data.neighbours)
         import_plugins(cfg.plugins)
         paths = cfg.model.component_config_paths
         self.sources = {name: Yaml.read(path) for name, path in paths.items()}
         check_sources(cfg.model, self.sources, facts_of_config(cfg.data), cfg.data.cameras)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
-        self.loader()  # a batch_size that does not fit is an error before the models are built
+        self.loader()  # more samples per step than there are is an error before models are built
         if cfg.data.cache != "none":
             self.data.check_frame_space()
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
