@@ -185,13 +185,23 @@ class Policy(nn.Module):
             pairs = [self.target_pictures(batch, pictures.shape[-2:]), pictures.clamp(0, 1)]
         _, recorded = self.normalized(batch)
         recorded = recorded.masked_fill(batch["action_is_pad"][..., None], torch.nan)
-        file.parent.mkdir(exist_ok=True)
-        plots.draw_reconstructions(
-            [x.cpu().numpy() for x in pairs],
-            recorded.cpu().numpy(),
-            chunk.cpu().numpy(),
-            file,
-        )
+        with plots.decoration(file) as picture:
+            picture.parent.mkdir(exist_ok=True)
+            plots.draw_reconstructions(
+                [x.cpu().numpy() for x in pairs],
+                recorded.cpu().numpy(),
+                chunk.cpu().numpy(),
+                picture,
+            )
+
+    def report(self, scalars):
+        """What a finished run should say, from the means of the scalars that it logged last."""
+        names = [name for name in ("state", "action") if scalars.get(f"{name}_active", 1) < 1]
+        return [
+            f"the {name} latent has collapsed: no dimension of it varies; lower "
+            f"loss.{name}_beta or train longer"
+            for name in names
+        ]
 
 
 @torch.no_grad()
@@ -236,7 +246,8 @@ def score(folder, device, now=None, root=None, script=None, plugins=()):
     )
     table = information.rank(values, windows.episode_index, data.episodes)
     scores.save_scores(table, file, dataset, nats=nats, seed=cfg.seed, **vars(scoring))
-    plots.draw_scores(table, windows, out / "scores.png")
+    with plots.decoration(out / "scores.png") as picture:
+        plots.draw_scores(table, windows, picture)
     ranked = table["episode"].to_pylist()
     print(
         f"I(S; A) is {nats:.2f} nats; best episodes: {ranked[:3]}, worst: {ranked[-3:]}; "

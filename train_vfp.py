@@ -18,6 +18,8 @@ from common.distributions import Gaussian, check_fit
 from common.flow import detached
 from common.policy import ActionPolicy
 
+COLLAPSED = 0.05  # nats; to tell two ways apart takes 0.69
+
 
 @dataclass
 class Loss(schema.FlowLoss):
@@ -118,6 +120,14 @@ class Policy(ActionPolicy):
                 "loss.balance: shares the KL between posterior and a Gaussian prior; "
                 "this prior has another head: set it to null"
             )
+
+    def report(self, scalars):
+        if scalars.get("kl", COLLAPSED) >= COLLAPSED:
+            return []
+        return [
+            f"the latent has collapsed: a KL of {scalars['kl']:.3f} nats tells the decoder nothing "
+            "of the chunk; lower the weight of the KL, or raise loss.free_nats"
+        ]
 
     def latent(self, memory, noise):
         return self.parts["vae_prior"](**memory.latent_inputs).sample(noise)

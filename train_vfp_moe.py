@@ -21,6 +21,8 @@ from common.distributions import nearest_codes
 from common.flow import decoder_velocity, detached
 from common.latent import CodeLoss, CodePolicy
 
+IDLE = 0.2  # of an even share: an expert with less is reported as idle
+
 
 @dataclass
 class Loss(CodeLoss):
@@ -149,6 +151,17 @@ class Policy(CodePolicy):
         loads = {f"load/{i}": share for i, share in enumerate(shares)}
         gate_loss = self.weights.load_balance * balance + self.weights.router_z * z_loss
         return experts, weights, gate_loss, {"balance": balance, "router_z": z_loss, **loads}
+
+    def report(self, scalars):
+        lines = super().report(scalars)
+        for i in range(self.experts):
+            share = scalars.get(f"load/{i}", 1)
+            if share < IDLE / self.experts:
+                lines.append(
+                    f"expert {i} of {self.experts} was the first choice of {share:.1%} of the "
+                    "last samples: fewer experts do as well, or raise loss.load_balance"
+                )
+        return lines
 
     def gate_logits(self, z):
         """Logits (B, E) for codes z (B, 1, D), from a table of all codes."""

@@ -15,6 +15,8 @@ from common.noise import Noise, RowNoise
 from common.parts import Parts
 from common.policy import ActionPolicy, Memory
 
+COLLAPSED = 1.05  # codes in use, effectively
+
 
 @dataclass
 class CodeLoss(schema.FlowLoss):
@@ -122,6 +124,20 @@ class CodePolicy(ActionPolicy):
     def draw(self, prior: Any, noise: Noise | RowNoise) -> Tensor:
         """z (B, n, D) from a prior of the current observations."""
         return prior.sample(noise, self.codebook.codes)
+
+    def report(self, scalars: dict[str, float]) -> list[str]:
+        if "dead" not in scalars:  # a script of its own may have no codes
+            return []
+        idle = round(scalars["dead"])
+        codes = len(self.codebook.codes)
+        if codes > 1 and scalars["perplexity"] < COLLAPSED:
+            return [f"the latent has collapsed: one of {codes} codes serves all chunks"]
+        if idle:
+            return [
+                f"{idle} of {codes} codes were hardly used in the last 100 steps: if all ways of "
+                "the task are taken, fewer num_codes do as well"
+            ]
+        return []
 
     def after_step(self, job: Any) -> None:
         """The slow posterior follows; codes that are hardly used move to where they are needed."""

@@ -1,9 +1,13 @@
 """The log of a run: log.jsonl, the tracker, the progress bar, and the time that steps take."""
 
+import errno
 import json
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,6 +17,9 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 from common.config import to_dict
+from common.files import free_space, whole_file
+
+RECENT = 10  # logged steps whose means tell how a run ended
 
 
 class Log:
@@ -21,6 +28,9 @@ class Log:
     Lines are {"step", "epoch", "time", scalars, timing}. time: of day, in seconds since 1970.
     data_s: seconds per step that training waited for data. updt_s: seconds per step for the rest of
     it. stderr shows a progress bar, or, where it is no terminal, a line for each logged step.
+
+    A line that the disk refuses is lost, with one warning: it must not cost the run, and neither
+    must a tracker. The checkpoints hold what training needs.
     """
 
     def __init__(self, accelerator: Accelerator, cfg: Any, step: int, total: int):
@@ -30,10 +40,10 @@ class Log:
         self.batch_size = cfg.data.batch_size
         self.total = total
         self.terminal = sys.stderr.isatty()
+        self.last_lines = deque(maxlen=RECENT)
+        self.is_complete = True
         if self.is_main:
             self._cut_back(step)
-        if cfg.train.tracker:
-            self._start_tracker(cfg)
         self.bar = tqdm(
             desc=cfg.train.project_name,
             unit="step",
@@ -42,19 +52,21 @@ class Log:
             disable=not (self.is_main and self.terminal),
             dynamic_ncols=True,
         )
+        if cfg.train.tracker:
+            self._start_tracker(cfg)
 
     def _cut_back(self, step):
         """Drop the lines of steps after the checkpoint, which this run writes again."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         complete = [line for line in lines if line.endswith("}")]
         kept = [line for line in complete if json.loads(line)["step"] <= step]
-        file = self.file.with_suffix(".tmp")
-        file.write_text("".join(line + "\n" for line in kept))
-        file.replace(self.file)
+        with whole_file(self.file) as file:
+            file.write_text("".join(line + "\n" for line in kept))
 
     def _start_tracker(self, cfg):
         name = cfg.train.tracker
         problem = None
+        self.tracker = name
         try:
             self.accelerator.log_with = filter_trackers(name, self.file.parent)
             # The config goes as text because some trackers take no nested values.
@@ -64,9 +76,13 @@ class Log:
                 problem = "its package is not installed"
         except Exception as e:  # a tracker that cannot be reached must not cost the run
             problem = e
-            self.accelerator.trackers = []
-        if problem and self.is_main:
-            print(f"warning: tracker {name} is off: {problem}")
+        if problem:
+            self._stop_tracker(problem)
+
+    def _stop_tracker(self, problem):
+        self.accelerator.trackers = []
+        if self.is_main:
+            self.bar.write(f"warning: tracker {self.tracker} is off: {problem}")
 
     def timed(self, batches: Iterable[dict], step: int) -> Iterator[dict]:
         """The same batches; the time spent on waiting for them is measured."""
@@ -95,6 +111,7 @@ class Log:
         self.logged_at = now
         self.waited = 0.0
         scalars = self.write(step, epoch, scalars, **timing)
+        self.last_lines.append(scalars)
         shown = {
             "loss": f"{scalars['loss']:.4f}",
             "samples/s": f"{timing['samples_per_s']:.0f}",
@@ -124,11 +141,42 @@ class Log:
         if self.is_main:
             clock = {"time": round(time.time(), 3)}
             line = {"step": step, "epoch": epoch, **clock, **scalars, **timing}
-            with self.file.open("a") as f:
-                f.write(json.dumps(line) + "\n")
-        self.accelerator.log({**scalars, **timing}, step=step)
+            self._append(json.dumps(line) + "\n")
+        try:
+            self.accelerator.log({**scalars, **timing}, step=step)
+        except Exception as e:  # as at its start
+            self._stop_tracker(e)
         return scalars
+
+    def _append(self, line):
+        """Add a whole line to the file, or nothing."""
+        data = line.encode()
+        try:
+            with self.file.open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                written = 0
+                try:
+                    written = file.write(data)
+                    if written < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                finally:
+                    if written < len(data):
+                        file.truncate(size)
+        except OSError as e:
+            if self.is_complete:
+                problem = f"{e.strerror}{free_space(self.file.parent)}"
+                self.bar.write(f"warning: {self.file}: {problem}: lines are lost, training goes on")
+            self.is_complete = False
+
+    def recent(self) -> dict[str, float]:
+        """Means of the scalars of the last logged training steps, of this process's life."""
+        lines = list(self.last_lines)
+        names = lines[-1] if lines else {}
+        return {name: fmean(line[name] for line in lines if name in line) for name in names}
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except Exception as e:  # of a tracker, as at its start
+            self._stop_tracker(e)

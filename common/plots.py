@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -379,22 +380,60 @@ def draw_scores(table: pa.Table, windows: Windows, file: Path) -> None:
     figure.savefig(file)
 
 
-def draw_curves(folder: Path) -> None:
-    """curves.png: training and held-out loss, and the learning rate, from log.jsonl."""
-    from matplotlib.figure import Figure
+POINTS = 300  # of a line, at most
+NOT_DRAWN = ("step", "epoch", "time", "data_s", "updt_s", "samples_per_s")
+GROUPS = {"load": "first choices of the gate", "norm": "gradient norm before clipping"}
 
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: every scalar of log.jsonl over the steps, the losses first.
+
+    A scalar and its held-out value share a panel; so do the loads of all experts, and the gradient
+    norms of all components.
+    """
     lines = read_log(folder / "log.jsonl")
-    figure = Figure((9, 3.5), dpi=110, layout="constrained")
-    losses, rates = figure.subplots(1, 2)
-    for axis, key in ((losses, "loss"), (losses, "val/loss"), (rates, "lr")):
-        steps = [line["step"] for line in lines if key in line]
-        if steps:
-            values = [line[key] for line in lines if key in line]
-            axis.plot(steps, values, label=key, marker="." if len(steps) < 30 else None)
-    for axis in (losses, rates):
-        axis.set(xlabel="optimizer step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    if any("val/loss" in line for line in lines):
-        losses.set_yscale("log")
-    figure.savefig(folder / "curves.png")
+    panels: dict[str, dict[str, list]] = {"loss": {}}
+    for line in lines:
+        for key, value in line.items():
+            if key in NOT_DRAWN or key.startswith("val/load/"):
+                continue
+            group, _, member = key.partition("/")
+            if group in GROUPS:
+                title = GROUPS[group]
+                label = member
+            else:
+                title = key.removeprefix("val/")
+                label = "training" if title == key else "held out"
+            points = panels.setdefault(title, {}).setdefault(label, [])
+            points.append((line["step"], value))
+    last = [title for title in ("lr", *GROUPS.values()) if title in panels]
+    order = [title for title in panels if title not in last] + last
+    figure, axes = panel_grid(len(order), 4, 3.0, 2.1)
+    for axis, title in zip(axes, order, strict=True):
+        draw_curve(axis, title, panels[title])
+    figure.supxlabel("optimizer step", fontsize=8)
+    with decoration(folder / "curves.png") as file:
+        figure.savefig(file)
+
+
+def draw_curve(axis: Any, title: str, lines: dict[str, list]) -> None:
+    """One panel: a line of (step, value) for each label; a log axis where values span much.
+
+    Of many values, means of neighbouring ones are drawn: a batch says little by itself.
+    """
+    drawn = []
+    for label, points in lines.items():
+        size = math.ceil(len(points) / POINTS)
+        parts = np.split(np.array(points, float), range(size, len(points), size))
+        steps, heights = np.stack([part.mean(0) for part in parts], 1)
+        axis.plot(steps, heights, label=label, lw=1, marker="." if len(steps) < 30 else None)
+        drawn.append(heights)
+    heights = np.concatenate([*drawn, [np.nan]])
+    lowest = np.nanmin(heights, initial=np.inf)
+    if title != GROUPS["load"] and 0 < lowest < np.nanmax(heights, initial=0) / 20:
+        axis.set_yscale("log")
+    axis.tick_params(which="both", labelsize=7)
+    axis.set_title(title, fontsize=8)
+    axis.grid(alpha=0.3)
+    if title in ("loss", *GROUPS.values()):
+        axis.legend(fontsize=5, frameon=False)

@@ -80,6 +80,13 @@ class ActionPolicy(nn.Module):
     def after_step(self, job: Any) -> None:
         """After each optimizer step: state that no gradient moves. Most policies have none."""
 
+    def report(self, scalars: dict[str, float]) -> list[str]:
+        """What a finished run should say: a line for each idle part. Most policies have none.
+
+        scalars: means of those that were logged last.
+        """
+        return []
+
     def encode(self, obs: dict[str, Tensor], camera_mask: Tensor | None = None) -> Memory:
         """Observation (states in raw units, pictures in [0, 1]) -> Memory. Once per observation.
 

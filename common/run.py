@@ -26,7 +26,9 @@ from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.loader import Data, facts_of_config, to_device
 from common.data.normalizer import Normalizer
+from common.data.order import check_batch_size
 from common.envs import registry  # noqa: F401 (names of data.root)
+from common.files import whole_file
 from common.log import Log
 from common.noise import Noise, seed_of
 from common.optim import AveragedWeights
@@ -102,13 +104,15 @@ class Run:
             cores = len(os.sched_getaffinity(0))
             processes = int(os.getenv("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, cores // processes))
+        data = cfg.data
+        check_batch_size(data.batch_size, cfg.train.micro_steps, self.world, data.neighbours)
         import_plugins(cfg.plugins)
         paths = cfg.model.component_config_paths
         self.sources = {name: Yaml.read(path) for name, path in paths.items()}
         check_sources(cfg.model, self.sources, facts_of_config(cfg.data), cfg.data.cameras)
         with self.accelerator.local_main_process_first():
             self.data = Data(cfg.data)
-        self.loader()  # a batch_size that does not fit is an error before the models are built
+        self.loader()  # more samples per step than there are is an error before models are built
         if cfg.data.cache != "none":
             self.data.check_frame_space()
         self.steps_per_epoch = len(self.data.train_rows) // cfg.data.batch_size
@@ -202,13 +206,20 @@ class Run:
             if self.cfg.data.cache == "features":
                 self.data.cache_features(policy.parts, self.sources, self.accelerator)
         if self.is_main:
-            resuming = f"resuming {folder} at step {self.step} of {self.total}"
-            print(resuming if folder else f"new run in {self.folder}")
+            print(self._beginning(folder))
             self._notice_of_short_epochs()
             config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
-            (self.folder / "config.yaml").write_text(config)
+            with whole_file(self.folder / "config.yaml") as file:
+                file.write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
         self.handlers = {number: signal.signal(number, self._stop) for number in STOPPING}
+
+    def _beginning(self, folder):
+        if not folder:
+            return f"new run in {self.folder}"
+        if self.step >= self.total:
+            return f"{folder} has {self.step} steps of {self.total}: nothing is left to train"
+        return f"resuming {folder} at step {self.step} of {self.total}"
 
     def _load(self, folder):
         meta = checkpoint.translated_meta(folder)
@@ -421,6 +432,11 @@ class Run:
         if self.is_main:
             state = "stopped" if self.step < self.total else "finished"
             print(f"{state} at step {self.step}: {self.folder}")
+            recent = self.log.recent()
+            report = getattr(self.policy, "report", None)  # a fork of train_mi.py may lack it
+            if self.step >= self.total and recent and report:
+                for line in report(recent):
+                    print(f"notice: {line}")
         return 128 + stopped_by if stopped_by else 0
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import hub, run
 from common.data.writer import DatasetWriter
 
+HANG = 1800  # seconds after which something hangs, however busy the machine is
 CAMERAS = {"head": "observation.images.cam_head", "left": "observation.images.cam_left"}
 CAMERAS["right"] = "observation.images.cam_right"
 LENGTHS = (14, 16, 18, 20, 15, 17)
@@ -247,7 +248,7 @@ class Experiment:
         pid = os.fork()
         if pid:
             return pid
-        signal.alarm(120)  # a child that hangs fails its test
+        signal.alarm(HANG)  # a child that hangs fails its test
         # tqdm's own lock is one for all children, and a killed one may have held it.
         tqdm.set_lock(threading.RLock())
         try:

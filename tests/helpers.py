@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import HANG
 from torch import nn
 
 import train_vfp
@@ -73,9 +74,9 @@ def environment():
     }
 
 
-def wait_for_step(exp, step, seconds=240):
-    """Wait until a run in another process has logged so many steps; the limit is for hangs."""
-    until = time.time() + seconds
+def wait_for_step(exp, step):
+    """Wait until a run in another process has logged so many steps."""
+    until = time.time() + HANG
     while not (exp.save_dir / "log.jsonl").is_file() or len(exp.log()) < step:
         assert time.time() < until, "the run does not get going"
         time.sleep(0.01)
@@ -430,7 +431,7 @@ class ScriptedPolicy(ActionPolicy):
         return noise.normal(len(memory["observation.state"]), 1) if self.has_latent else None
 
     def sample(self, memory, x0, steps=10, z=None, prefix=None):
-        assert self.released.wait(60)
+        assert self.released.wait(HANG)
         state = memory["observation.state"][:, -1]
         first = 100 * state[:, 1, None] + torch.arange(x0.shape[1])
         chunk = torch.stack([first, x0[..., 1]], -1)

@@ -808,6 +808,12 @@ LATE = {  # what takes minutes or hours -> how a test notices that it begins
     "decoding": (frames, "build"),
 }
 EARLY = {  # what is wrong -> overrides, an edit of the files, message, what must not begin
+    "a batch": (
+        ["data.batch_size=9"],
+        None,
+        r"data.batch_size 9 must be .* 2 x 1: set data.batch_size to 8 or 10",
+        "generating",
+    ),
     "a block": (
         [],
         edit("backbone", "block: tiny_cnn", "block: tiny_cn"),

@@ -1,6 +1,5 @@
 """scores.parquet: the score of each episode, written by train_mi.py, read by the loader."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,18 +8,21 @@ import pyarrow.parquet as pq
 from common.config import DataError, UserError
 from common.data.files import reading
 from common.data.lerobot import LeRobotDataset
+from common.files import whole_file
 
 COLUMNS = ("episode", "transitions", "score", "quantile")
 VALUES_KEY = b"values_key"  # in the file's metadata
 
 
 def save_scores(table: pa.Table, file: Path, dataset: LeRobotDataset, **settings) -> None:
-    """Write scores.parquet; its metadata holds the dataset's values_key and the settings."""
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    """Write scores.parquet; its metadata holds the dataset's values_key and the settings.
+
+    Raises WriteError if the disk refuses.
+    """
     metadata = {VALUES_KEY: dataset.values_key}
     metadata |= {name: str(value) for name, value in settings.items()}
-    pq.write_table(table.replace_schema_metadata(metadata), unfinished)
-    unfinished.replace(file)
+    with whole_file(file) as unfinished:
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
 
 
 def scored_dataset(file: Path) -> str | None:
