@@ -162,6 +162,7 @@ def test_processes_share_each_held_out_batch(demos, world, count):
             first, taken, total = part[i]["share"]
             assert total == len(batch["action"])
             assert first == sum(map(len, found))
+            assert len(part[i]["action"]) == max(taken, 1)  # each has something to compute
             found.append(part[i]["frame_index"][:taken])
             drawn = Noise("x", i, share=(first, total)).normal(len(part[i]["action"]), 3)
             noise.append(drawn[:taken])

@@ -84,9 +84,13 @@ def test_a_binary_sensor_may_be_noisy_and_a_gripper_that_moves_is_no_command():
     rng = np.random.default_rng(0)
     closed = (time % 1.7 < 0.8).astype(float)
     ramp = np.clip(closed.cumsum() % 16 / 4, 0, 1)  # 0, 0.25, ... 1, then held
-    columns = [closed + 0.003 * rng.normal(size=len(time)), ramp, np.full(len(time), 3.0)]
+    noisy = closed + 0.003 * rng.normal(size=len(time))
+    pulses = rng.integers(0, 2, len(time))
+    columns = [noisy, pulses, ramp, np.full(len(time), 3.0)]
     values = np.stack(columns, 1).astype(np.float32)
-    assert kinds(values, *bounds(LENGTHS)) == ["discrete", "linear", "linear"]
+    assert kinds(values, *bounds(LENGTHS)) == ["discrete"] * 2 + ["linear"] * 2
+    one_hot = np.eye(4, dtype=np.float32)[(2 * time).astype(int) % 4]  # of norm 1
+    assert kinds(one_hot, *bounds(LENGTHS)) == ["discrete"] * 4
 
 
 TURNS = {"radians": (2 * np.pi, -np.pi), "degrees": (360, 0), "symmetric degrees": (360, -180)}
@@ -114,8 +118,9 @@ def test_jumps_that_are_no_turns_stay_as_they_are():
     smooth = rng.normal(size=len(time)).cumsum() / 100
     jump = np.where(time % 1.7 < 0.8, -3.0, 3.0) + smooth - smooth.mean()
     sine = 3 * np.sin(time)
-    values = np.stack([jump, sine], 1).astype(np.float32)
-    assert kinds(values, *bounds(LENGTHS)) == ["linear", "linear"]
+    shaking = 3 * (-1) ** np.arange(len(time)) + smooth
+    values = np.stack([jump, sine, shaking], 1).astype(np.float32)
+    assert kinds(values, *bounds(LENGTHS)) == ["linear"] * 3
 
 
 def rotation(axis, angle):
@@ -187,6 +192,10 @@ def test_deltas_are_recognised_late_blurred_or_of_few_values():
     bounded = bounds(LENGTHS)
     assert kinds(noisy, *bounded, state) == ["delta"] * 2
     assert kinds(late, *bounded, state) == ["delta"] * 2
+    drift = 0.5 * (-1) ** times()[0]
+    jerky = (np.random.default_rng(0).normal(size=len(state)) + drift)[:, None].astype(np.float32)
+    follows = np.roll(jerky, 2, 0).cumsum(0)
+    assert kinds(jerky, *bounded, follows) == ["delta"]
     keys = np.random.default_rng(2).choice([-0.01, 0, 0.01], (len(state), 1))
     first, last = bounded
     pressed = np.concatenate(

@@ -224,6 +224,7 @@ def write_meta(folder, edit):
 def test_an_old_checkpoint_keeps_the_scale_that_it_was_trained_with(small, tmp_path, capsys):
     exp = Experiment(tmp_path, small)
     exp.main("train.total_steps=2", "data.min_std=0.01")
+    assert exp.job.policy.stats.affine("action")[1].tolist() == pytest.approx([0.01] * 4)
 
     def without_new_keys(meta):
         for key in ("min_std", "resample"):
