@@ -386,3 +386,12 @@ def test_pictures_smaller_than_a_backbone_needs(experiment, capsys):
     exp = experiment()
     error = ending(lambda: exp.main("--dry_run", "data.image_size=[15, 32]"), capsys)
     assert "backbone.yaml): pictures of 15 x 32 are too small, it needs 16 x 16" in error
+
+
+def test_pictures_of_another_size_than_a_model_of_timm_takes(experiment, capsys):
+    exp = experiment()
+    args = {"name": "vit_tiny_patch16_224", "depth": 1, "embed_dim": 8, "num_heads": 1}
+    backbone = {"block": "timm_backbone", "args": args}
+    (exp.folder / "backbone.yaml").write_text(yaml.safe_dump(backbone))
+    error = ending(lambda: exp.main("--dry_run"), capsys)
+    assert "backbone.yaml): timm's 'vit_tiny_patch16_224' refuses the pictures: Input h" in error
