@@ -154,6 +154,14 @@ def test_ragged_rows(tmp_path):
         dataset.columns(["a"])
 
 
+def test_missing_values_are_nan(tmp_path):
+    table = {"done": [True, None], "count": [3, None], "far": [1e300, None]}
+    dataset = LeRobotDataset(write_v2(tmp_path / "set", {0: table}))
+    columns = dataset.columns(["done", "count", "far"])
+    assert [columns[key][0, 0] for key in columns] == [1, 3, np.inf]
+    assert np.isnan([columns[key][1, 0] for key in columns]).all()
+
+
 def test_partial_download_leaves_out_what_is_not_there(tmp_path):
     root = write_v2(tmp_path / "set", {index: {"a": [1.0, 2.0]} for index in range(3)})
     (root / "data/chunk-000/episode_000001.parquet").unlink()
