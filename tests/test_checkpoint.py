@@ -17,11 +17,13 @@ from conftest import Experiment, forget_accelerator
 from fuzz import ending
 from helpers import rewrite_meta
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import evaluate
 import train_flow_matching
 import train_mi
 from common import checkpoint, parts, run, trust
+from common.blocks.mlp import Sum
 from common.blocks.transformer import MultimodalBridge
 from common.blocks.vae import StateDecoder, StateEncoder
 from common.blocks.vision import TinyCNN
@@ -700,3 +702,18 @@ def test_opening_a_checkpoint_asks_no_hub(copied, monkeypatch):
     local = Yaml.parse(f"block: x\nargs: {{weights: {json.dumps(str(copied.file))}}}", "meta.json")
     checkpoint._leave_out_hub_ids(local)
     assert local.data["args"]["weights"] == str(copied.file)
+
+
+def test_the_small_components_reorder_their_cameras():
+    torch.manual_seed(0)
+    block = Sum(4, 3, 2, num_cameras=3, visual_size=6, semantic_dim=5)
+    nn.init.normal_(block.mask_token)
+    proprio = torch.randn(8, 2, 3)
+    visual = [torch.randn(8, 6) for _ in range(3)]
+    semantic = [torch.randn(8, 1, 5) for _ in range(3)]
+    mask = torch.rand(8, 3) < 0.5
+    expected = block(proprio, visual, semantic, mask)
+    order = [2, 0, 1]
+    block.reorder_inputs(order, order)
+    now = ([x[i] for i in order] for x in (visual, semantic))
+    torch.testing.assert_close(block(proprio, *now, mask[:, order]), expected)
