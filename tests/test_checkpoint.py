@@ -715,3 +715,11 @@ def test_the_small_components_reorder_their_cameras():
     block.reorder_inputs(order, order)
     now = ([x[i] for i in order] for x in (visual, semantic))
     torch.testing.assert_close(block(proprio, *now, mask[:, order]), expected)
+
+
+def test_files_of_a_full_size_run_may_be_large(trained):
+    folder = trained.save_dir / "step_2"
+    rewrite_meta(folder, at(FILES, [20 * 2**30, "x"]))
+    assert "bytes, 21474836480 were written" in checkpoint.damage(folder)
+    rewrite_meta(folder, at(["optimizers"], [[{"k": 10**12, "weight_sum": 1e12}] * 6]))
+    assert checkpoint.read_meta(folder)["optimizers"][0][0]["k"] == 10**12
