@@ -17,11 +17,13 @@ from conftest import Experiment, forget_accelerator
 from fuzz import ending
 from helpers import rewrite_meta
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import evaluate
 import train_flow_matching
 import train_mi
 from common import checkpoint, parts, run, trust
+from common.blocks.mlp import Sum
 from common.blocks.transformer import MultimodalBridge
 from common.blocks.vae import StateDecoder, StateEncoder
 from common.blocks.vision import TinyCNN
@@ -36,11 +38,26 @@ def evaluated(exp, *options):
     return evaluate.main(["--checkpoint", str(exp.save_dir), "--out", str(out), *options])
 
 
-@pytest.fixture
-def trained(experiment):
-    exp = experiment()
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory, demos):
+    exp = Experiment(tmp_path_factory.mktemp("one_run") / "exp", demos)
     exp.main("train.total_steps=2")
+    forget_accelerator()
     return exp
+
+
+@pytest.fixture
+def trained(one_run, tmp_path):
+    """A finished run of two steps, a copy for each test."""
+    exp = Experiment(tmp_path / "exp", one_run.config["data"]["root"])
+    shutil.copytree(one_run.save_dir, exp.save_dir)
+    yield exp
+    forget_accelerator()
 
 
 @pytest.fixture
@@ -548,36 +565,19 @@ HOSTILE = {
 }
 
 
-@pytest.fixture(scope="module")
-def one_run(tmp_path_factory, demos):
-    exp = Experiment(tmp_path_factory.mktemp("one_run") / "exp", demos)
-    exp.main("train.total_steps=2")
-    forget_accelerator()
-    return exp
-
-
-@pytest.fixture
-def copied(one_run, tmp_path):
-    """A run of its own that is like `one_run`."""
-    exp = Experiment(tmp_path / "copied", one_run.config["data"]["root"])
-    shutil.copytree(one_run.save_dir, exp.save_dir)
-    yield exp
-    forget_accelerator()
-
-
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_field_that_is_not_what_it_should_be_is_named(copied, case, capsys):
+def test_a_field_that_is_not_what_it_should_be_is_named(trained, case, capsys):
     change, message = HOSTILE[case]
-    rewrite_meta(copied.save_dir / "step_2", change)
-    error = ending(lambda: evaluated(copied), capsys)
+    rewrite_meta(trained.save_dir / "step_2", change)
+    error = ending(lambda: evaluated(trained), capsys)
     assert re.search(message, error), error
-    assert str(copied.save_dir / "step_2") in error
+    assert str(trained.save_dir / "step_2") in error
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "1" * 5000, "", "nul\0", '"\\ud800"'])
-def test_a_manifest_that_is_none(copied, text, capsys):
-    (copied.save_dir / "step_2/meta.json").write_text(text)
-    for main in (lambda: evaluated(copied), lambda: copied.main("train.total_steps=3")):
+def test_a_manifest_that_is_none(trained, text, capsys):
+    (trained.save_dir / "step_2/meta.json").write_text(text)
+    for main in (lambda: evaluated(trained), lambda: trained.main("train.total_steps=3")):
         assert "meta.json is missing or has other content than was written" in ending(main, capsys)
 
 
@@ -654,27 +654,27 @@ RESUMED = TENSORS | {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_tensors_that_do_not_fit_are_named(copied, case, capsys):
+def test_tensors_that_do_not_fit_are_named(trained, case, capsys):
     name, content, message = RESUMED[case]
-    replaced(f"{name}.safetensors", content)(copied.save_dir / "step_2")
-    mains = [lambda: copied.main("train.total_steps=3")]
+    replaced(f"{name}.safetensors", content)(trained.save_dir / "step_2")
+    mains = [lambda: trained.main("train.total_steps=3")]
     if case in TENSORS:
-        mains.append(lambda: evaluated(copied))
+        mains.append(lambda: evaluated(trained))
     for main in mains:
         error = ending(main, capsys)
         assert re.search(message, error), error
 
 
-def test_groups_of_optimizers_that_are_not_those_of_the_run(copied, capsys):
-    rewrite_meta(copied.save_dir / "step_2", at(["optimizers", 0], []))
-    error = ending(lambda: copied.main("train.total_steps=3"), capsys)
+def test_groups_of_optimizers_that_are_not_those_of_the_run(trained, capsys):
+    rewrite_meta(trained.save_dir / "step_2", at(["optimizers", 0], []))
+    error = ending(lambda: trained.main("train.total_steps=3"), capsys)
     assert "groups of optimizers: [0] in the checkpoint, [6] configured" in error
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link", "loop"])
 @pytest.mark.parametrize("name", ["meta.json", "backbone.safetensors"])
-def test_what_is_no_file_is_not_read(copied, kind, name, capsys):
-    file = copied.save_dir / "step_2" / name
+def test_what_is_no_file_is_not_read(trained, kind, name, capsys):
+    file = trained.save_dir / "step_2" / name
     file.unlink()
     if kind == "fifo":
         os.mkfifo(file)
@@ -682,11 +682,11 @@ def test_what_is_no_file_is_not_read(copied, kind, name, capsys):
         file.mkdir()
     else:
         file.symlink_to("/dev/zero" if kind == "link" else file)
-    for main in (lambda: evaluated(copied), lambda: copied.main("train.total_steps=3")):
+    for main in (lambda: evaluated(trained), lambda: trained.main("train.total_steps=3")):
         assert re.search(rf"{name} is missing", ending(main, capsys, seconds=20))
 
 
-def test_opening_a_checkpoint_asks_no_hub(copied, monkeypatch):
+def test_opening_a_checkpoint_asks_no_hub(trained, monkeypatch):
     block = "block: RadioV3\nargs: {weights: nvidia/C-RADIOv3-L, channels: [1024, 3072]}"
     graph = (
         "inputs: [image]\nparams: {w: org/name}\nblocks:\n"
@@ -697,6 +697,29 @@ def test_opening_a_checkpoint_asks_no_hub(copied, monkeypatch):
         checkpoint._leave_out_hub_ids(source)
         assert "nvidia" not in str(source.data)
         assert "org/name" not in str(source.data)
-    local = Yaml.parse(f"block: x\nargs: {{weights: {json.dumps(str(copied.file))}}}", "meta.json")
+    local = Yaml.parse(f"block: x\nargs: {{weights: {json.dumps(str(trained.file))}}}", "meta.json")
     checkpoint._leave_out_hub_ids(local)
-    assert local.data["args"]["weights"] == str(copied.file)
+    assert local.data["args"]["weights"] == str(trained.file)
+
+
+def test_the_small_components_reorder_their_cameras():
+    torch.manual_seed(0)
+    block = Sum(4, 3, 2, num_cameras=3, visual_size=6, semantic_dim=5)
+    nn.init.normal_(block.mask_token)
+    proprio = torch.randn(8, 2, 3)
+    visual = [torch.randn(8, 6) for _ in range(3)]
+    semantic = [torch.randn(8, 1, 5) for _ in range(3)]
+    mask = torch.rand(8, 3) < 0.5
+    expected = block(proprio, visual, semantic, mask)
+    order = [2, 0, 1]
+    block.reorder_inputs(order, order)
+    now = ([x[i] for i in order] for x in (visual, semantic))
+    torch.testing.assert_close(block(proprio, *now, mask[:, order]), expected)
+
+
+def test_files_of_a_full_size_run_may_be_large(trained):
+    folder = trained.save_dir / "step_2"
+    rewrite_meta(folder, at(FILES, [20 * 2**30, "x"]))
+    assert "bytes, 21474836480 were written" in checkpoint.damage(folder)
+    rewrite_meta(folder, at(["optimizers"], [[{"k": 10**12, "weight_sum": 1e12}] * 6]))
+    assert checkpoint.read_meta(folder)["optimizers"][0][0]["k"] == 10**12
