@@ -21,6 +21,7 @@ from common.blocks.weights import read_tensors, require
 from common.build import import_plugins
 from common.config import UserError, Yaml
 from common.data.normalizer import Normalizer
+from common.files import free_space
 from common.optim import AveragedWeights
 from common.parts import Origin, build_parts, load_component, require_like
 from common.schema import Optim, Part
@@ -68,10 +69,8 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**20
-        raise UserError(
-            f"{folder}: could not be saved: {e} ({free:.0f} MiB free); nothing else changed"
-        ) from e
+        free = free_space(folder)
+        raise UserError(f"{folder}: could not be saved: {e}{free}; nothing else changed") from e
 
 
 @torch.no_grad()

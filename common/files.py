@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, also on a disk that is full."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,20 +20,30 @@ class WriteError(UserError):
 
 
 @contextlib.contextmanager
+def writing(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn the refusal of the disk or of an encoder into a WriteError with path and free space."""
+    try:
+        yield
+    except (OSError, av.FFmpegError) as e:
+        # Arrow and FFmpeg put more than the reason into their texts.
+        reason = os.strerror(e.errno) if e.errno in errno.errorcode else str(e)
+        hint = f"; {advice}" if advice else ""
+        free = free_space(path)
+        raise WriteError(f"{path}: could not be written: {reason}{free}{hint}") from e
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file of the same suffix to write to; afterwards it takes the place of `path`.
 
-    Raises WriteError with path and free space if the disk or the encoder refuses. Whatever ends the
-    block early, nothing half-written is left, and an older file stays as it was.
+    Raises WriteError. Whatever ends the block early, nothing half-written is left, and an older
+    file stays as it was.
     """
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
-        yield unfinished
-        unfinished.replace(path)
-    except (OSError, av.FFmpegError) as e:
-        problem = e.strerror or e
-        free = free_space(path.parent)
-        raise WriteError(f"{path}: could not be written: {problem}{free}") from e
+        with writing(path):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -54,8 +66,9 @@ def require_writable(folder: Path, option: str) -> None:
         raise WriteError(f"{option}: {folder} cannot be written: {e.strerror}{free}") from e
 
 
-def free_space(folder: Path) -> str:
-    """The text " (12 MiB free)", or nothing where the disk does not tell."""
+def free_space(path: Path) -> str:
+    """The text " (12 MiB free)" of the disk of a path, or nothing where it does not tell."""
+    folder = next((place for place in (path, *path.absolute().parents) if place.is_dir()), path)
     try:
         return f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)"
     except OSError:

@@ -22,6 +22,12 @@ class Frozen:
 
 
 @dataclass
+class Dataset:
+    root: str = key(..., "its folder at that time")
+    content_key: str = key(..., "hash of info.json and of all files' names, sizes and times")
+
+
+@dataclass
 class Meta:
     """Fields of meta.json. Others, of later versions and of forks, are left alone."""
 
@@ -36,6 +42,10 @@ class Meta:
     versions: dict[str, str] = key(..., "versions of libraries")
     mixed_precision: str = key("no", "precision of training")
     facts: dict[str, int] = key(..., "numbers of the dataset", low=0, high=10**6)
+    columns: dict[str, int] = key({}, "numbers in a row of each column", low=0, high=10**6)
+    names: dict[str, list[str]] = key({}, "names of the dimensions of state and action")
+    dataset: Dataset | None = key(None, "the dataset that was trained on")
+    episode_hashes: dict[str, str] = key({}, "episode -> hash of its rows")
     components: dict[str, str] = key(..., "YAML of each component")
     aliases: dict[str, str] = key(..., "component -> the one whose module it shares")
     frozen: dict[str, Frozen] = key(..., "frozen component -> its file")

@@ -433,9 +433,8 @@ class Run:
             state = "stopped" if self.step < self.total else "finished"
             print(f"{state} at step {self.step}: {self.folder}")
             recent = self.log.recent()
-            report = getattr(self.policy, "report", None)  # a fork of train_mi.py may lack it
-            if self.step >= self.total and recent and report:
-                for line in report(recent):
+            if self.step >= self.total and recent:
+                for line in self.policy.report(recent):
                     print(f"notice: {line}")
         return 128 + stopped_by if stopped_by else 0
 

@@ -121,6 +121,12 @@ def one_thread_and_own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """A shell lets its background jobs ignore Ctrl-C; a run that failed leaves its own handler."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def write_demos(root: Path, lengths=LENGTHS, fps=10, seed=0, edit=None) -> Path:
     """A LeRobot v3.0 dataset: 3 cameras of 32 x 32, state (5,), action (4,).
 

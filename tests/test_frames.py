@@ -36,6 +36,7 @@ from common.data.checks import check_files
 from common.data.frames import FrameCache, Video, VideoFrames
 from common.data.images import resize
 from common.data.lerobot import LeRobotDataset
+from common.files import WriteError
 
 NAMES = {"head": PAINTED_CAMERAS[0], "left": PAINTED_CAMERAS[1]}
 
@@ -311,7 +312,8 @@ def test_space_is_checked_before_decoding(dataset, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        DataError, match=r"No space left on device; free some space or set data.cache: none"
+        WriteError,
+        match=r"No space left on device \(\d+ MiB free\); free some space or set data.cache: none",
     ):
         FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
@@ -329,8 +331,8 @@ def test_a_note_that_cannot_be_written_is_named_and_leaves_nothing(dataset, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         with pytest.raises(
-            DataError,
-            match=r"json: No space left on device; free some space .* \(\d+ MiB are free\)",
+            WriteError,
+            match=r"json: could not be written: No space left .* \(\d+ MiB free\); free some space",
         ):
             FrameCache.open(dataset, NAMES, PAINTED_SIZE, None, tmp_path, 1)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

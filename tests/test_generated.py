@@ -14,6 +14,7 @@ import pytest
 from common.config import DataError
 from common.data import generated
 from common.envs import registry
+from common.files import WriteError
 
 SLOW = """
 import time
@@ -116,8 +117,8 @@ def test_a_full_disk_ends_in_one_message_and_leaves_nothing(own, experiment, lim
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     cache = own / "cache/bimanual-flow"
     out = (exp.folder / "out").read_text()
-    assert f"error: {cache}/noise.tmp: File too large; " in out
-    assert out.endswith(" MiB are free\n")
+    assert f"error: {cache}/noise.tmp: could not be written: File too large (" in out
+    assert out.endswith(" MiB free)\n")
     assert "Traceback" not in out
     assert code == 2
     assert [path.name for path in cache.iterdir()] == ["noise.lock"]
@@ -127,7 +128,7 @@ def test_a_cache_that_cannot_be_written_is_named(own, experiment, monkeypatch):
     generated.register("mine", "own_sim:generate")
     (own / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(own / "file"))
-    with pytest.raises(DataError, match=r"bimanual-flow/mine.lock: Not a directory; \d+ MiB are"):
+    with pytest.raises(WriteError, match=r"mine.lock: could not be written: Not a directory"):
         generated.locate("mine")
 
 

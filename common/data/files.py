@@ -1,9 +1,7 @@
-"""Files of datasets and caches: what goes wrong on reading or writing one becomes a DataError."""
+"""Files of datasets and caches: what goes wrong on reading one becomes a DataError."""
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from common.config import DataError
+from common.files import writing
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -52,19 +51,6 @@ def parse_json(text: str, path: Path, place: str = "") -> Any:
         return value
     except (ValueError, RecursionError) as error:  # no JSON, a huge number, or nested too deep
         raise unreadable(path, place, error) from error
-
-
-@contextlib.contextmanager
-def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Turn the disk's refusal into a DataError with the path and the space that is free."""
-    try:
-        yield
-    except OSError as error:  # of Arrow and of FFmpeg, too
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        there = next(parent for parent in path.absolute().parents if parent.is_dir())
-        free = f"{shutil.disk_usage(there).free / 2**20:.0f} MiB are free"
-        hint = f"{advice} ({free})" if advice else free
-        raise DataError(f"{path}: {reason}; {hint}") from error
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ import av
 import numpy as np
 
 from common.config import DataError
-from common.data.files import locked, reading, writing
+from common.data.files import locked, reading
 from common.data.images import decoded, resize
 from common.data.lerobot import LeRobotDataset
 from common.data.metadata import Episode
+from common.files import writing
 from common.progress import progress
 
 RESIZE = "bilinear"  # part of the cache's key

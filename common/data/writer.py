@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.config import DataError
-from common.data.files import writing
+from common.files import WriteError, writing
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 BOOKKEEPING = {
@@ -40,7 +40,7 @@ class DatasetWriter:
     features: info.json's entries of the user's keys. "video" entries are RGB (h, w, 3) uint8 with
     even sides; the others are vectors (shape [n]). All episodes of a camera share one mp4 and all
     rows one parquet file: files are not split by size. An old `<root>.tmp` is deleted. Raises
-    DataError if `root` has files in it, and, with the space that is free, if the disk refuses.
+    DataError if `root` has files in it, WriteError if the disk refuses.
 
     With `with DatasetWriter(...) as writer`, an error deletes `<root>.tmp`.
     """
@@ -77,7 +77,7 @@ class DatasetWriter:
             with writing(self.tmp):
                 self.videos = {key: self._open_video(key) for key in self.cameras}
                 self.parquet = self._open_parquet()
-        except DataError:
+        except WriteError:
             shutil.rmtree(self.tmp, ignore_errors=True)
             raise
 
