@@ -4,9 +4,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +212,8 @@ def build_parts(
     published files, of `weights` or of `init`, in its own way; one that nothing is loaded into
     starts random, with a notice. Raises one error that lists all weights that do not fit.
     """
+    for name, camera in of_absent_cameras(sources, cameras).items():
+        print(f"notice: {name} is left out, data.cameras has no '{camera}'")
     owners = shared_modules(model, sources, cameras)
     aliases = {
         name: owner for owner, (_, names) in owners.items() for name in names if name != owner
@@ -370,15 +370,24 @@ def reads_cameras(module: GraphModel) -> bool:
     return not {"cond_visual", "cond_semantic", "images"}.isdisjoint(names)
 
 
+def of_absent_cameras(sources: Iterable[str], cameras: Sequence[str]) -> dict[str, str]:
+    """Component -> its camera, of those whose camera data.cameras lacks."""
+    matches = {name: CAMERA_PART.fullmatch(name) for name in sources}
+    own = {name: match[1] for name, match in matches.items() if match}
+    return {name: camera for name, camera in own.items() if camera not in cameras}
+
+
 def shared_modules(
     model: Model, sources: dict[str, Yaml], cameras: Sequence[str]
 ) -> dict[str, tuple[str, list[str]]]:
-    """Owner of a module -> (the component that `same_as` names, all components that share it)."""
+    """Owner of a module -> (the component that `same_as` names, all components that share it).
+
+    Components of absent cameras are left out.
+    """
     groups: dict[str, list[str]] = {}
+    absent = of_absent_cameras(sources, cameras)
     for name in sources:
-        of_camera = CAMERA_PART.fullmatch(name)
-        if of_camera and of_camera[1] not in cameras:
-            print(f"notice: {name} is left out, data.cameras has no '{of_camera[1]}'")
+        if name in absent:
             continue
         named = model.component_build_args.get(name, Part()).same_as or name
         groups.setdefault(named, []).append(name)
@@ -410,8 +419,7 @@ def check_sources(
 
     facts: those of its numbers that are known.
     """
-    with redirect_stdout(StringIO()):  # notices come with the components
-        owners = shared_modules(model, sources, cameras)
+    owners = shared_modules(model, sources, cameras)
     check_cameras({name for _, names in owners.values() for name in names}, cameras)
     for name in owners:
         check(sources[name], facts)
