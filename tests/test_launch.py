@@ -80,6 +80,8 @@ with pytest.raises(SystemExit, match="step 4: not finite"):
     nan.main("train.save_every_steps=1")
 assert nan.job.step == 3
 print(f"rank {rank} done")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # else threads of the group may abort the exit
 """
 
 

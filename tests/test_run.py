@@ -339,7 +339,7 @@ def test_a_launcher_that_is_killed_takes_its_run_along(experiment, monkeypatch):
     exp = experiment()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     parent = os.getppid()
-    monkeypatch.setattr(os, "getppid", lambda: 1 if exp.job.step == 2 else parent)
+    monkeypatch.setattr(os, "getppid", lambda: -1 if exp.job.step == 2 else parent)
     exp.job = SimpleNamespace(step=0)
     assert exp.main() == 143
     assert list(checkpoint.steps(exp.save_dir).values()) == [3]
