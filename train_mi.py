@@ -249,10 +249,10 @@ def score(folder, device, now=None, root=None, script=None, plugins=()):
     with plots.decoration(out / "scores.png") as picture:
         plots.draw_scores(table, windows, picture)
     ranked = table["episode"].to_pylist()
-    print(
-        f"I(S; A) is {nats:.2f} nats; best episodes: {ranked[:3]}, worst: {ranked[-3:]}; "
-        f"{out}/scores.parquet, scores.png"
-    )
+    ranking = f"episodes from best to worst: {ranked}"
+    if len(ranked) > 10:
+        ranking = f"best episodes: {ranked[:3]}, worst: {ranked[-3:]}"
+    print(f"I(S; A) is {nats:.2f} nats; {ranking}; {out}/scores.parquet, scores.png")
 
 
 def latent_points(policy, windows, device):

@@ -356,7 +356,8 @@ def origin(load_dir: Path) -> Origin:
         raise UserError(f"train.load_dir: {load_dir} holds no checkpoint")
     meta = read_meta(folder)
     components = meta["components"].keys() - meta["aliases"].keys()
-    return Origin(folder, components, meta["aliases"], list(meta["config"]["data"]["cameras"]))
+    cameras = list(meta["config"]["data"]["cameras"])
+    return Origin(folder, components, meta["aliases"], cameras, meta["facts"])
 
 
 def load(
@@ -380,8 +381,7 @@ def load(
             "and train.load_dir"
         )
         raise UserError("\n".join([f"{folder}: not of the run that is configured", *problems]))
-    sizes = {name: len(getattr(policy.stats, f"{name}_mean")) for name in ("state", "action")}
-    policy.stats.load_state_dict(read_stats(folder, sizes))
+    policy.stats.load_state_dict(read_stats(folder, meta["facts"]))
     policy.stats.min_std = meta["config"]["data"]["min_std"]
     for name, record in meta["frozen"].items():
         file = _frozen_file(folder, name, record, parts.sources.get(name))
@@ -467,17 +467,23 @@ def _load_optimizer(file, optimizer, parameters):
         optimizer.state[p][state] = value.to(p.device)
 
 
-def read_stats(folder: Path, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Statistics of a checkpoint: name_kind (size,), for a state and an action of these sizes.
+def read_stats(folder: Path, facts: dict[str, int]) -> dict[str, Tensor]:
+    """Statistics of a checkpoint, as statistics() returns them, of the widths in its facts.
 
     Raises UserError for others.
     """
     file = folder / manifest.STATS
     tensors = read_tensors(file)
-    expected = {f"{name}_{kind}": (size,) for name, size in sizes.items() for kind in STATISTICS}
+    expected = {
+        f"{name}_{kind}": (facts[f"{name}_dim"],)
+        for name in ("state", "action")
+        for kind in STATISTICS
+    }
     require(expected, tensors, f"{file}: not the statistics of the state and action")
     if any(x.dtype != torch.float32 for x in tensors.values()):
         raise UserError(f"{file}: expected numbers of float32")
+    if not all(x.isfinite().all() for x in tensors.values()):
+        raise UserError(f"{file}: expected finite numbers")
     return tensors
 
 
@@ -555,8 +561,8 @@ def open_policy(
     check_plugins(folder, cfg.plugins, plugins)
     import_plugins(cfg.plugins)
     _require_facts(folder, meta["facts"], cfg.data)
-    sizes = {name: meta["facts"][f"{name}_dim"] for name in ("state", "action")}
-    stats = Normalizer(cfg.data.normalize, read_stats(folder, sizes), cfg.data.min_std)
+    stats = read_stats(folder, meta["facts"])
+    stats = Normalizer(cfg.data.normalize, stats, cfg.data.min_std)
     sources = {}
     cfg.model.component_build_args = {}
     for name, text in meta["components"].items():

@@ -189,12 +189,13 @@ def camera_users(
 
 @dataclass
 class Origin:
-    """The checkpoint that train.load_dir names: its folder, component names and cameras."""
+    """The checkpoint that train.load_dir names: its folder, component names, cameras and facts."""
 
     folder: Path
     components: Collection[str]
     aliases: dict[str, str]
     cameras: list[str]
+    facts: dict[str, int]
 
 
 def build_parts(

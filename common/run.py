@@ -25,7 +25,7 @@ from common import checkpoint, preflight
 from common.build import completed, import_plugins
 from common.config import ConfigError, UserError, Yaml, to_dict
 from common.data.loader import Data, facts_of_config, to_device
-from common.data.normalizer import Normalizer
+from common.data.normalizer import Normalizer, differences
 from common.data.order import check_batch_size
 from common.envs import registry  # noqa: F401 (names of data.root)
 from common.files import whole_file
@@ -167,17 +167,16 @@ class Run:
         if self.options.dry_run:
             print(parts.table(self.cfg))
         if origin:
-            self._warn_of_other_data(
-                origin.folder, f"components of {origin.folder} (train.load_dir)"
-            )
+            title = f"components of {origin.folder} (train.load_dir)"
+            self._warn_of_other_data(checkpoint.read_stats(origin.folder, origin.facts), title)
         data = self.cfg.data
         return parts, Normalizer(data.normalize, self.data.stats, data.min_std)
 
-    def _warn_of_other_data(self, folder, trained):
-        """Name the dimensions that are of another kind than in the checkpoint `folder`."""
-        lines = self.data.differences(folder) if self.is_main else []
+    def _warn_of_other_data(self, trained, title):
+        """Name the dimensions that are of another kind than in statistics of a checkpoint."""
+        lines = differences(trained, self.data.stats, self.data.names) if self.is_main else []
         if lines:
-            print("\n    ".join([f"warning: other data than {trained} learned from", *lines]))
+            print("\n    ".join([f"warning: other data than {title} learned from", *lines]))
 
     def preflight(self, policy: nn.Module) -> None:
         preflight.preflight(self, policy)
@@ -253,7 +252,8 @@ class Run:
                 f"warning: files of {found['root']} are not those that {folder} was trained on, in "
                 f"{meta['dataset']['root']}: changed, recorded anew, or a copy with other times"
             )
-        self._warn_of_other_data(folder, f"this run, which keeps the statistics of {folder},")
+        title = f"this run, which keeps the statistics of {folder},"
+        self._warn_of_other_data(self.policy.stats.state_dict(), title)
         for key, now in self._conditions().items():
             if meta[key] != now:
                 print(

@@ -288,7 +288,7 @@ WARNINGS = {
     ),
     "a time is missing": (
         data("timestamp", lambda values: put(values, 7, None)),
-        [r"timestamps are up to inf frames off k / fps \(episode 1\)"],
+        [r"timestamps are up to inf frames off k / fps \(episode 1,"],
     ),
     "more frames than rows": (
         cell(3, f"videos/{LEFT}/to_timestamp", 2.5),

@@ -113,6 +113,7 @@ def test_real_v21():
     warnings = check_files(dataset, dataset.cameras, ["action", "observation.state"])
     assert len(warnings) == 1
     assert "timestamps are up to 27" in warnings[0]
+    assert "of 18.5 Hz by its timestamps, 20 by info.json" in warnings[0]
 
 
 def test_real_v20():

@@ -190,7 +190,7 @@ def test_a_run_ends_with_scores_and_pictures_and_scores_again_bit_for_bit(
     assert (folder / "scores.parquet").read_bytes() == before
     moved.rename(trained.config["data"]["root"])
     assert train_mi.rescore(["--score", str(folder)]) == 0
-    assert "best episodes: [" in capsys.readouterr().out
+    assert "nats; episodes from best to worst: [" in capsys.readouterr().out
 
 
 def test_the_commands_of_the_readme(trained, tmp_path):

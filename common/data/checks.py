@@ -290,7 +290,8 @@ def check_rows(
 ) -> list[str]:
     """Problems of the rows of episodes; adds a warning if timestamps are not k / fps."""
     problems = []
-    drifts = [(0.0, 0)]  # largest difference of a timestamp from k / fps in frames, episode
+    # Largest difference of a timestamp from k / fps in frames, episode, its own rate in Hz.
+    drifts = [(0.0, 0, 0.0)]
     extra = [key for key in ("frame_index", "timestamp") if key in dataset.schema.names]
     for group in by_file(chosen):
         try:
@@ -308,15 +309,17 @@ def check_rows(
                     with np.errstate(invalid="ignore"):
                         frames = (time - time[:1]) * dataset.fps
                         apart = np.abs(frames - steps)
+                        rate = dataset.fps * steps[-1] / frames[-1] if len(steps) > 1 else 0.0
                     apart[np.isnan(apart)] = np.inf
-                    drifts.append((apart.max(initial=0), episode.index))
+                    drifts.append((apart.max(initial=0), episode.index, rate))
         except DataError as error:
             problems.append(str(error))
-    drift, number = max(drifts)
+    drift, number, rate = max(drifts)
     if drift > 0.6:
         warnings.append(
             f"{dataset.root}: timestamps are up to {drift:.1f} frames off k / fps (episode "
-            f"{number}); k / fps is used"
+            f"{number}, of {rate:.1f} Hz by its timestamps, {dataset.fps:g} by info.json); k / fps "
+            "is used"
         )
     return problems
 

@@ -248,8 +248,8 @@ class FrameCache(ArrayFiles):
                     return None
                 build(dataset, {name: cameras[name] for name in names}, size, numbers, paths)
         cache = cls(paths)
-        if missing and cache.warnings:
-            print(*cache.warnings, sep="\n", flush=True)
+        for text in cache.warnings if missing else ():
+            print(f"warning: {text}", flush=True)
         return cache
 
     @classmethod
@@ -280,9 +280,8 @@ class FrameCache(ArrayFiles):
         frames = sum(episode.length for episode in chosen)
         camera_gb = frames * 3 * size[0] * size[1] / 1e9
         gb = camera_gb * len(cameras)
-        total = (
-            f"{frames} frames of {len(cameras)} cameras at {size[0]} x {size[1]} take {gb:.2f} GB"
-        )
+        several = f"{len(cameras)} cameras" if len(cameras) != 1 else "one camera"
+        total = f"{frames} frames of {several} at {size[0]} x {size[1]} take {gb:.2f} GB"
         if gb > max_gb:
             raise DataError(f"{total}, above data.cache_max_gb: {max_gb:g}; raise that, {ADVICE}")
         missing = {path for path in paths.values() if not path.exists()}

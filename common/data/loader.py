@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from common import schema
-from common.blocks.weights import read_tensors
 from common.config import DataError, Yaml
 from common.data.checks import check_files
 from common.data.features import FeatureCache, foreseen_sizes, require_space
@@ -20,7 +19,6 @@ from common.data.images import DRAWS, IMAGE, augmented
 from common.data.lerobot import LeRobotDataset, cache_folder
 from common.data.normalizer import (
     Normalizer,
-    differences,
     neighbour_scale,
     poor_scales,
     statistics,
@@ -103,14 +101,6 @@ class Data:
     def identity(self) -> dict[str, str]:
         """What a checkpoint records of the dataset."""
         return {"root": str(self.dataset.root), "content_key": self.dataset.content_key}
-
-    def differences(self, checkpoint: Path) -> list[str]:
-        """One line per dimension of another kind than in the data that a checkpoint learned from.
-
-        See normalizer.differences(). Raises UserError if its statistics cannot be read.
-        """
-        trained = read_tensors(checkpoint / "dataset_stats.safetensors")
-        return differences(trained, self.stats, self.names)
 
     def require_width(self, checkpoint: Path, facts: dict[str, int]) -> None:
         """Raises DataError unless states and actions are as wide as the facts of a checkpoint."""
