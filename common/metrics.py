@@ -227,6 +227,7 @@ def velocity_loss(
 
     {"t": [...], "posterior": [...], "prior": [...]}, by the source of the latent, or {"t", "none"}
     of a policy without one; all with the same noise, without guidance. Their gap is what z settles.
+    The noise belongs to what an episode holds, whatever its number is.
     """
     t = [(k + 0.5) / bins for k in range(bins)]
     sums = defaultdict(lambda: np.zeros(bins))
@@ -237,7 +238,9 @@ def velocity_loss(
         batch = to_device(windows[some], device)
         memory = policy.encode(batch)
         x1 = policy.stats.normalize("action", batch["action"])
-        keys = [("velocity", seed, row) for row in some.tolist()]
+        episodes = [windows.hashes[number] for number in batch["episode_index"].tolist()]
+        places = zip(episodes, batch["frame_index"].tolist(), strict=True)
+        keys = [("velocity", seed, *place) for place in places]
         x0 = RowNoise([(*key, "x0") for key in keys], device).normal(*x1.shape)
         valid = ~batch["action_is_pad"][..., None]
         entries += valid.sum().item() * x1.shape[2]

@@ -80,7 +80,7 @@ def predicted_chunks(
 ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
     """n chunks of an episode: draws {NFE: (samples, n, T, A)}, recorded (n, T, A), padding (n, T).
 
-    All NFE start from the same noise.
+    All NFE start from the same noise, which belongs to what the episode holds, not to its number.
     """
     device = next(policy.parameters()).device
     every = windows.cfg.action_horizon
@@ -91,7 +91,7 @@ def predicted_chunks(
     with autocast(args.precision, device):
         memory = policy.encode(batch)
         for draw in range(args.samples):
-            key = ("open loop", args.seed, episode, *([draw] if draw else []))
+            key = ("open loop", args.seed, windows.hashes[episode], draw)
             noise = RowNoise([(*key, int(i)) for i in batch["frame_index"]], device)
             z = policy.latent(memory, noise)
             x0 = noise.normal(*recorded.shape)

@@ -12,6 +12,8 @@ SECONDS = 30.0  # between lines
 class Lines(tqdm):
     """A tqdm that writes a whole line every half minute; a short loop writes nothing."""
 
+    monitor_interval = 0  # its thread would write a line beside ours
+
     def __init__(self, iterable: Iterable | None = None, **options: Any):
         options |= {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS}
         options |= {"leave": False, "ascii": True}

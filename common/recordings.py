@@ -55,19 +55,20 @@ class Recordings:
             rates = f"{dataset.fps:g} fps, resampled to the policy's {data.HZ:g} Hz"
             print(f"notice: {self.title} has {rates}")
         present = [episode.index for episode in dataset.episodes]
+        hashes = meta.get("episode_hashes")
         known = {*recorded["trained on"], *recorded["held out"]}
-        read = [number for number in present if new_episodes or number in known]
+        # By its content an episode is found under any number.
+        read = [number for number in present if new_episodes or hashes or number in known]
         if not read:
             raise self._nothing_to_evaluate(present)
         frames = VideoFrames(dataset, data.cameras, data.image_size, read)
         self.windows = Windows(data, dataset, read, frames)
         self._require_sizes(meta.get("columns", {}))
-
-        hashes = meta.get("episode_hashes")
         kinds = self._kinds(recorded, hashes)
-        other = hashes is None or "new" in kinds.values()
+        other = hashes is None or (new_episodes and "new" in kinds.values())
         if other and not other_units:
-            self._require_units()
+            used = [number for number, kind in kinds.items() if new_episodes or kind != "new"]
+            self._require_units(used)
         held_out = [number for number, kind in kinds.items() if kind == "held out"]
         unseen = [number for number in present if kinds.get(number, "new") == "new"]
         self.new = unseen if new_episodes else []
@@ -152,8 +153,8 @@ class Recordings:
             problem = "; ".join(other)
             raise UserError(f"{self.title} is of another kind than the training data: {problem}")
 
-    def _require_units(self) -> None:
-        found = moments(self.windows)
+    def _require_units(self, episodes: list[int]) -> None:
+        found = moments(self.windows, self.windows.rows(episodes))
         lines = differences(self.stats, found, self.windows.names)
         if lines:
             title = f"{self.title} is of another kind than the training data:"
@@ -161,11 +162,11 @@ class Recordings:
             raise UserError("\n    ".join([title, *lines, advice]))
 
 
-def moments(windows: Windows) -> dict[str, Tensor]:
-    """state_mean, state_std, action_mean, action_std: (dim,), over all rows."""
+def moments(windows: Windows, rows: np.ndarray) -> dict[str, Tensor]:
+    """state_mean, state_std, action_mean, action_std: (dim,), over rows of windows."""
     found = {}
     for name, values in (("state", windows.state), ("action", windows.action)):
-        x = values.astype(np.float64)
+        x = values[rows].astype(np.float64)
         found[f"{name}_mean"] = torch.from_numpy(x.mean(0)).float()
         found[f"{name}_std"] = torch.from_numpy(x.std(0)).float()
     return found

@@ -1,5 +1,6 @@
 """The life of a training run: its folder, processes, batches, signals, saving and resuming."""
 
+import ctypes
 import fcntl
 import math
 import os
@@ -35,6 +36,7 @@ from common.optim import AveragedWeights
 from common.parts import Parts, build_parts, check_sources
 from common.plots import draw_curves
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl()
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step that is under way
 
 
@@ -53,6 +55,7 @@ def cli(main: Callable[[], int]) -> None:
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
+    _end_with_launcher()
     try:
         code = main()
     except KeyboardInterrupt as e:
@@ -125,7 +128,6 @@ class Run:
         self.step = 0
         self.epoch = 0
         self.offset = 0
-        self.parent = os.getppid()
         self.signal: signal.Signals | None = None
         self.stopping: signal.Signals | None = None
         self.scalars = {}
@@ -317,8 +319,6 @@ class Run:
         The weights are untouched then. This holds the only host read of a step: whether everything
         is finite, and which signals told any process to stop.
         """
-        if self.signal is None and _is_launched() and os.getppid() != self.parent:
-            self.signal = signal.SIGTERM  # it reached the launcher only, which does not pass it on
         self.accelerator.unscale_gradients()
         norms = {}
         for name in self.policy.parts.trainable():
@@ -449,6 +449,18 @@ class Run:
 def _is_launched():
     """Whether `accelerate launch` or torchrun is the parent of this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _end_with_launcher():
+    """Get SIGTERM when the launcher ends: `accelerate launch` does not pass on what ends it."""
+    if not _is_launched() or not sys.platform.startswith("linux"):
+        return
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:  # of another user, or gone
+        return
+    if b"accelerate" in command or b"torch" in command:  # no shell, which may go away: nohup
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _threads_are_chosen():

@@ -195,6 +195,8 @@ class Data:
         root = reader.path(self.root, (*keys, "root"))
         if self.root.split("/")[0] in ("", ".", "..", "~") or os.path.isdir(root):
             self.root = str(root)
+        if self.scores is not None:
+            _require_file(reader, (*keys, "scores"), self.scores)
         if self.cache == "features" and self.augment is not None:
             problem = "set it to null: data.cache: features sees each picture once, unchanged"
             raise reader.error((*keys, "augment"), problem)
@@ -276,6 +278,8 @@ class Train:
     log_every: int = key(20, "optimizer steps between lines of the log", low=1)
 
     def check(self, reader: Reader, keys: Keys) -> None:
+        if self.load_dir is not None and not os.path.isdir(self.load_dir):
+            raise reader.error((*keys, "load_dir"), f"no such folder: {self.load_dir}")
         if self.epoch is None and self.total_steps is None:
             raise reader.error((*keys, "epoch"), "null needs train.total_steps to end the run")
 

@@ -56,9 +56,7 @@ def _as_module(file):
 
 def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str]) -> None:
     """Raise UserError unless each plugin of a checkpoint is the project's, or named by the user."""
-    foreign = [
-        name for name in recorded if name not in trusted and not _of_project(name, folder.resolve())
-    ]
+    foreign = [name for name in recorded if name not in trusted and not _of_project(name, folder)]
     if foreign:
         raise UserError(
             f"{folder}: needs the plugins {foreign}, which are not the project's and are not "
@@ -67,12 +65,19 @@ def check_plugins(folder: Path, recorded: Sequence[str], trusted: Sequence[str])
 
 
 def _of_project(name, folder):
-    """Whether a module is found below ROOT, and not in the run's folder. Imports nothing."""
-    run_folder = folder if ROOT.is_relative_to(folder.parent) else folder.parent
+    """Whether a module is found below ROOT, but not where the checkpoint is. Imports nothing.
+
+    Nothing in the folder beside common/ that a checkpoint lies in is the project's, by the path as
+    it was given and by what its links lead to.
+    """
     search = [str(ROOT)]
     words = name.split(".")
     if not all(word.isidentifier() for word in words):
         return False
+    around = [ROOT / words[0], (ROOT / words[0]).resolve()]
+    for place in (folder.absolute(), folder.resolve()):
+        if any(place.is_relative_to(package) for package in around):
+            return False
     for word in words:
         spec = importlib.machinery.PathFinder.find_spec(word, search)
         if spec is None:
@@ -80,6 +85,6 @@ def _of_project(name, folder):
         search = list(spec.submodule_search_locations or [])
         for path in [spec.origin] if spec.origin else search:
             file = Path(path).resolve()
-            if not file.is_relative_to(ROOT) or file.is_relative_to(run_folder):
+            if not file.is_relative_to(ROOT):
                 return False
     return True

@@ -443,6 +443,21 @@ def test_the_keypoint_summary_finds_a_bright_dot():
         torch.testing.assert_close(summary[0], expected, atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("test_resnett", {}, "no model 'test_resnett'; did you mean 'test_resnet'"),
+        ("hf-hub:evil/model", {}, "no model 'hf-hub:evil/model'"),
+        ("local-dir:/tmp", {}, "no model 'local-dir:/tmp'"),
+        ("test_resnet", {"checkpoint_path": "evil.pth"}, "checkpoint_path: weights come from"),
+        ("test_resnet", {"pretrained_cfg": {"file": "evil.pth"}}, "pretrained_cfg: weights come"),
+    ],
+)
+def test_timm_fetches_nothing_and_reads_no_pickle(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        TimmBackbone(name, **options)
+
+
 def test_timm_pictures_are_normalised_and_prefix_tokens_dropped():
     model, image = (
         TimmBackbone(

@@ -137,6 +137,7 @@ def test_a_plugin_that_is_not_the_projects_is_imported_only_if_it_is_named(train
         ("json", False),
         ("linked", False),
         ("runs.old.payload", False),
+        ("runs.payload", False),  # above the run
         ("", False),
         (".lab", False),
         ("lab..blocks", False),
@@ -145,12 +146,20 @@ def test_a_plugin_that_is_not_the_projects_is_imported_only_if_it_is_named(train
 )
 def test_what_counts_as_a_plugin_of_the_project(tmp_path, stranger, monkeypatch, name, projects):
     root = tmp_path / "project"
-    for file in ("lab/__init__.py", "lab/blocks.py", "single.py", "runs/old/payload.py"):
+    for file in (
+        "lab/__init__.py",
+        "lab/blocks.py",
+        "single.py",
+        "runs/old/payload.py",
+        "runs/payload.py",
+    ):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("raise SystemError")  # nothing is imported to find out
     (root / "linked.py").symlink_to(stranger / "their_blocks.py")
     monkeypatch.setattr(trust, "ROOT", root)
+    (root / "elsewhere/step_2").mkdir(parents=True)
     folder = root / "runs/old/step_2"
+    folder.symlink_to(root / "elsewhere/step_2")
     if projects:
         trust.check_plugins(folder, [name], [])
     else:

@@ -1064,7 +1064,7 @@ def test_a_dataset_that_lost_episodes(again, tmp_path):
     assert results["episodes"] == [3, 5]
     assert "notice" not in out
     nothing = "has none of the episodes that this run held out"
-    for number, left in enumerate((without(3, 5), {0: 0}, {30: 3, 31: 5})):
+    for number, left in enumerate((without(3, 5), {0: 0}, {30: 8, 31: 9})):
         unseen = r"; new to the run are \[30, 31\]: --new_episodes" if 30 in left else "$"
         with pytest.raises(UserError, match=nothing + unseen):
             again(write_recordings(tmp_path / f"c{number}", left))
@@ -1083,6 +1083,17 @@ def test_episodes_that_were_numbered_anew_are_found_by_what_they_hold(
     results, out = again(root, "--new_episodes")
     assert results["episodes"] == sorted([*held_out, 7])
     assert results["new_episodes"] == [7]
+
+
+def test_a_number_changes_neither_what_is_held_out_nor_its_noise(again, tmp_path, monkeypatch):
+    monkeypatch.setattr(Knowing, "sample", lambda self, memory, x0, *rest, **options: x0)
+    (before, _), (after, _) = (
+        again(write_recordings(tmp_path / str(first), {first: 3, first + 1: 5}))
+        for first in (3, 30)
+    )
+    assert after["episodes"] == [30, 31]
+    for key in ("mae", "chunk_error", "velocity_loss"):
+        assert after[key] == before[key]
 
 
 def test_a_copy_of_an_episode_that_was_trained_on_is_held_out_only_as_recorded(again, tmp_path):

@@ -677,6 +677,14 @@ MISTAKES = {
     ),
     "nan": (dataset(not_a_number), r"file-000.parquet: episode 1, frame 7: action\[2\] is nan"),
     "no episodes": (dataset(no_episodes), r"harmed: no episodes"),
+    "no scores": (
+        lambda exp: exp.overrides.extend(["data.scores=./none.parquet", "data.keep_top=0.5"]),
+        r"data.scores=./none.parquet: no such file: .*none.parquet",
+    ),
+    "no run to start from": (
+        override("train.load_dir=./nothing_here"),
+        r"train.load_dir=./nothing_here: no such folder: .*nothing_here",
+    ),
     "no dataset": (override("data.root=./nothing_here"), r"data.root: no folder .*nothing_here"),
     "no generated dataset": (
         override("data.root=tabletopp"),

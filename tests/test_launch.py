@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,18 +170,34 @@ def test_torchrun_and_sigterm(experiment):
     assert len(checkpoint.steps(exp.save_dir)) == 1
 
 
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+
+
+def test_a_launcher_that_is_killed_takes_its_run_along(experiment):
+    """`accelerate launch` does not pass SIGTERM on."""
+    exp = experiment()
+    with (exp.folder / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*ACCELERATE, "train_flow_matching.py", *exp.argv("train.epoch=100000")],
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        wait_for_step(exp, 3)
+        process.terminate()
+        assert process.wait(HANG)
+    until = time.time() + HANG
+    while "stopped at step" not in (exp.folder / "out").read_text():
+        assert time.time() < until, "the run goes on"
+        time.sleep(0.01)
+    assert exp.meta(checkpoint.newest(exp.save_dir).name)["step"] == max(exp.log())
+
+
 def test_the_command_of_the_readme(experiment):
     exp = experiment()
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "-q",
-        "train_flow_matching.py",
-    ]
     done = subprocess.run(
-        [*command, *exp.argv("train.total_steps=3")],
+        [*ACCELERATE, "train_flow_matching.py", *exp.argv("train.total_steps=3")],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

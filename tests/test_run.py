@@ -12,7 +12,6 @@ import subprocess
 import time
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,19 +331,6 @@ def test_a_signal_at_any_time_is_no_success(
     else:
         assert f"stopped by {number.name}\n" in out.read_text()
         assert not (exp.save_dir / "log.jsonl").exists()
-
-
-def test_a_launcher_that_is_killed_takes_its_run_along(experiment, monkeypatch):
-    """`accelerate launch` does not pass SIGTERM on."""
-    exp = experiment()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    parent = os.getppid()
-    monkeypatch.setattr(os, "getppid", lambda: -1 if exp.job.step == 2 else parent)
-    exp.job = SimpleNamespace(step=0)
-    assert exp.main() == 143
-    assert list(checkpoint.steps(exp.save_dir).values()) == [3]
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # a shell may go away: nohup
-    assert exp.main("train.total_steps=5") == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from common.blocks.weights import read_tensors
 from common.build import block
-from common.config import ConfigError, UserError
+from common.config import ConfigError, UserError, nearest
 
 
 @block("tiny_cnn")
@@ -52,6 +52,10 @@ class TinyCNN(nn.Module):
         return F.relu(self.patches(x)), torch.cat([from_left, from_top], -1)
 
 
+# Arguments of timm.create_model that fetch weights or read pickles.
+FILES_OF_TIMM = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
 @block("timm_backbone")
 class TimmBackbone(nn.Module):
     """A model of timm: its last features (B, C, h', w') and their pooled summary (B, S).
@@ -70,6 +74,11 @@ class TimmBackbone(nn.Module):
         super().__init__()
         import timm  # takes two seconds
 
+        if not timm.is_model(name):  # timm would look for hf-hub:org/name in the Hub
+            raise ConfigError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+        for option in FILES_OF_TIMM:
+            if option in options:
+                raise ConfigError(f"{option}: weights come from a file of `weights` or `init` only")
         self.name = name
         self.weights = weights or ""
         self.model = timm.create_model(name, pretrained=False, num_classes=0, **options)
