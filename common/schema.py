@@ -195,8 +195,6 @@ class Data:
         root = reader.path(self.root, (*keys, "root"))
         if self.root.split("/")[0] in ("", ".", "..", "~") or os.path.isdir(root):
             self.root = str(root)
-        if self.scores is not None:
-            _require_file(reader, (*keys, "scores"), self.scores)
         if self.cache == "features" and self.augment is not None:
             problem = "set it to null: data.cache: features sees each picture once, unchanged"
             raise reader.error((*keys, "augment"), problem)
@@ -206,6 +204,8 @@ class Data:
         if (self.scores is None) != (self.keep_top is None):
             problem = "data.scores and data.keep_top go together: set both, or neither"
             raise reader.error((*keys, "keep_top"), problem)
+        if self.scores is not None:
+            _require_file(reader, (*keys, "scores"), self.scores)
         if self.augment and self.augment.shift >= min(self.image_size):
             problem = f"expected less than a side of data.image_size, found {self.augment.shift}"
             raise reader.error((*keys, "augment", "shift"), problem)
