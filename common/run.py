@@ -209,9 +209,10 @@ class Run:
         if self.is_main:
             print(self._beginning(folder))
             self._notice_of_short_epochs()
-            config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
-            with whole_file(self.folder / "config.yaml") as file:
-                file.write_text(config)
+            if self.step < self.total:  # else it stays that of the steps that were trained
+                config = yaml.safe_dump(to_dict(self.cfg), sort_keys=False)
+                with whole_file(self.folder / "config.yaml") as file:
+                    file.write_text(config)
         self.log = Log(self.accelerator, self.cfg, self.step, self.total)
         self.handlers = {number: signal.signal(number, self._stop) for number in STOPPING}
 

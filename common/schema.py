@@ -279,7 +279,10 @@ class Train:
 
     def check(self, reader: Reader, keys: Keys) -> None:
         if self.load_dir is not None and not os.path.isdir(self.load_dir):
-            raise reader.error((*keys, "load_dir"), f"no such folder: {self.load_dir}")
+            raise reader.error(
+                (*keys, "load_dir"),
+                f"no such folder: {self.load_dir}; a run that goes on needs none",
+            )
         if self.epoch is None and self.total_steps is None:
             raise reader.error((*keys, "epoch"), "null needs train.total_steps to end the run")
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import tqdm
+import yaml
 from accelerate.tracking import GeneralTracker
 from matplotlib.figure import Figure
 
@@ -215,6 +216,8 @@ def test_a_run_with_more_steps_than_are_asked_for_is_finished(experiment, capsys
     assert exp.main("train.total_steps=2") == 0
     out = capsys.readouterr().out
     assert f"{exp.save_dir}/step_5 has 5 steps of 2: nothing is left to train\n" in out
+    config = yaml.safe_load((exp.save_dir / "config.yaml").read_text())
+    assert config["train"]["total_steps"] == 5  # of the steps that were trained
     assert "resuming" not in out
     assert "finished at step 5" in out
     assert list(exp.log()) == [1, 2, 3, 4, 5]
